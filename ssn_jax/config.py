@@ -1,0 +1,132 @@
+"""Every field a config has, with the published values; configs/*.py set what differs.
+
+A config only sets values: the code branches on fields, never on a config's name.
+"""
+
+import json
+import pathlib
+
+import ml_collections
+
+from ssn_jax.errors import UserError
+
+# Raised when an older run's config.json can no longer be understood.
+VERSION = 1
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The published SuperSimpleNet, unsupervised, on ResNet18 (Scenario A)."""
+    config = ml_collections.ConfigDict()
+    config.version = VERSION
+    config.name = 'mod1_a'  # The row of the results table.
+    config.seed = 0  # Initialisation, data order, masks and noise follow from it.
+    config.epochs = 300
+    config.batch_size = 32  # Good images per step, before they are doubled.
+    config.image_size = (256, 256)  # Height, width in pixels.
+
+    config.data = data = ml_collections.ConfigDict()
+    data.name = 'mvtec_ad'  # mvtec_ad, synthetic, ksdd2 or folder.
+    data.root = ''  # Folder of the real data set; '' uses the embedded set of the category.
+    data.category = 'screw'
+    data.cache = ''  # Folder for prepared records; '' is the user's cache folder.
+    data.seed = 0  # Seed of the embedded set's images.
+
+    config.backbone = backbone = ml_collections.ConfigDict()
+    backbone.name = 'resnet18'  # resnet18 or wide_resnet50_2.
+    backbone.weights = ''  # A safetensors file; '' fetches the pinned one from the hub.
+
+    config.adaptor = 'linear'  # linear (published) or conv (Scenario B).
+    config.adapt_cls_features = False  # Does the classification head see adapted features?
+
+    config.perlin = perlin = ml_collections.ConfigDict()
+    perlin.threshold = 0.2  # Noise above it is anomalous; 0.6 in supervised training.
+    perlin.empty = 0.5  # Probability of an empty mask.
+
+    config.noise = noise = ml_collections.ConfigDict()
+    noise.kind = 'static'  # static (Gaussian) or learned (a generator).
+    noise.std = 0.015  # Standard deviation of static noise, in feature units.
+    noise.bounded = True  # Learned: beta * tanh(raw); False: raw (v1).
+    noise.beta = 0.1  # Learned: the bound, in feature units.
+    noise.z_dim = 32  # Learned: channels of the random input; 0 for none (v1).
+    noise.penalty = 10.0  # Learned: weight of mean(noise^2) in the generator's loss.
+    noise.discriminator_steps = 3  # Learned: per generator step; 0: both players on every step.
+    noise.learning_rate = 1e-4  # Learned: the generator's, AdamW without weight decay.
+
+    config.optimizer = optimizer = ml_collections.ConfigDict()
+    optimizer.adaptor_learning_rate = 1e-4
+    optimizer.adaptor_weight_decay = 1e-2
+    optimizer.heads_learning_rate = 2e-4
+    optimizer.heads_weight_decay = 1e-5
+    optimizer.drops = (0.8, 0.9)  # Fractions of the epochs after which the rates drop
+    optimizer.drop_factor = 0.4  # by this factor.
+
+    config.checkpoint = checkpoint = ml_collections.ConfigDict()
+    checkpoint.every = 10  # Epochs between checkpoints; one is written at the end in any case.
+    checkpoint.keep = 2  # How many are kept.
+
+    config.eval_batch_size = 8  # Test images per step and device.
+    return config
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError for values that no run can have."""
+
+    def require(ok: bool, flag: str, rule: str) -> None:
+        if not ok:
+            value = config
+            for part in flag.split('.'):
+                value = value[part]
+            raise UserError(f'--config.{flag}={value!r} can not be used: {rule}.')
+
+    for flag in ('epochs', 'batch_size', 'eval_batch_size'):
+        require(config[flag] >= 1, flag, 'it must be at least 1')
+    size = config.image_size
+    require(
+        len(size) == 2 and all(32 <= s <= 4096 for s in size),
+        'image_size',
+        'it is (height, width), each 32 to 4096 pixels',
+    )
+    require(config.adaptor in ('linear', 'conv'), 'adaptor', 'it is linear or conv')
+    require(config.noise.kind in ('static', 'learned'), 'noise.kind', 'it is static or learned')
+    for flag in ('noise.std', 'noise.beta', 'noise.penalty', 'noise.z_dim'):
+        group, field = flag.split('.')
+        require(config[group][field] >= 0, flag, 'it must not be negative')
+    require(config.noise.discriminator_steps >= 0, 'noise.discriminator_steps', 'at least 0')
+    require(0 <= config.perlin.empty < 1, 'perlin.empty', 'it is a probability below 1')
+    drops = config.optimizer.drops
+    require(
+        list(drops) == sorted(drops) and all(0 < d <= 1 for d in drops),
+        'optimizer.drops',
+        'they are rising fractions of the epochs in 0..1',
+    )
+    require(config.checkpoint.every >= 1, 'checkpoint.every', 'it must be at least 1')
+    require(config.checkpoint.keep >= 1, 'checkpoint.keep', 'it must be at least 1')
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+    """The config as readable JSON with a fixed order of fields."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + '\n'
+
+
+def from_json(path: pathlib.Path) -> ml_collections.ConfigDict:
+    """Reads a run's config.json; fields added since it was written take their default."""
+    try:
+        values = json.loads(path.read_text())
+        if values['version'] > VERSION:
+            raise UserError(
+                f'{path} was written by a newer ssn_jax (config version {values["version"]}, '
+                f'this one knows {VERSION}): update ssn_jax.'
+            )
+        config = default_config()
+        config.update(_tuples(values))
+        return config
+    except FileNotFoundError:
+        raise UserError(f'{path} does not exist: this folder is no run of ssn_jax.') from None
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f'{path} is no config of ssn_jax ({e}): delete the run.') from None
+
+
+def _tuples(values):
+    if isinstance(values, dict):
+        return {k: _tuples(v) for k, v in values.items()}
+    return tuple(values) if isinstance(values, list) else values

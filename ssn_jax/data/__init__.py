@@ -1,0 +1,5 @@
+"""Data sets of industrial surface inspection, as arrays ready for the device."""
+
+from ssn_jax.data.pipeline import Dataset, Split, load
+
+__all__ = ["Dataset", "Split", "load"]

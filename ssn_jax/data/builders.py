@@ -1,0 +1,110 @@
+"""TensorFlow Datasets builders: one per layout, all with the same features.
+
+They differ in where their records come from, so a builder is handed its records. Images are
+stored as they were encoded: one prepared set serves every image size.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import ClassVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from ssn_jax.data import images
+from ssn_jax.data.layouts import GOOD, SPLITS, Record
+from ssn_jax.errors import UserError
+
+
+class _Inspection(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """A data set of images, their defects and, where known, their defects' masks."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    # Nothing is ever downloaded. TFDS would search the package for checksums of downloads, with a
+    # library that it does not declare.
+    url_infos: ClassVar[dict] = {}
+
+    def __init__(self, *, records: Iterable[Record] = (), **kwargs):
+        """Constructs the builder.
+
+        Args:
+          records: what to prepare; consumed only by `download_and_prepare`.
+          **kwargs: as for every TFDS builder (`data_dir`, ...).
+        """
+        self._records = records
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "mask": tfds.features.Image(shape=(None, None, 1)),
+            "has_mask": np.bool_,
+            "defect": tfds.features.Text(),
+            "file": tfds.features.Text(),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.__doc__,
+            features=tfds.features.FeaturesDict(features),
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+        records = list(self._records)
+        return {
+            split: self._generate_examples([record for record in records if record.split == split])
+            for split in SPLITS
+        }
+
+    def _generate_examples(self, records: Iterable[Record]) -> Iterator[tuple[str, dict]]:
+        for record in records:
+            yield record.file, example(record)
+
+
+class MvtecAd(_Inspection):
+    """One category of MVTec AD: normal images for training, defects with masks for testing."""
+
+
+class Ksdd2(_Inspection):
+    """KolektorSDD2: surfaces with defects and masks in training and testing."""
+
+
+class Folder(_Inspection):
+    """Anybody's images in MVTec AD's layout, with or without masks."""
+
+
+class Synthetic(_Inspection):
+    """The embedded procedural set, drawn from a seed."""
+
+
+def example(record: Record) -> dict:
+    """Reads and checks one record.
+
+    Args:
+      record: the image and its mask, as files or encoded bytes.
+
+    Returns:
+      The example to store: the image as it was encoded, the mask as PNG of the image's size
+      (empty where no defect is known), and what is known of the defect.
+
+    Raises:
+      UserError: a file does not decode, or the mask's size is not the image's.
+    """
+    encoded = images.read(record.image)
+    size = images.decode(encoded, record.file).shape[:2]
+    mask = np.zeros(size, np.uint8)
+    if record.mask is not None:
+        file = record.file if isinstance(record.mask, bytes) else record.mask
+        mask = images.decode_mask(images.read(record.mask), file)
+        if mask.shape != size:
+            raise UserError(
+                f"{file}: the mask is {mask.shape[0]}x{mask.shape[1]} (height by width), its image "
+                f"{size[0]}x{size[1]}; give them the same size"
+            )
+    defect = record.defect or ("defect" if mask.any() else GOOD)
+    return {
+        "image": encoded,
+        "mask": images.encode_mask(mask),
+        "has_mask": defect == GOOD or record.mask is not None,
+        "defect": defect,
+        "file": record.file,
+    }

@@ -1,0 +1,97 @@
+"""Encoded images to arrays: reading, decoding, resizing."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from ssn_jax.errors import UserError
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
+
+_JPEG_MAGIC = b"\xff\xd8\xff"
+
+
+def read(source: Path | bytes) -> bytes:
+    """Returns the encoded bytes of an image given as a file or already as bytes.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    if isinstance(source, bytes):
+        return source
+    try:
+        return source.read_bytes()
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read ({error.strerror}); check the file") from error
+
+
+def decode(encoded: bytes, file: Path | str) -> np.ndarray:
+    """Decodes an image to 8-bit RGB.
+
+    Grey is replicated to three channels, 16 bits become 8, alpha is dropped and the EXIF
+    orientation is applied, all of it as `cv2.imread` does.
+
+    Args:
+      encoded: the contents of an image file.
+      file: name for the error message.
+
+    Returns:
+      uint8 array of shape (H, W, 3).
+
+    Raises:
+      UserError: the bytes are no image that OpenCV reads, or one of more than 2^30 pixels.
+    """
+    return cv2.cvtColor(_decode(encoded, file, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+
+
+def decode_mask(encoded: bytes, file: Path | str) -> np.ndarray:
+    """Decodes a mask: every pixel that is not black belongs to the defect.
+
+    Masks of 0 and 1, of 0 and 255 and of 16 bits all mean the same.
+
+    Args:
+      encoded: the contents of an image file.
+      file: name for the error message.
+
+    Returns:
+      uint8 array of shape (H, W) of zeros and ones.
+
+    Raises:
+      UserError: the bytes are no image that OpenCV reads.
+    """
+    mask = _decode(encoded, file, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH)
+    # JPEG rings around edges: its black is not exactly 0.
+    floor = 127 if encoded.startswith(_JPEG_MAGIC) else 0
+    return (mask > floor).astype(np.uint8)
+
+
+def encode_mask(mask: np.ndarray) -> bytes:
+    """Encodes a mask of zeros and ones, (H, W), as PNG bytes (black and white)."""
+    return encode(mask * np.uint8(255))
+
+
+def encode(image: np.ndarray) -> bytes:
+    """Encodes a uint8 image, grey (H, W) or RGB (H, W, 3), as PNG bytes."""
+    bgr = image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    return cv2.imencode(".png", bgr)[1].tobytes()
+
+
+def resize(image: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+    """Resizes an image (H, W, 3) bilinearly to `image_size`, (height, width)."""
+    return cv2.resize(image, image_size[::-1], interpolation=cv2.INTER_LINEAR)
+
+
+def resize_mask(mask: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+    """Resizes a mask (H, W) to `image_size`, (height, width), by the nearest pixel."""
+    return cv2.resize(mask, image_size[::-1], interpolation=cv2.INTER_NEAREST)
+
+
+def _decode(encoded: bytes, file: Path | str, flags: int) -> np.ndarray:
+    try:
+        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
+    except cv2.error:  # an empty buffer, or more pixels than OpenCV accepts
+        image = None
+    if image is None:
+        raise UserError(f"{file}: does not decode as an image; repair or remove the file")
+    return image

@@ -1,0 +1,244 @@
+"""From a data set's name and root to arrays in memory.
+
+A data set is first prepared: every file is read and checked once and stored, still encoded, in
+array_record files below the cache folder. The prepared set's name holds a fingerprint of its
+source, so a file that changes is never read from an old copy.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from ssn_jax.data import images, layouts, synthetic
+from ssn_jax.data.layouts import GOOD, Record
+from ssn_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images of one split, sorted by defect and file name.
+
+    Attributes:
+      images: uint8 (N, H, W, 3), RGB.
+      masks: uint8 (N, H, W) of zeros and ones; zeros where no mask is known.
+      has_mask: bool (N,); True for normal images, whose mask is known to be empty.
+      labels: int32 (N,), 0 normal and 1 defective.
+      defects: N names, 'good' or the defect's.
+      files: N paths relative to the data set's root.
+    """
+
+    images: np.ndarray
+    masks: np.ndarray
+    has_mask: np.ndarray
+    labels: np.ndarray
+    defects: tuple[str, ...]
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set in memory.
+
+    Attributes:
+      train: the images to learn from.
+      test: the images to be measured on.
+      name: the builder that made it: 'mvtec_ad', 'ksdd2', 'folder', or 'synthetic' for the
+        embedded set, whatever name it was asked for under.
+      category: the category's name.
+      embedded: whether this is the embedded procedural set instead of real data.
+    """
+
+    train: Split
+    test: Split
+    name: str
+    category: str
+    embedded: bool
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a data set comes from, and what tells it from every other one."""
+
+    name: str
+    category: str
+    records: Iterable[Record]
+    identity: list
+
+
+def load(data_config: ConfigDict, image_size: tuple[int, int]) -> Dataset:
+    """Loads a data set, preparing it first if this source was not prepared before.
+
+    Args:
+      data_config: fields `name` ('mvtec_ad', 'synthetic', 'ksdd2' or 'folder'), `root` (folder of
+        the real data; empty: the embedded set), `category`, `cache` (folder of the prepared sets;
+        empty: ssn_jax in the user's cache folder) and `seed` (of the embedded set).
+      image_size: (height, width) that images and masks are resized to.
+
+    Returns:
+      The data set.
+
+    Raises:
+      UserError: the source is incomplete or broken, or the cache folder cannot be written.
+    """
+    source = _source(data_config)
+    prepared = _prepare(source, _cache_folder(data_config.cache))
+    return Dataset(
+        train=_read(source.name, prepared, "train", image_size),
+        test=_read(source.name, prepared, "test", image_size),
+        name=source.name,
+        category=source.category,
+        embedded=source.name == "synthetic",
+    )
+
+
+def _source(config: ConfigDict) -> _Source:
+    """Finds the data set that a config asks for."""
+    root = Path(config.root).expanduser()
+    match config.name:
+        case "synthetic":
+            return _embedded(config.category, config.seed)
+        case "mvtec_ad":
+            if not config.root:
+                return _embedded(config.category, config.seed)
+            return _real(
+                config.name, config.category, root, layouts.mvtec_ad(root, config.category)
+            )
+        case "ksdd2":
+            if not config.root:
+                return _embedded("surface", config.seed)
+            return _real(config.name, config.name, root, layouts.ksdd2(root))
+        case "folder":
+            if not config.root:
+                raise UserError(
+                    "--config.data.name=folder needs your images: name their folder with "
+                    "--config.data.root"
+                )
+            return _real(config.name, root.resolve().name, root, layouts.folder(root))
+    raise UserError(
+        f"--config.data.name={config.name}: no such data set; choose from mvtec_ad, synthetic, "
+        "ksdd2, folder"
+    )
+
+
+def _embedded(category: str, seed: int) -> _Source:
+    if category not in synthetic.CATEGORIES:
+        raise UserError(
+            f"--config.data.category={category}: not in the embedded set, which has "
+            f"{', '.join(synthetic.CATEGORIES)}; for real images name their folder with "
+            "--config.data.root"
+        )
+    if seed < 0:
+        raise UserError(f"--config.data.seed={seed}: must not be negative")
+    identity = [synthetic.VERSION, category, seed]
+    return _Source("synthetic", category, synthetic.records(category, seed), identity)
+
+
+def _real(name: str, category: str, root: Path, records: list[Record]) -> _Source:
+    identity = [os.fspath(root.resolve()), category]
+    for record in records:
+        for file in filter(None, (record.image, record.mask)):
+            try:
+                state = file.stat()
+            except OSError as error:
+                raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+            identity += [os.fspath(file.relative_to(root)), state.st_size, state.st_mtime_ns]
+    return _Source(name, category, records, identity)
+
+
+def _cache_folder(configured: str) -> Path:
+    if configured:
+        return Path(configured).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssn_jax"
+
+
+def _prepare(source: _Source, cache: Path) -> Path:
+    """Returns the folder of the prepared set; makes it if it is not there.
+
+    The set is built under a name of its own and renamed when complete: a failure leaves nothing
+    behind, and of two processes that build the same set the slower one takes the faster one's.
+    """
+    fingerprint = hashlib.sha256(json.dumps(source.identity).encode()).hexdigest()[:24]
+    prepared = cache / f"{source.name}-{source.category}-{fingerprint}"
+    if prepared.is_dir():
+        return prepared
+    logging.info("Preparing %s %s in %s", source.name, source.category, prepared)
+    building = prepared.with_name(f"{prepared.name}.incomplete-{uuid.uuid4().hex}")
+    try:
+        building.mkdir(parents=True)
+        _build(source, building)
+        try:
+            building.rename(prepared)
+        except OSError:
+            if not prepared.is_dir():
+                raise
+    except OSError as error:
+        raise UserError(
+            f"{cache}: cannot be written ({error.strerror or error}); name another folder with "
+            "--config.data.cache"
+        ) from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return prepared
+
+
+def _build(source: _Source, folder: Path) -> None:
+    import tensorflow_datasets as tfds
+
+    tfds.disable_progress_bar()
+    builder = _builder(source.name, folder, source.records)
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of downloads; there are none
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+            file_format="array_record",
+        )
+
+
+def _builder(name: str, folder: Path, records: Iterable[Record] = ()):
+    # Imported where needed: TFDS takes longer to import than everything else here together.
+    from ssn_jax.data import builders
+
+    classes = {
+        "mvtec_ad": builders.MvtecAd,
+        "synthetic": builders.Synthetic,
+        "ksdd2": builders.Ksdd2,
+        "folder": builders.Folder,
+    }
+    return classes[name](records=records, data_dir=folder)
+
+
+def _read(name: str, prepared: Path, split: str, image_size: tuple[int, int]) -> Split:
+    """Decodes and resizes one split of a prepared set."""
+    from tensorflow_datasets import decode
+
+    skip = {"image": decode.SkipDecoding(), "mask": decode.SkipDecoding()}
+    source = _builder(name, prepared).as_data_source(split, decoders=skip)
+    examples = sorted(source, key=lambda e: (e["defect"], e["file"]))
+
+    def arrays(example: dict) -> tuple[np.ndarray, np.ndarray]:
+        file = example["file"].decode()
+        image = images.resize(images.decode(example["image"], file), image_size)
+        return image, images.resize_mask(images.decode_mask(example["mask"], file), image_size)
+
+    with ThreadPoolExecutor() as pool:  # OpenCV releases the interpreter's lock
+        pairs = list(pool.map(arrays, examples))
+    defects = tuple(example["defect"].decode() for example in examples)
+    return Split(
+        images=np.stack([image for image, _ in pairs]),
+        masks=np.stack([mask for _, mask in pairs]),
+        has_mask=np.array([example["has_mask"] for example in examples], bool),
+        labels=np.array([defect != GOOD for defect in defects], np.int32),
+        defects=defects,
+        files=tuple(example["file"].decode() for example in examples),
+    )

@@ -1,0 +1,70 @@
+"""Losses of SuperSimpleNet (Rolih et al., ICPR 2024, section III-D)."""
+
+import jax
+import jax.numpy as jnp
+
+
+def focal(logits: jax.Array, targets: jax.Array, gamma: float = 4.0) -> jax.Array:
+    """Focal loss per element, without class weights (Lin et al., ICCV 2017, equation 4).
+
+    Args:
+      logits: any shape.
+      targets: same shape, 0 or 1.
+      gamma: how fast well-classified elements lose weight.
+
+    Returns:
+      Same shape: (1 - p_t)^gamma * -log(p_t), p_t the probability given to the target.
+    """
+    signed = jnp.where(targets > 0, logits, -logits)
+    return jax.nn.sigmoid(-signed) ** gamma * jax.nn.softplus(-signed)
+
+
+def mean_where(values: jax.Array, where: jax.Array) -> jax.Array:
+    """Mean of values over `where` (broadcastable weights or booleans), 0 if there is no weight."""
+    weights = jnp.broadcast_to(where, values.shape).astype(values.dtype)
+    total = weights.sum()
+    return jnp.where(total > 0, (values * weights).sum() / jnp.maximum(total, 1e-12), 0.0)
+
+
+def truncated_l1(
+    logits: jax.Array, targets: jax.Array, threshold: float = 0.5
+) -> tuple[jax.Array, jax.Array]:
+    """Truncated L1 on anomaly logits, averaged apart over normal and anomalous positions.
+
+    Normal positions are pushed below -threshold, anomalous ones above threshold; beyond it they
+    cost nothing (Liu et al., "SimpleNet", CVPR 2023, equation 7).
+
+    Args:
+      logits: (N, H, W, 1).
+      targets: (N, H, W, 1), 0 normal or 1 anomalous.
+      threshold: the margin.
+
+    Returns:
+      Two scalars: the mean over normal and over anomalous positions, 0 where there are none.
+    """
+    normal = mean_where(jax.nn.relu(threshold + logits), targets == 0)
+    anomalous = mean_where(jax.nn.relu(threshold - logits), targets > 0)
+    return normal, anomalous
+
+
+def discriminator_loss(
+    logits: jax.Array, scores: jax.Array, mask: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The whole training loss: truncated L1 and focal on the map, focal on the score.
+
+    Args:
+      logits: anomaly logits (N, H, W, 1).
+      scores: score logits (N,).
+      mask: (N, H, W, 1), 1 where anomalous.
+      labels: (N,), 1 where the image holds an anomaly.
+
+    Returns:
+      The loss, and its terms by name.
+    """
+    normal, anomalous = truncated_l1(logits, mask)
+    terms = {
+        'map_l1': normal + anomalous,
+        'map_focal': focal(logits, mask).mean(),
+        'score_focal': focal(scores, labels).mean(),
+    }
+    return sum(terms.values()), terms

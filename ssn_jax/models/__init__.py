@@ -1,0 +1,1 @@
+"""Backbones, the feature grid, and the trained networks."""

@@ -1,0 +1,119 @@
+"""From images to the feature grid that the adaptor and the heads work on."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def normalise(images: jax.Array) -> jax.Array:
+    """Scales RGB images (N, H, W, 3) in 0..255 to ImageNet's mean 0 and standard deviation 1."""
+    mean, std = jnp.array(IMAGENET_MEAN), jnp.array(IMAGENET_STD)
+    return (images.astype(jnp.float32) / 255.0 - mean) / std
+
+
+@functools.cache
+def resize_matrix(size_in: int, size_out: int, align_corners: bool) -> np.ndarray:
+    """Bilinear interpolation along one axis as a matrix (size_out, size_in).
+
+    With `align_corners` the first and last samples of input and output coincide; without, pixels
+    are areas and samples beyond the border repeat it (PyTorch's and OpenCV's conventions).
+    """
+    i = np.arange(size_out)
+    if align_corners:
+        x = i * ((size_in - 1) / (size_out - 1)) if size_out > 1 else np.zeros(1)
+    else:
+        x = np.maximum((i + 0.5) * (size_in / size_out) - 0.5, 0.0)
+    low = np.minimum(np.floor(x).astype(int), size_in - 1)
+    high = np.minimum(low + 1, size_in - 1)
+    matrix = np.zeros((size_out, size_in))
+    np.add.at(matrix, (i, low), 1.0 - (x - low))
+    np.add.at(matrix, (i, high), x - low)
+    return matrix.astype(np.float32)
+
+
+@functools.cache
+def pool_matrix(size: int) -> np.ndarray:
+    """Averages three neighbours along one axis, zero padding counted, as a matrix (size, size)."""
+    offset = np.abs(np.arange(size)[:, None] - np.arange(size))
+    return ((offset <= 1) / 3.0).astype(np.float32)
+
+
+def apply_separable(rows: np.ndarray, columns: np.ndarray, x: jax.Array) -> jax.Array:
+    """Applies `rows` (P, H) and `columns` (Q, W) to the two grid axes of x (N, H, W, C)."""
+    x = jnp.einsum('qw,nhwc->nhqc', columns, x)
+    return jnp.einsum('ph,nhqc->npqc', rows, x)
+
+
+def resize(x: jax.Array, size: tuple[int, int], align_corners: bool = False) -> jax.Array:
+    """Resizes x (N, H, W, C) bilinearly to (N, *size, C)."""
+    rows = resize_matrix(x.shape[1], size[0], align_corners)
+    columns = resize_matrix(x.shape[2], size[1], align_corners)
+    return apply_separable(rows, columns, x)
+
+
+def grid_matrix(size_in: int, size_out: int) -> np.ndarray:
+    """The matrix (size_out, size_in) that brings one axis of a layer to the feature grid.
+
+    Bilinear resizing with align_corners, then the 3-wide average: both are linear and separable,
+    so one matrix does both.
+    """
+    return pool_matrix(size_out) @ resize_matrix(size_in, size_out, True)
+
+
+def feature_grid(layers: tuple[jax.Array, ...], scale: int = 2) -> tuple[int, int]:
+    """Height and width of the feature grid: `scale` times the first layer's."""
+    return layers[0].shape[1] * scale, layers[0].shape[2] * scale
+
+
+def upscale_pool(layers: tuple[jax.Array, ...], scale: int = 2) -> jax.Array:
+    """Brings backbone layers to one grid (Rolih et al., ICPR 2024, section III-A).
+
+    Args:
+      layers: outputs of the backbone (N, H_i, W_i, C_i), finest first.
+      scale: how many times finer than the first layer the grid is.
+
+    Returns:
+      (N, scale * H_0, scale * W_0, sum of C_i): every layer resized bilinearly
+      (align_corners=True), concatenated, averaged over 3x3 with the zero padding counted.
+    """
+    height, width = feature_grid(layers, scale)
+    return jnp.concatenate(
+        [
+            apply_separable(
+                grid_matrix(x.shape[1], height), grid_matrix(x.shape[2], width), x
+            )
+            for x in layers
+        ],
+        axis=-1,
+    )
+
+
+@functools.cache
+def blur_matrix(size: int, sigma: float = 4.0, taps: int = 25) -> np.ndarray:
+    """A Gaussian blur along one axis with reflected edges, as a matrix (size, size)."""
+    offset = np.arange(taps) - taps // 2
+    weights = np.exp(-0.5 * (offset / sigma) ** 2)
+    weights /= weights.sum()
+    matrix = np.zeros((size, size))
+    period = max(2 * (size - 1), 1)
+    for d, w in zip(offset, weights, strict=True):
+        reflected = np.abs(np.arange(size) + d) % period
+        reflected = np.minimum(reflected, period - reflected) if size > 1 else reflected * 0
+        np.add.at(matrix, (np.arange(size), reflected), w)
+    return matrix.astype(np.float32)
+
+
+def full_size_map(raw: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """The map for people: raw logits (N, h, w, 1) to logits (N, *size, 1).
+
+    Bilinear (align_corners=False) to image size, then a Gaussian blur of sigma 4 pixels (25 taps,
+    reflected edges); a sigmoid makes a probability of it. Both steps are one matrix an axis.
+    """
+    rows = blur_matrix(size[0]) @ resize_matrix(raw.shape[1], size[0], False)
+    columns = blur_matrix(size[1]) @ resize_matrix(raw.shape[2], size[1], False)
+    return apply_separable(rows, columns, raw)

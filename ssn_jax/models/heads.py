@@ -1,0 +1,72 @@
+"""The trained parts: adaptors, segmentation head, classification head, noise generator.
+
+Rolih et al., "SuperSimpleNet: unifying unsupervised and supervised learning for fast and reliable
+surface defect detection", ICPR 2024, section III.
+"""
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from ssn_jax.models.layers import BatchNorm, Conv, Dense
+
+
+class LinearAdaptor(nn.Module):
+    """One 1x1 convolution: features (N, H, W, C) -> (N, H, W, C). Published and Scenario A."""
+
+    @nn.compact
+    def __call__(self, features: jax.Array, train: bool = False) -> jax.Array:
+        del train  # Every adaptor is called alike; this one behaves the same in both modes.
+        return Dense(features.shape[-1], name='projection')(features)
+
+
+class ConvAdaptor(nn.Module):
+    """3x3 convolution, BatchNorm, ReLU: (N, H, W, C) -> (N, H, W, C). Scenario B."""
+
+    @nn.compact
+    def __call__(self, features: jax.Array, train: bool = False) -> jax.Array:
+        x = Conv(features.shape[-1], 3, name='conv')(features)
+        return nn.relu(BatchNorm(use_running_average=not train, name='norm')(x))
+
+
+ADAPTORS = {'linear': LinearAdaptor, 'conv': ConvAdaptor}
+
+
+class SegmentationHead(nn.Module):
+    """Adapted features (N, H, W, C) -> anomaly logits (N, H, W, 1)."""
+
+    hidden: int = 1024
+
+    @nn.compact
+    def __call__(self, adapted: jax.Array, train: bool = False) -> jax.Array:
+        x = Dense(self.hidden, name='hidden')(adapted)
+        x = BatchNorm(use_running_average=not train, name='norm')(x)
+        return Dense(1, use_bias=False, name='out')(nn.leaky_relu(x, 0.2))
+
+
+class ClassificationHead(nn.Module):
+    """Features (N, H, W, C) and anomaly logits (N, H, W, 1) -> image logits (N,)."""
+
+    hidden: int = 128
+
+    @nn.compact
+    def __call__(self, features: jax.Array, logits: jax.Array, train: bool = False) -> jax.Array:
+        x = Conv(self.hidden, 5, name='conv')(jnp.concatenate([features, logits], -1))
+        x = nn.relu(BatchNorm(use_running_average=not train, name='norm')(x))
+        pooled = [x.max((1, 2)), x.mean((1, 2)), logits.max((1, 2)), logits.mean((1, 2))]
+        return Dense(1, name='score')(jnp.concatenate(pooled, -1))[:, 0]
+
+
+class NoiseGenerator(nn.Module):
+    """Three 1x1 convolutions C + Z -> C/2 -> C/2 -> C: (N, H, W, C), (N, H, W, Z) -> raw noise.
+
+    Z may be 0 (learned noise v1 takes no random input).
+    """
+
+    @nn.compact
+    def __call__(self, adapted: jax.Array, z: jax.Array) -> jax.Array:
+        channels = adapted.shape[-1]
+        x = jnp.concatenate([adapted, z], -1)
+        x = nn.relu(Dense(channels // 2, name='layer0')(x))
+        x = nn.relu(Dense(channels // 2, name='layer1')(x))
+        return Dense(channels, name='layer2')(x)

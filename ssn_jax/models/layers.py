@@ -1,0 +1,74 @@
+"""The layers every trained part is made of, initialised as the published implementation does."""
+
+import functools
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+# PyTorch's running-average factor of 0.1 is Flax's momentum of 0.9. Flax averages the biased
+# variance and PyTorch the unbiased one; over the positions of a batch (131,072 at 256x256, batch
+# 16 doubled) they differ by less than one part in 100,000.
+BatchNorm = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5, use_fast_variance=False)
+
+
+def _torch_bias(fan_in: int):
+    """PyTorch's default bias initialiser: uniform in ±1/sqrt(fan_in)."""
+    bound = fan_in**-0.5
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+class Dense(nn.Module):
+    """A 1x1 convolution on channels-last input (..., C) -> (..., features)."""
+
+    features: int
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param(
+            'kernel', nn.initializers.xavier_normal(), (x.shape[-1], self.features)
+        )
+        if not self.use_bias:
+            return x @ kernel
+        return x @ kernel + self.param('bias', _torch_bias(x.shape[-1]), (self.features,))
+
+
+def conv2d(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A convolution of x (N, H, W, C) with kernel (k, k, C, D), odd k, zero padding, stride 1.
+
+    XLA's convolution runs on a single thread inside a scan on the CPU (7 times slower than
+    outside, 13 times slower with its gradient), matrix products do not. So there it is written as
+    one product per kernel row, whose k results are shifted and added.
+    """
+    if jax.default_backend() != 'cpu':
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+        )
+    size, half, channels = kernel.shape[0], kernel.shape[0] // 2, kernel.shape[-1]
+    height, width = x.shape[1:3]
+    out = 0.0
+    for i in range(size):
+        y = x @ kernel[i].transpose(1, 0, 2).reshape(x.shape[-1], -1)
+        y = jnp.pad(y, ((0, 0), (half, half), (half, half), (0, 0)))[:, i : i + height]
+        for j in range(size):
+            out += y[:, :, j : j + width, j * channels : (j + 1) * channels]
+    return out
+
+
+class Conv(nn.Module):
+    """A size x size convolution of (N, H, W, C) to (N, H, W, features), zero padding, stride 1."""
+
+    features: int
+    size: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = self.param('kernel', nn.initializers.xavier_normal(), shape)
+        bias = self.param('bias', _torch_bias(self.size**2 * x.shape[-1]), (self.features,))
+        return conv2d(x, kernel) + bias

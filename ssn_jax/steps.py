@@ -1,0 +1,255 @@
+"""Train steps: pure functions `(state, batch, key) -> (state, metrics)`.
+
+A batch is a dict; `batch['layers']` holds the frozen backbone's outputs (N, H_i, W_i, C_i) at
+their own grids. The two players of learned noise never share a gradient: each has its own
+`jax.grad` with the other's parameters held constant.
+"""
+
+from collections.abc import Callable
+import math
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from ssn_jax import losses, synthesis
+from ssn_jax.models import features as features_lib
+from ssn_jax.models.heads import NoiseGenerator
+from ssn_jax.models.supersimplenet import SuperSimpleNet
+
+
+@struct.dataclass
+class TrainState:
+    """Everything a step reads and writes; a pytree of arrays.
+
+    Attributes:
+      step: batches seen so far, int32.
+      params: the discriminator's parameters: adaptor and heads.
+      batch_stats: running averages of its BatchNorms.
+      opt_state: its optimiser's state.
+      generator: the noise generator's parameters, {} for static noise.
+      generator_opt_state: its optimiser's state, () for static noise.
+    """
+
+    step: jax.Array
+    params: dict
+    batch_stats: dict
+    opt_state: optax.OptState
+    generator: dict
+    generator_opt_state: optax.OptState
+
+
+def build_network(config: ml_collections.ConfigDict) -> SuperSimpleNet:
+    """The trained network a config describes."""
+    return SuperSimpleNet(config.adaptor, config.adapt_cls_features)
+
+
+def discriminator_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """AdamW with one rate and weight decay for the adaptor and one for the heads.
+
+    The rates' drops are applied by `learning_rate_factor`, since they follow the epochs and not
+    the number of updates a player has had.
+    """
+    o = config.optimizer
+    return optax.multi_transform(
+        {
+            'adaptor': optax.adamw(o.adaptor_learning_rate, weight_decay=o.adaptor_weight_decay),
+            'heads': optax.adamw(o.heads_learning_rate, weight_decay=o.heads_weight_decay),
+        },
+        lambda params: {
+            part: jax.tree.map(lambda _: 'adaptor' if part == 'adaptor' else 'heads', tree)
+            for part, tree in params.items()
+        },
+    )
+
+
+def generator_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """The noise generator's AdamW."""
+    return optax.adamw(config.noise.learning_rate, weight_decay=0.0)
+
+
+def learning_rate_factor(config: ml_collections.ConfigDict, steps_per_epoch: int) -> Callable:
+    """The factor on every learning rate as a function of the step.
+
+    A fraction of the epochs that is no whole number of them takes effect at the next epoch.
+    """
+    o = config.optimizer
+    boundaries = {math.ceil(d * config.epochs) * steps_per_epoch: o.drop_factor for d in o.drops}
+    return optax.piecewise_constant_schedule(1.0, boundaries)
+
+
+def init_state(config: ml_collections.ConfigDict, key: jax.Array, channels: int) -> TrainState:
+    """A fresh state for features of `channels` channels."""
+    k_network, k_generator = jax.random.split(key)
+    grid = jnp.zeros((1, 8, 8, channels))
+    variables = build_network(config).init(k_network, grid)
+    generator, generator_opt_state = {}, ()
+    if config.noise.kind == 'learned':
+        z = jnp.zeros((1, 8, 8, config.noise.z_dim))
+        generator = NoiseGenerator().init(k_generator, grid, z)['params']
+        generator_opt_state = generator_optimizer(config).init(generator)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=variables['params'],
+        batch_stats=variables['batch_stats'],
+        opt_state=discriminator_optimizer(config).init(variables['params']),
+        generator=generator,
+        generator_opt_state=generator_opt_state,
+    )
+
+
+def make_noise(config: ml_collections.ConfigDict) -> Callable:
+    """`noise(generator, adapted, key)`: noise for adapted features, both (N, H, W, C)."""
+    settings = config.noise
+
+    def static(generator, adapted, key):
+        del generator
+        return synthesis.static_noise(key, adapted.shape, settings.std)
+
+    def learned(generator, adapted, key):
+        z = jax.random.normal(key, (*adapted.shape[:-1], settings.z_dim))
+        raw = NoiseGenerator().apply({'params': generator}, jax.lax.stop_gradient(adapted), z)
+        return synthesis.bounded_noise(raw, settings.beta if settings.bounded else None)
+
+    return learned if settings.kind == 'learned' else static
+
+
+def make_loss(config: ml_collections.ConfigDict) -> Callable:
+    """The loss of both players, as a function of both players' parameters.
+
+    Returns:
+      `loss(params, generator, batch_stats, batch, key) -> (loss, (terms, batch_stats))`, where
+      the loss is the discriminator's (L_D), `terms` holds its parts, the mean square of the noise
+      and the generator's loss L_G = -L_D + penalty * mean(noise^2).
+    """
+    network = build_network(config)
+    noise_fn = make_noise(config)
+
+    def loss_fn(params, generator, batch_stats, batch, key):
+        k_mask, k_noise = jax.random.split(key)
+        features = features_lib.upscale_pool(batch['layers'])
+        variables = {'params': params, 'batch_stats': batch_stats}
+        adapted, updates = network.apply(
+            variables, features, train=True, method='adapt', mutable=['batch_stats']
+        )
+        adapted, features = synthesis.double(adapted), synthesis.double(features)
+        n, height, width, _ = features.shape
+        mask = batch.get('synthetic_mask')
+        if mask is None:
+            mask = synthesis.perlin_masks(
+                k_mask, n, (height, width), config.perlin.threshold, config.perlin.empty
+            )
+        noise = batch.get('noise')
+        if noise is None:
+            noise = noise_fn(generator, adapted, k_noise)
+        labels = mask.max((1, 2, 3))
+        variables = {'params': params, 'batch_stats': {**batch_stats, **updates['batch_stats']}}
+        (logits, scores), updates = network.apply(
+            variables,
+            adapted + noise * mask,
+            features + noise * mask,
+            train=True,
+            stop_map_gradient=True,
+            method='discriminate',
+            mutable=['batch_stats'],
+        )
+        loss, terms = losses.discriminator_loss(logits, scores, mask, labels)
+        power = jnp.mean(noise**2)
+        terms |= {
+            'loss': loss,
+            'noise_rms': jnp.sqrt(power),
+            'generator_loss': -loss + config.noise.penalty * power,
+        }
+        batch_stats = {**variables['batch_stats'], **updates['batch_stats']}
+        return loss, (terms, batch_stats)
+
+    return loss_fn
+
+
+def make_step(config: ml_collections.ConfigDict, steps_per_epoch: int) -> Callable:
+    """The step of the game a config describes: `step(state, batch, key) -> (state, metrics)`.
+
+    Static noise: the discriminator alone. Learned noise: `discriminator_steps` updates of the
+    discriminator, then one of the generator (0: both on every step, each by its own gradient).
+    """
+    loss_fn = make_loss(config)
+    factor_fn = learning_rate_factor(config, steps_per_epoch)
+    d_optimizer, g_optimizer = discriminator_optimizer(config), generator_optimizer(config)
+
+    def generator_loss(generator, params, batch_stats, batch, key):
+        _, (terms, _) = loss_fn(params, generator, batch_stats, batch, key)
+        return terms['generator_loss'], terms
+
+    def update_discriminator(state, batch, key):
+        grads, (terms, batch_stats) = jax.grad(loss_fn, has_aux=True)(
+            state.params, state.generator, state.batch_stats, batch, key
+        )
+        updates, opt_state = d_optimizer.update(grads, state.opt_state, state.params)
+        factor = factor_fn(state.step)
+        params = jax.tree.map(lambda p, u: p + factor * u, state.params, updates)
+        return state.replace(params=params, batch_stats=batch_stats, opt_state=opt_state), terms
+
+    def update_generator(state, batch, key):
+        grads, terms = jax.grad(generator_loss, has_aux=True)(
+            state.generator, state.params, state.batch_stats, batch, key
+        )
+        updates, opt_state = g_optimizer.update(grads, state.generator_opt_state, state.generator)
+        factor = factor_fn(state.step)
+        generator = jax.tree.map(lambda p, u: p + factor * u, state.generator, updates)
+        return state.replace(generator=generator, generator_opt_state=opt_state), terms
+
+    def step(state, batch, key):
+        if config.noise.kind == 'static':
+            state, terms = update_discriminator(state, batch, key)
+        elif config.noise.discriminator_steps == 0:
+            moved, _ = update_generator(state, batch, key)
+            state, terms = update_discriminator(state, batch, key)
+            state = state.replace(
+                generator=moved.generator, generator_opt_state=moved.generator_opt_state
+            )
+        else:
+            period = config.noise.discriminator_steps + 1
+            state, terms = jax.lax.cond(
+                state.step % period == period - 1,
+                update_generator,
+                update_discriminator,
+                state,
+                batch,
+                key,
+            )
+        return state.replace(step=state.step + 1), terms
+
+    return step
+
+
+def make_epoch(config: ml_collections.ConfigDict, images: int) -> tuple[Callable, int]:
+    """One epoch as one compiled call.
+
+    Args:
+      config: the run's config.
+      images: how many training images there are; the batch is never larger.
+
+    Returns:
+      `epoch(state, data, key) -> (state, metrics)`, which donates the state, draws batches
+      without replacement (what does not fill a batch is left out this time) and averages the
+      metrics; and the number of steps it makes.
+    """
+    batch_size = min(config.batch_size, images)
+    steps = images // batch_size
+    step = make_step(config, steps)
+
+    def epoch(state, data, key):
+        k_order, k_steps = jax.random.split(key)
+        order = jax.random.permutation(k_order, images)[: steps * batch_size]
+
+        def body(state, inputs):
+            indices, k = inputs
+            return step(state, jax.tree.map(lambda x: x[indices], data), k)
+
+        keys = jax.random.split(k_steps, steps)
+        state, metrics = jax.lax.scan(body, state, (order.reshape(steps, batch_size), keys))
+        return state, jax.tree.map(jnp.mean, metrics)
+
+    return jax.jit(epoch, donate_argnums=0), steps

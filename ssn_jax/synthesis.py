@@ -1,0 +1,97 @@
+"""Anomalies in feature space: where they are (Perlin masks) and what they are (noise).
+
+Everything is a pure function of a key and runs inside jit, random scales included.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ssn_jax.models.features import resize
+
+MAX_LOG2_SCALE = 5
+
+
+def perlin_noise(
+    angles: jax.Array, scale: tuple[jax.Array, jax.Array], size: tuple[int, int]
+) -> jax.Array:
+    """Gradient noise on a grid (Perlin, "An image synthesizer", SIGGRAPH 1985).
+
+    Args:
+      angles: directions of the lattice's unit gradients in radians, at least
+        (scale[0] + 1, scale[1] + 1); what lies beyond is not read.
+      scale: lattice cells per axis, integers that may be traced; they divide `size`.
+      size: height and width of the grid.
+
+    Returns:
+      (H, W), about in [-1, 1]; 0 at every lattice point.
+    """
+
+    def axis(n: int, cells: jax.Array):
+        position = jnp.arange(n) * cells / n
+        cell = jnp.floor(position).astype(jnp.int32)
+        t = position - cell
+        return cell, t, t**3 * (t * (t * 6 - 15) + 10)
+
+    (i, y, fade_y), (j, x, fade_x) = axis(size[0], scale[0]), axis(size[1], scale[1])
+    gradients = jnp.stack([jnp.cos(angles), jnp.sin(angles)], -1)
+
+    def corner(di: int, dj: int) -> jax.Array:
+        g = gradients[(i + di)[:, None], (j + dj)[None, :]]
+        return g[..., 0] * (y - di)[:, None] + g[..., 1] * (x - dj)[None, :]
+
+    def lerp(a, b, t):
+        return a + t * (b - a)
+
+    left = lerp(corner(0, 0), corner(1, 0), fade_y[:, None])
+    right = lerp(corner(0, 1), corner(1, 1), fade_y[:, None])
+    return np.sqrt(2.0) * lerp(left, right, fade_x[None, :])
+
+
+def perlin_masks(
+    key: jax.Array, n: int, size: tuple[int, int], threshold: float, empty: float = 0.5
+) -> jax.Array:
+    """Random anomaly masks at feature resolution (Rolih et al., ICPR 2024, section III-B).
+
+    Each image draws a lattice scale 2^k per axis, k uniform in 0..5 (never finer than the grid).
+    Grids that are no power of two are drawn at the next power of two per axis and resized
+    bilinearly before thresholding.
+
+    Args:
+      key: PRNG key.
+      n: number of masks.
+      size: height and width of the grid.
+      threshold: noise above it is anomalous.
+      empty: probability of an empty mask.
+
+    Returns:
+      (n, H, W, 1) float32, 0 or 1.
+    """
+    drawn = tuple(1 << (s - 1).bit_length() for s in size)
+    finest = [min(MAX_LOG2_SCALE, d.bit_length() - 1) for d in drawn]
+    k_rows, k_columns, k_angles, k_empty = jax.random.split(key, 4)
+    rows = 2 ** jax.random.randint(k_rows, (n,), 0, finest[0] + 1)
+    columns = 2 ** jax.random.randint(k_columns, (n,), 0, finest[1] + 1)
+    shape = (n, 2 ** finest[0] + 1, 2 ** finest[1] + 1)
+    angles = jax.random.uniform(k_angles, shape, maxval=2 * np.pi)
+    noise = jax.vmap(lambda a, r, c: perlin_noise(a, (r, c), drawn))(angles, rows, columns)
+    noise = noise[..., None]
+    if drawn != tuple(size):
+        noise = resize(noise, size)
+    kept = jax.random.bernoulli(k_empty, 1.0 - empty, (n, 1, 1, 1))
+    return ((noise > threshold) & kept).astype(jnp.float32)
+
+
+def static_noise(key: jax.Array, shape: tuple[int, ...], std: float) -> jax.Array:
+    """Gaussian noise N(0, std^2) of the given shape (N, H, W, C), in the features' own unit."""
+    return std * jax.random.normal(key, shape)
+
+
+def bounded_noise(raw: jax.Array, beta: float | None) -> jax.Array:
+    """A generator's raw output (N, H, W, C) as noise: beta * tanh(raw), or raw without a bound."""
+    return raw if beta is None else beta * jnp.tanh(raw)
+
+
+def double(x: jax.Array) -> jax.Array:
+    """Two copies of a batch along the first axis: (N, ...) -> (2N, ...)."""
+    return jnp.concatenate([x, x])
