@@ -4,6 +4,7 @@ A config only sets values: the code branches on fields, never on a config's name
 """
 
 import json
+import math
 import pathlib
 
 import ml_collections
@@ -64,6 +65,7 @@ def default_config() -> ml_collections.ConfigDict:
     checkpoint.every = 10  # Epochs between checkpoints; one is written at the end in any case.
     checkpoint.keep = 2  # How many are kept.
 
+    config.sparse = True  # Train at the cost of what is new; False: the direct form, its equal.
     config.eval_batch_size = 8  # Test images per step and device.
     return config
 
@@ -82,7 +84,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         require(config[flag] >= 1, flag, 'it must be at least 1')
     size = config.image_size
     require(
-        len(size) == 2 and all(32 <= s <= 4096 for s in size),
+        len(size) == 2 and all(isinstance(s, int) and 32 <= s <= 4096 for s in size),
         'image_size',
         'it is (height, width), each 32 to 4096 pixels',
     )
@@ -90,12 +92,19 @@ def validate(config: ml_collections.ConfigDict) -> None:
     require(config.noise.kind in ('static', 'learned'), 'noise.kind', 'it is static or learned')
     for flag in ('noise.std', 'noise.beta', 'noise.penalty', 'noise.z_dim'):
         group, field = flag.split('.')
-        require(config[group][field] >= 0, flag, 'it must not be negative')
+        value = config[group][field]
+        require(0 <= value < math.inf, flag, 'it must be a number and not negative')
+    for field, value in config.optimizer.items():
+        if field != 'drops':
+            flag = f'optimizer.{field}'
+            require(0 <= value < math.inf, flag, 'it must be a number and not negative')
+    require(0 <= config.seed < 2**32, 'seed', 'it must be in 0..2**32-1')
     require(config.noise.discriminator_steps >= 0, 'noise.discriminator_steps', 'at least 0')
     require(0 <= config.perlin.empty < 1, 'perlin.empty', 'it is a probability below 1')
     drops = config.optimizer.drops
     require(
-        list(drops) == sorted(drops) and all(0 < d <= 1 for d in drops),
+        all(isinstance(d, float | int) and 0 < d <= 1 for d in drops)
+        and list(drops) == sorted(drops),
         'optimizer.drops',
         'they are rising fractions of the epochs in 0..1',
     )

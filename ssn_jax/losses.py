@@ -68,3 +68,19 @@ def discriminator_loss(
         'score_focal': focal(scores, labels).mean(),
     }
     return sum(terms.values()), terms
+
+
+def generator_terms(
+    loss: jax.Array, power: jax.Array, penalty: float
+) -> dict[str, jax.Array]:
+    """What the noise generator is judged by: L_G = -L_D + penalty * mean(noise^2).
+
+    Args:
+      loss: the discriminator's loss L_D.
+      power: mean square of the noise over the positions where it is added. Masks do not depend on
+        the features, so this estimates the mean over all positions, and nothing needs to be
+        generated where it is not used.
+      penalty: weight of the magnitude.
+    """
+    root = jnp.sqrt(jnp.maximum(jax.lax.stop_gradient(power), 0.0))
+    return {'loss': loss, 'noise_rms': root, 'generator_loss': -loss + penalty * power}

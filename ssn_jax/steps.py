@@ -18,6 +18,7 @@ from ssn_jax import losses, synthesis
 from ssn_jax.models import features as features_lib
 from ssn_jax.models.heads import NoiseGenerator
 from ssn_jax.models.supersimplenet import SuperSimpleNet
+from ssn_jax.sparse_loss import make_sparse_loss
 
 
 @struct.dataclass
@@ -116,8 +117,28 @@ def make_noise(config: ml_collections.ConfigDict) -> Callable:
     return learned if settings.kind == 'learned' else static
 
 
-def make_loss(config: ml_collections.ConfigDict) -> Callable:
+def make_masks(config: ml_collections.ConfigDict) -> Callable:
+    """`masks(key, n, size)`: where anomalies are put, (n, *size, 1)."""
+    perlin = config.perlin
+    return lambda key, n, size: synthesis.perlin_masks(
+        key, n, size, perlin.threshold, perlin.empty
+    )
+
+
+def make_loss(
+    config: ml_collections.ConfigDict,
+    masks_fn: Callable | None = None,
+    noise_fn: Callable | None = None,
+) -> Callable:
     """The loss of both players, as a function of both players' parameters.
+
+    Args:
+      config: the run's config.
+      masks_fn: `(key, n, size) -> masks`; None is the config's, as `make_masks` returns it.
+      noise_fn: `(generator, adapted, key) -> noise`; None is the config's.
+
+    The direct form, which reads like the publication; with `config.sparse` the step uses
+    `sparse_loss.make_sparse_loss`, its equal at a fraction of the cost.
 
     Returns:
       `loss(params, generator, batch_stats, batch, key) -> (loss, (terms, batch_stats))`, where
@@ -125,7 +146,8 @@ def make_loss(config: ml_collections.ConfigDict) -> Callable:
       and the generator's loss L_G = -L_D + penalty * mean(noise^2).
     """
     network = build_network(config)
-    noise_fn = make_noise(config)
+    masks_fn = masks_fn or make_masks(config)
+    noise_fn = noise_fn or make_noise(config)
 
     def loss_fn(params, generator, batch_stats, batch, key):
         k_mask, k_noise = jax.random.split(key)
@@ -136,14 +158,8 @@ def make_loss(config: ml_collections.ConfigDict) -> Callable:
         )
         adapted, features = synthesis.double(adapted), synthesis.double(features)
         n, height, width, _ = features.shape
-        mask = batch.get('synthetic_mask')
-        if mask is None:
-            mask = synthesis.perlin_masks(
-                k_mask, n, (height, width), config.perlin.threshold, config.perlin.empty
-            )
-        noise = batch.get('noise')
-        if noise is None:
-            noise = noise_fn(generator, adapted, k_noise)
+        mask = masks_fn(k_mask, n, (height, width))
+        noise = noise_fn(generator, adapted, k_noise)
         labels = mask.max((1, 2, 3))
         variables = {'params': params, 'batch_stats': {**batch_stats, **updates['batch_stats']}}
         (logits, scores), updates = network.apply(
@@ -156,25 +172,26 @@ def make_loss(config: ml_collections.ConfigDict) -> Callable:
             mutable=['batch_stats'],
         )
         loss, terms = losses.discriminator_loss(logits, scores, mask, labels)
-        power = jnp.mean(noise**2)
-        terms |= {
-            'loss': loss,
-            'noise_rms': jnp.sqrt(power),
-            'generator_loss': -loss + config.noise.penalty * power,
-        }
+        power = losses.mean_where(noise**2, mask)
+        terms |= losses.generator_terms(loss, power, config.noise.penalty)
         batch_stats = {**variables['batch_stats'], **updates['batch_stats']}
         return loss, (terms, batch_stats)
 
     return loss_fn
 
 
-def make_step(config: ml_collections.ConfigDict, steps_per_epoch: int) -> Callable:
+def make_step(
+    config: ml_collections.ConfigDict, steps_per_epoch: int, loss_fn: Callable | None = None
+) -> Callable:
     """The step of the game a config describes: `step(state, batch, key) -> (state, metrics)`.
 
     Static noise: the discriminator alone. Learned noise: `discriminator_steps` updates of the
     discriminator, then one of the generator (0: both on every step, each by its own gradient).
+    `loss_fn` replaces the config's.
     """
-    loss_fn = make_loss(config)
+    if loss_fn is None:
+        make = make_sparse_loss if config.sparse else make_loss
+        loss_fn = make(config, make_masks(config), make_noise(config))
     factor_fn = learning_rate_factor(config, steps_per_epoch)
     d_optimizer, g_optimizer = discriminator_optimizer(config), generator_optimizer(config)
 

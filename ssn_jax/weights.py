@@ -158,7 +158,9 @@ def download(name: str) -> pathlib.Path:
         try:
             path = huggingface_hub.hf_hub_download(**where, local_files_only=True)
         except Exception:  # Not cached, for whatever reason: ask the network.
-            path = huggingface_hub.hf_hub_download(**where, etag_timeout=3)
+            # Asked once first: the download itself would retry for half a minute or longer.
+            huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(**where), timeout=5)
+            path = huggingface_hub.hf_hub_download(**where)
     except Exception as e:  # The client raises network errors of several libraries.
         raise UserError(
             f'the weights {repository} are neither cached nor can they be fetched '

@@ -2,6 +2,7 @@
 
 import functools
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,31 @@ def normalise(images: jax.Array) -> jax.Array:
     """Scales RGB images (N, H, W, 3) in 0..255 to ImageNet's mean 0 and standard deviation 1."""
     mean, std = jnp.array(IMAGENET_MEAN), jnp.array(IMAGENET_STD)
     return (images.astype(jnp.float32) / 255.0 - mean) / std
+
+
+def extract_layers(
+    backbone: nn.Module, variables: dict, images: np.ndarray, batch_size: int = 16
+) -> tuple[jax.Array, ...]:
+    """Frozen features of a whole split, computed once and left on the device.
+
+    Args:
+      backbone: maps normalised images (N, H, W, 3) to its stages' outputs.
+      variables: its parameters and statistics.
+      images: uint8 RGB (N, H, W, 3).
+      batch_size: images at a time.
+
+    Returns:
+      layer2 and layer3 (N, H_i, W_i, C_i) at their own grids: an eighth of the feature grid's
+      memory.
+    """
+    run = jax.jit(lambda v, x: backbone.apply(v, normalise(x))[1:])
+    parts = []
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
+        padding = batch_size - len(batch)
+        padded = np.pad(batch, ((0, padding), (0, 0), (0, 0), (0, 0)))
+        parts.append([x[: len(batch)] for x in run(variables, padded)])
+    return tuple(jnp.concatenate(layer) for layer in zip(*parts, strict=True))
 
 
 @functools.cache

@@ -1,0 +1,44 @@
+# `make demo` and `make test` need Python 3.11 or newer, and nothing installed before them.
+# Another interpreter: make test PYTHON=/path/to/python3. Another demo: make demo DEMO_FLAGS=...
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO_FLAGS ?= --config.epochs=4 --config.batch_size=16
+
+.PHONY: demo test lint clean
+
+# Trains Mod 2 on the embedded data set and measures it.
+demo: $(STAMP)
+	$(BIN)/python -m ssn_jax.main --config configs/mod2.py $(DEMO_FLAGS)
+
+# The quick tests first: they tell most of what is wrong within a minute.
+test: $(STAMP)
+	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The environment, made anew whenever what it holds changes. A command such as python3.12 may exist
+# and still not run, hence the trial. -qq: pip is heard only when it fails.
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@for python in $(PYTHON) python3.12 python3.11 python3.13 python3 python; do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    found=$$python; break; \
+	  fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo 'error: no Python 3.11 or newer found: install one, or name it with PYTHON=' >&2; \
+	  exit 1; \
+	fi; \
+	echo "Installing into $(VENV) with $$($$found --version): takes a minute or two."; \
+	$$found -m venv --clear $(VENV) && \
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[test]' && \
+	touch $@
+
+# Whatever can be made again; trained runs stay.
+clean:
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,67 @@
+"""Prediction over the local devices, and the metrics of a test split."""
+
+from collections.abc import Callable
+
+from flax import linen as nn
+import jax
+import numpy as np
+
+from ssn_jax import metrics
+from ssn_jax.data import Split
+from ssn_jax.models import features as features_lib
+
+
+def make_predictor(
+    backbone: nn.Module, network: nn.Module, batch_size: int
+) -> Callable[[dict, dict, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Compiled prediction, data-parallel with `jax.pmap` over all local devices.
+
+    Args:
+      backbone: the frozen feature extractor.
+      network: maps a feature grid to anomaly logits and score logits.
+      batch_size: images per device and call.
+
+    Returns:
+      `predict(backbone_variables, variables, images)` for uint8 RGB images (N, H, W, 3) of any N:
+      full-size anomaly logits (N, H, W) and score logits (N,), float32 on the host. The last
+      batch is padded; the padding is cut off again.
+    """
+    devices = jax.local_device_count()
+
+    def forward(backbone_variables, variables, images):
+        layers = backbone.apply(backbone_variables, features_lib.normalise(images))[1:]
+        logits, scores = network.apply(variables, features_lib.upscale_pool(layers))
+        return features_lib.full_size_map(logits, images.shape[1:3])[..., 0], scores
+
+    parallel = jax.pmap(forward, in_axes=(None, None, 0))
+
+    def predict(backbone_variables, variables, images):
+        # A small split on many devices needs no batch larger than its share.
+        per_device = min(batch_size, -(-len(images) // devices))
+        chunk = per_device * devices
+        maps, scores = [], []
+        for start in range(0, len(images), chunk):
+            part = images[start : start + chunk]
+            padded = np.zeros((chunk, *part.shape[1:]), part.dtype)
+            padded[: len(part)] = part
+            sharded = padded.reshape(devices, per_device, *part.shape[1:])
+            m, s = jax.device_get(parallel(backbone_variables, variables, sharded))
+            maps.append(m.reshape(chunk, *m.shape[2:])[: len(part)])
+            scores.append(s.reshape(chunk)[: len(part)])
+        return np.concatenate(maps), np.concatenate(scores)
+
+    return predict
+
+
+def evaluate(
+    maps: np.ndarray, scores: np.ndarray, split: Split
+) -> tuple[dict[str, float | None], dict[str, str]]:
+    """The seven metrics of predictions (N, H, W) and (N,) on a split.
+
+    Both are logits: every metric depends on their order alone, and a sigmoid in float32 would
+    tie what is confidently normal or anomalous.
+
+    Returns:
+      Values by metric name, None where undefined, and the reason for each None.
+    """
+    return metrics.evaluate(scores, maps, split.labels, split.masks, split.has_mask)

@@ -1,0 +1,198 @@
+"""The training loss at the cost of what is new.
+
+Equal to `steps.make_loss` in value and gradients (a test compares them parameter by parameter),
+with less work:
+
+- weights meet the frozen features at the backbone's own grids (`models/native.py`);
+- both copies of the doubled batch share their clean part, which is computed once;
+- noise is drawn, generated and projected only where its mask is 1, about an eighth of the
+  positions. The number of those is random and shapes are not, so there are two programs: one for
+  as many positions as a batch practically never exceeds, and one for all of them.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from ssn_jax import losses
+from ssn_jax.models import native
+from ssn_jax.models.features import feature_grid, upscale_pool
+from ssn_jax.models.layers import conv2d
+
+_EPSILON, _MOMENTUM, _SLOPE = 1e-5, 0.9, 0.2
+
+
+def make_sparse_loss(
+    config: ml_collections.ConfigDict, masks_fn: Callable, noise_fn: Callable
+) -> Callable:
+    """The loss of both players; arguments and result as of `steps.make_loss`.
+
+    Args:
+      config: the run's config.
+      masks_fn: `(key, n, size) -> masks`, (n, *size, 1).
+      noise_fn: `(generator, adapted, key) -> noise`, called with the K anomalous positions'
+        adapted features (K, C).
+    """
+    fraction, deviation = masked_fraction(masks_fn)
+
+    def loss_fn(params, generator, batch_stats, batch, key):
+        k_mask, k_noise = jax.random.split(key)
+        layers = batch['layers']
+        n, grid = 2 * len(layers[0]), feature_grid(layers)
+        mask = masks_fn(k_mask, n, grid)
+        # Five standard deviations of the mean over the batch's masks.
+        capacity = int(mask.size * min(1.0, fraction + 5 * deviation / np.sqrt(n)))
+
+        def run(capacity, params, generator):
+            return _loss(
+                config, params, generator, batch_stats, layers, mask, noise_fn, k_noise, capacity
+            )
+
+        return jax.lax.cond(
+            mask.sum() <= capacity,
+            lambda p, g: run(capacity, p, g),
+            lambda p, g: run(mask.size, p, g),
+            params,
+            generator,
+        )
+
+    return loss_fn
+
+
+def masked_fraction(masks_fn: Callable, n: int = 256, size: int = 32) -> tuple[float, float]:
+    """Mean and standard deviation, over images, of the share of positions that a mask covers."""
+    with jax.ensure_compile_time_eval():
+        masks = jax.jit(masks_fn, static_argnums=(1, 2))(jax.random.key(0), n, (size, size))
+        shares = np.asarray(masks).mean((1, 2, 3))
+    return float(shares.mean()), float(shares.std())
+
+
+def _loss(config, params, generator, batch_stats, layers, mask, noise_fn, key, capacity):
+    """Loss, terms and running averages, with at most `capacity` anomalous positions."""
+    n, (height, width) = len(layers[0]), mask.shape[1:3]
+    positions = n * height * width
+    flat = mask.reshape(-1)
+    # Anomalous positions of the doubled batch, and the same of the single one they stem from.
+    (where,) = jnp.nonzero(flat > 0, size=capacity, fill_value=0)
+    source = where % positions
+    valid = (jnp.arange(capacity) < flat.sum())[:, None]
+    # How many of a position's two copies are clean.
+    clean = 2.0 - flat[:positions] - flat[positions:]
+    stats = {}
+
+    def spread(values):
+        """Adds values (K, D) at the anomalous positions of an empty doubled batch."""
+        empty = jnp.zeros((2 * positions, values.shape[-1]))
+        return empty.at[where].add(values * valid).reshape(2 * n, height, width, -1)
+
+    adaptor = params['adaptor']
+    linear = config.adaptor == 'linear'
+    if linear:
+        weight, bias = adaptor['projection']['kernel'], adaptor['projection']['bias']
+    else:
+        adapted, stats['adaptor'] = _conv_adaptor(adaptor, batch_stats['adaptor'], layers)
+
+    # The noise, at the anomalous positions.
+    if config.noise.kind == 'learned' or not linear:
+        if linear:
+            rows = upscale_pool(layers).reshape(positions, -1)[source] @ weight + bias
+        else:
+            rows = adapted.reshape(positions, -1)[source]
+    else:
+        rows = jnp.zeros((capacity, weight.shape[1]))
+    noise = noise_fn(generator, rows, key) * valid
+
+    # Segmentation head: clean positions once, anomalous ones on top.
+    seg = params['seg_head']
+    w_hidden, b_hidden = seg['hidden']['kernel'], seg['hidden']['bias']
+    if linear:
+        hidden = native.project(layers, weight @ w_hidden) + (bias @ w_hidden + b_hidden)
+    else:
+        hidden = adapted @ w_hidden + b_hidden
+    hidden = hidden.reshape(positions, -1)
+    noisy = hidden[source] + noise @ w_hidden
+    total = 2 * positions
+    mean = (clean @ hidden + valid[:, 0] @ noisy) / total
+    variance = (clean @ (hidden - mean) ** 2 + valid[:, 0] @ (noisy - mean) ** 2) / total
+    stats['seg_head'] = {'norm': _running(batch_stats['seg_head']['norm'], mean, variance)}
+    gain = seg['norm']['scale'] * jax.lax.rsqrt(variance + _EPSILON)
+    offset = seg['norm']['bias'] - mean * gain
+
+    def head(x):
+        return jax.nn.leaky_relu(x * gain + offset, _SLOPE) @ seg['out']['kernel']
+
+    both = jnp.tile(head(hidden), (2, 1))
+    change = (head(noisy) - both[where]) * valid
+    logits = both.at[where].add(change).reshape(2 * n, height, width, 1)
+
+    # Classification head: the same split, and a true convolution of the map alone.
+    cls = params['cls_head']
+    kernel, b_conv = cls['conv']['kernel'], cls['conv']['bias']
+    k_features, k_map = kernel[:, :, :-1], kernel[:, :, -1:]
+    if not config.adapt_cls_features:
+        once = native.convolve(layers, k_features)
+    elif linear:
+        once = native.convolve(layers, jnp.einsum('ab,debo->deao', weight, k_features))
+        once += native.convolve_constant(bias, k_features, (height, width))
+    else:
+        once = conv2d(adapted, k_features)
+    x = jnp.concatenate([once, once]) + b_conv
+    x += conv2d(jax.lax.stop_gradient(logits), k_map)
+    x += _convolve_sparse(noise, where, k_features, (2 * n, height, width))
+    mean = x.mean((0, 1, 2))
+    variance = ((x - mean) ** 2).mean((0, 1, 2))
+    stats['cls_head'] = {'norm': _running(batch_stats['cls_head']['norm'], mean, variance)}
+    gain = cls['norm']['scale'] * jax.lax.rsqrt(variance + _EPSILON)
+    x = jax.nn.relu(x * gain + (cls['norm']['bias'] - mean * gain))
+    seen = jax.lax.stop_gradient(logits)
+    pooled = [x.max((1, 2)), x.mean((1, 2)), seen.max((1, 2)), seen.mean((1, 2))]
+    score = cls['score']
+    scores = (jnp.concatenate(pooled, -1) @ score['kernel'] + score['bias'])[:, 0]
+
+    loss, terms = losses.discriminator_loss(logits, scores, mask, mask.max((1, 2, 3)))
+    power = losses.mean_where(noise**2, valid)
+    terms |= losses.generator_terms(loss, power, config.noise.penalty)
+    return loss, (terms, stats)
+
+
+def _running(old, mean, variance):
+    return {
+        'mean': _MOMENTUM * old['mean'] + (1 - _MOMENTUM) * mean,
+        'var': _MOMENTUM * old['var'] + (1 - _MOMENTUM) * variance,
+    }
+
+
+def _conv_adaptor(params, batch_stats, layers):
+    """Scenario B's adaptor up to its non-linearity at native grids; its own batch statistics."""
+    x = native.convolve(layers, params['conv']['kernel']) + params['conv']['bias']
+    mean = x.mean((0, 1, 2))
+    variance = ((x - mean) ** 2).mean((0, 1, 2))
+    gain = params['norm']['scale'] * jax.lax.rsqrt(variance + _EPSILON)
+    adapted = jax.nn.relu(x * gain + (params['norm']['bias'] - mean * gain))
+    return adapted, {'norm': _running(batch_stats['norm'], mean, variance)}
+
+
+def _convolve_sparse(values, where, kernel, shape):
+    """The convolution of a grid (N, H, W, C) that holds values (K, C) at `where` and 0 elsewhere.
+
+    Each value reaches its k x k neighbours; what falls off the grid lands in a border that is cut
+    off again.
+    """
+    size, features = kernel.shape[0], kernel.shape[-1]
+    half = size // 2
+    n, height, width = shape
+    image, rest = where // (height * width), where % (height * width)
+    row, column = rest // width, rest % width
+    products = values @ kernel.transpose(2, 0, 1, 3).reshape(kernel.shape[2], -1)
+    products = products.reshape(len(values), size * size, features)
+    # Tap (i, j) of the value at p contributes to the output at p - (i, j) + half.
+    i, j = np.divmod(np.arange(size * size), size)
+    rows, columns = row[:, None] + (2 * half - i), column[:, None] + (2 * half - j)
+    padded = (height + 2 * half, width + 2 * half)
+    target = (image[:, None] * padded[0] + rows) * padded[1] + columns
+    out = jnp.zeros((n * padded[0] * padded[1], features)).at[target].add(products)
+    out = out.reshape(n, *padded, features)
+    return out[:, half : half + height, half : half + width]

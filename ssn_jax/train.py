@@ -1,0 +1,220 @@
+"""The main job: `train_and_evaluate(config, workdir)`, from records to results."""
+
+import csv
+import json
+import os
+import pathlib
+import time
+
+from absl import logging
+import jax
+import ml_collections
+import numpy as np
+import tqdm
+
+from ssn_jax import checkpoint, config as config_lib, data, evaluate, metrics, steps, weights
+from ssn_jax.errors import UserError
+from ssn_jax.models import features as features_lib, resnet
+
+
+def default_workdir(config: ml_collections.ConfigDict) -> pathlib.Path:
+    """Where a run goes unless the user says otherwise."""
+    where = 'embedded' if not config.data.root else config.data.name
+    return pathlib.Path('runs') / f'{config.name}-{where}-{config.data.category}-{config.seed}'
+
+
+def check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Raises UserError if the run can not start or resume in this folder; writes nothing."""
+    existing = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise UserError(f'{existing} is a file, no folder: choose another --workdir.')
+    if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+        raise UserError(f'{existing} is not writable: choose another --workdir.')
+    ours, written = config_lib.to_json(config), workdir / 'config.json'
+    if written.exists():
+        theirs = config_lib.to_json(config_lib.from_json(written))
+        if theirs != ours:
+            lines = set(theirs.splitlines()) ^ set(ours.splitlines())
+            fields = sorted({line.split('"')[1] for line in lines if '"' in line})
+            raise UserError(
+                f'{workdir} holds a run of another config (different: {", ".join(fields)}): '
+                'give this one its own --workdir, or delete that folder.'
+            )
+    elif workdir.is_dir() and any(workdir.iterdir()):
+        raise UserError(f'{workdir} is not empty and holds no run: choose another --workdir.')
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Replaces a file's content, so that a reader or a kill never meets half of it."""
+    temporary = path.with_name(path.name + '.tmp')
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+class Log:
+    """train.csv: one row of losses per epoch, without gaps or doubles after a resume."""
+
+    def __init__(self, path: pathlib.Path, epochs_done: int):
+        self.path = path
+        self.rows: list[dict[str, str]] = []
+        if path.exists():
+            with path.open(newline='') as f:
+                self.rows = [r for r in csv.DictReader(f) if int(r['epoch']) <= epochs_done]
+
+    def append(self, epoch: int, values: dict[str, float]) -> None:
+        """Adds an epoch's row and puts the file on disk."""
+        self.rows.append({'epoch': str(epoch)} | {k: f'{v:.6g}' for k, v in values.items()})
+        lines = [','.join(self.rows[0])] + [','.join(row.values()) for row in self.rows]
+        write_atomically(self.path, '\n'.join(lines) + '\n')
+
+    def history(self) -> dict[str, list[float]]:
+        """Columns by name."""
+        names = self.rows[0] if self.rows else {}
+        return {name: [float(row[name]) for row in self.rows] for name in names}
+
+
+def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
+    """Trains a config to its last epoch, or resumes it, and measures it there.
+
+    Args:
+      config: as `config.default_config` describes it.
+      workdir: receives config.json, train.csv, checkpoints/, results.json and figures/.
+
+    Returns:
+      What results.json holds.
+
+    Raises:
+      UserError: the config, the data, the weights or the workdir are of no use.
+    """
+    config_lib.validate(config)
+    check_workdir(config, workdir)
+    dataset = data.load(config.data, config.image_size)
+    if dataset.embedded:
+        logging.warning(
+            'No --config.data.root: this run uses the embedded, procedurally drawn %s images. '
+            'Its figures say nothing about a real data set.',
+            dataset.category,
+        )
+    backbone = resnet.BACKBONES.get(config.backbone.name)
+    backbone_variables, origin = weights.load_backbone(
+        config.backbone.name, config.backbone.weights, allow_random=dataset.embedded
+    )
+    logging.info('Backbone %s, weights: %s', config.backbone.name, origin)
+
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_atomically(workdir / 'config.json', config_lib.to_json(config))
+    except OSError as e:
+        raise UserError(
+            f'{workdir} can not be written ({e.strerror}): choose another --workdir.'
+        ) from None
+
+    started = time.time()
+    state, log, epoch_seconds = train(config, workdir, dataset.train, backbone, backbone_variables)
+    train_seconds = time.time() - started
+
+    network = steps.build_network(config)
+    predict = evaluate.make_predictor(backbone, network, config.eval_batch_size)
+    variables = {'params': state.params, 'batch_stats': state.batch_stats}
+    maps, scores = predict(backbone_variables, variables, dataset.test.images)
+    values, reasons = evaluate.evaluate(maps, scores, dataset.test)
+
+    results = {
+        'config': config.name,
+        'data': dataset.name,
+        'category': dataset.category,
+        'embedded': dataset.embedded,
+        'seed': config.seed,
+        'epochs': config.epochs,
+        'backbone': config.backbone.name,
+        'weights': origin,
+        'metrics': values,
+        'undefined': reasons,
+        'train_images': len(dataset.train.labels),
+        'test_images': len(dataset.test.labels),
+        'parameters': count(backbone_variables['params']) + count(state.params),
+        'train_seconds': round(train_seconds, 1),
+        'seconds_per_epoch': epoch_seconds,
+        'devices': f'{jax.local_device_count()} x {jax.devices()[0].device_kind}',
+    }
+    draw_figures(workdir / 'figures', results, dataset.test, maps, scores, log)
+    write_atomically(workdir / 'results.json', json.dumps(results, indent=2) + '\n')
+    return results
+
+
+def train(config, workdir, split, backbone, backbone_variables):
+    """Runs the epochs that are missing; returns the final state, the log and seconds per epoch."""
+    layers = features_lib.extract_layers(backbone, backbone_variables, split.images)
+    key = jax.random.key(config.seed)
+    k_init, k_epochs = jax.random.split(key)
+    channels = sum(x.shape[-1] for x in layers)
+    state = steps.init_state(config, k_init, channels)
+    manager = checkpoint.open_manager(workdir, config.checkpoint.keep)
+    done, state = checkpoint.restore(manager, state)
+    if done:
+        logging.info('Resuming %s after epoch %d', workdir, done)
+    log = Log(workdir / 'train.csv', done)
+    run_epoch, per_epoch = steps.make_epoch(config, len(split.images))
+    logging.info('%d images, %d steps per epoch', len(split.images), per_epoch)
+
+    times = []
+    progress = tqdm.tqdm(
+        range(done + 1, config.epochs + 1), 'epoch', initial=done, total=config.epochs
+    )
+    for epoch in progress:
+        began = time.time()
+        k = jax.random.fold_in(k_epochs, epoch)
+        with jax.transfer_guard('disallow'):
+            state, values = run_epoch(state, {'layers': layers}, k)
+        values = {name: float(v) for name, v in sorted(jax.device_get(values).items())}
+        times.append(time.time() - began)
+        log.append(epoch, values)
+        progress.set_postfix(loss=f'{values["loss"]:.4f}')
+        if epoch % config.checkpoint.every == 0 or epoch == config.epochs:
+            checkpoint.save(manager, epoch, state)
+    # The first epoch compiles.
+    return state, log, round(float(np.median(times[1:] or times)), 2) if times else None
+
+
+def count(params: dict) -> int:
+    """The number of scalars in a tree of parameters."""
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+def draw_figures(folder, results, split, maps, scores, log) -> None:
+    """Overlays of the best and worst test images, loss curves, ROC, PR and histogram."""
+    from ssn_jax import figures  # Matplotlib takes a second to import; only here is it needed.
+
+    data_name = 'embedded data' if results['embedded'] else results['data']
+    title = f'{results["config"]} · {results["category"]} ({data_name})'
+    masks = np.where(split.has_mask[:, None, None], split.masks, 0)
+    probabilities = 1 / (1 + np.exp(-np.clip(maps, -60, 60)))
+    figures.overlays(
+        folder / 'overlays.png',
+        split.images,
+        masks,
+        probabilities,
+        1 / (1 + np.exp(-np.clip(scores, -60, 60))),
+        split.labels,
+        split.files,
+        title,
+    )
+    figures.loss_curves(folder / 'losses.png', log.history(), title)
+    if results['metrics']['I-AUROC'] is not None:
+        figures.roc_curve(folder / 'roc.png', scores, split.labels, title)
+    if results['metrics']['AP-loc'] is not None:
+        known = split.has_mask
+        figures.pr_curve(folder / 'pixel_pr.png', maps[known], split.masks[known], title)
+    figures.score_histogram(folder / 'scores.png', scores, split.labels, title)
+
+
+def format_table(results: dict) -> str:
+    """The seven metrics as a table for the terminal."""
+    lines = []
+    for name in metrics.METRICS:
+        value = results['metrics'][name]
+        shown = f'{100 * value:6.2f} %' if value is not None else results['undefined'][name]
+        lines.append(f'  {name:12s} {shown}')
+    embedded = ', embedded data' if results['embedded'] else ''
+    head = f'{results["config"]} on {results["data"]} {results["category"]}{embedded}'
+    return '\n'.join([f'{head}, {results["epochs"]} epochs, seed {results["seed"]}', *lines])

@@ -1,0 +1,125 @@
+"""The rule by which the reference files' inputs and parameters are rebuilt.
+
+Every array follows from a name: its CRC-32 seeds a generator, which draws the array. Names and
+shapes of parameters are PyTorch's.
+"""
+
+import functools
+import pathlib
+import zlib
+
+from flax import traverse_util
+import jax
+import numpy as np
+
+from ssn_jax import weights
+from ssn_jax.models import resnet
+from ssn_jax.models.heads import NoiseGenerator
+from ssn_jax.models.supersimplenet import SuperSimpleNet
+
+FOLDER = pathlib.Path(__file__).parent / 'reference'
+
+
+def reference(name: str) -> dict[str, np.ndarray]:
+    """The arrays of a reference file."""
+    with np.load(FOLDER / f'{name}.npz') as arrays:
+        return dict(arrays)
+
+
+def relative_error(actual, expected) -> float:
+    """The largest difference, relative to the largest expected value; shapes must be equal."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape
+    return np.abs(actual - expected).max() / np.abs(expected).max()
+
+
+def draw_input(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """An input by its name."""
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def draw_parameter(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A parameter by its full PyTorch name, in PyTorch's layout."""
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    last = name.split('.')[-1]
+    if last == 'running_var':
+        value = rng.uniform(0.5, 1.5, shape)
+    elif last in ('running_mean', 'bias'):
+        value = 0.1 * rng.standard_normal(shape)
+    elif len(shape) == 1:
+        value = rng.uniform(0.5, 1.5, shape)
+    else:
+        value = rng.standard_normal(shape) * np.sqrt(1 / np.prod(shape[1:]))
+    return value.astype(np.float32)
+
+
+def torch_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """PyTorch's shape of the parameter `name`, whose shape here is `shape`."""
+    if len(shape) == 4:
+        return shape[3], shape[2], shape[0], shape[1]
+    if len(shape) == 2:  # A linear layer, or a 1x1 convolution.
+        return shape[::-1] if 'fc_score' in name else (*shape[::-1], 1, 1)
+    return shape
+
+
+def torch_layout(name: str, value) -> np.ndarray:
+    """A parameter of this project in PyTorch's layout."""
+    value = np.asarray(value)
+    if value.ndim == 4:
+        return value.transpose(3, 2, 0, 1)
+    return value.T.reshape(torch_shape(name, value.shape))
+
+
+def by_torch_name(variables: dict, name_of) -> dict[str, np.ndarray]:
+    """Variables as a PyTorch state_dict: arrays in PyTorch's layout by PyTorch's names."""
+    flat = traverse_util.flatten_dict(variables)
+    return {name_of(path): torch_layout(name_of(path), value) for path, value in flat.items()}
+
+
+def tensors(template: dict, name_of, prefix: str = '') -> dict[str, np.ndarray]:
+    """The rule's state_dict for a tree of shapes."""
+    flat = traverse_util.flatten_dict(template)
+    return {
+        name_of(path): draw_parameter(
+            prefix + name_of(path), torch_shape(name_of(path), leaf.shape)
+        )
+        for path, leaf in flat.items()
+    }
+
+
+def backbone_template(name: str) -> dict:
+    """The shapes of a backbone's variables."""
+    image = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
+    return jax.eval_shape(resnet.BACKBONES[name].init, jax.random.key(0), image)
+
+
+def backbone_tensors(name: str) -> dict[str, np.ndarray]:
+    """The rule's state_dict of a backbone."""
+    return tensors(backbone_template(name), weights.backbone_name, name + '/')
+
+
+@functools.cache
+def backbone(name: str) -> dict:
+    """The rule's variables of a backbone."""
+    return weights.port(
+        backbone_tensors(name), backbone_template(name), weights.backbone_name, 'the rule'
+    )
+
+
+def network(model: SuperSimpleNet, channels: int) -> dict:
+    """The rule's variables of adaptor and heads for features of `channels` channels."""
+    features = jax.ShapeDtypeStruct((1, 8, 8, channels), np.float32)
+    template = jax.eval_shape(model.init, jax.random.key(0), features)
+    return weights.port(
+        tensors(template, weights.head_name), template, weights.head_name, 'the rule'
+    )
+
+
+def generator(channels: int, z_dim: int) -> dict:
+    """The rule's variables of the noise generator."""
+    shapes = [jax.ShapeDtypeStruct((1, 8, 8, c), np.float32) for c in (channels, z_dim)]
+    template = jax.eval_shape(NoiseGenerator().init, jax.random.key(0), *shapes)
+    return weights.port(
+        tensors(template, weights.head_name), template, weights.head_name, 'the rule'
+    )

@@ -1,0 +1,214 @@
+"""Backbones, features, heads and generator against the published implementation's numbers."""
+
+import cv2
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rule
+
+from ssn_jax import synthesis
+from ssn_jax.models import features as features_lib
+from ssn_jax.models import layers, resnet
+from ssn_jax.models.heads import NoiseGenerator
+from ssn_jax.models.supersimplenet import SuperSimpleNet
+
+TOLERANCE = 1e-4  # Relative to an array's largest value.
+
+
+def count(variables):
+    """The number of parameters, running averages left out."""
+    return sum(x.size for x in jax.tree.leaves(variables['params']))
+
+
+def lax_conv(x, kernel):
+    """A convolution by XLA with explicit padding."""
+    pad = kernel.shape[0] // 2
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (1, 1),
+        ((pad, pad), (pad, pad)),
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        precision='highest',
+    )
+
+
+@pytest.mark.parametrize('name', sorted(resnet.BACKBONES))
+def test_backbone_matches_published_stages(name):
+    expected = rule.reference(f'backbone_{name}')
+    outputs = resnet.BACKBONES[name].apply(rule.backbone(name), expected['image'])
+    assert tuple(x.shape[-1] for x in outputs) == resnet.CHANNELS[name]
+    for stage, output in enumerate(outputs, 1):
+        assert rule.relative_error(output[..., :64], expected[f'layer{stage}']) < TOLERANCE
+
+
+@pytest.mark.parametrize('size, grid', [((64, 96), (8, 12)), ((65, 90), (9, 12)), ((33, 47), (5, 6))])
+def test_odd_image_sizes_are_rounded_up(size, grid):
+    image = jax.ShapeDtypeStruct((2, *size, 3), np.float32)
+    model = resnet.BACKBONES['resnet18']
+    outputs = jax.eval_shape(model.apply, rule.backbone_template('resnet18'), image)
+    assert outputs[1].shape == (2, *grid, 128)
+
+
+def test_upscale_pool_matches_published_features():
+    expected = rule.reference('upscale_pool')
+    features = features_lib.upscale_pool((expected['layer2'], expected['layer3']))
+    assert rule.relative_error(features, expected['features']) < TOLERANCE
+
+
+def test_full_size_map_matches_published_map():
+    expected = rule.reference('anomaly_map')
+    full = features_lib.full_size_map(expected['raw'], expected['full'].shape[1:3])
+    assert rule.relative_error(full, expected['full']) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    'file, backbone, model',
+    [
+        ('scenario_a', 'resnet18', SuperSimpleNet('linear', False)),
+        ('scenario_a_icpr', 'resnet18', SuperSimpleNet('linear', True)),
+        ('scenario_b', 'resnet18', SuperSimpleNet('conv', False)),
+        ('baseline_wrn50', 'wide_resnet50_2', SuperSimpleNet('linear', False)),
+    ],
+)
+def test_model_matches_published_model(file, backbone, model):
+    """Every array from the image to the full-size map and the score, and the parameter count."""
+    expected = rule.reference(f'model_{file}')
+    image = expected['image']
+    stages = resnet.BACKBONES[backbone].apply(rule.backbone(backbone), image)
+    features = features_lib.upscale_pool(stages[1:])
+    variables = rule.network(model, features.shape[-1])
+    adapted = model.apply(variables, features, method='adapt')
+    raw_map, score = model.apply(variables, features)
+    for name, actual in {
+        'features_head': features[..., :16],
+        'adapted_head': adapted[..., :16],
+        'raw_map': raw_map,
+        'score': score,
+        'anomaly_map': features_lib.full_size_map(raw_map, image.shape[1:3]),
+    }.items():
+        assert rule.relative_error(actual, expected[name]) < TOLERANCE, name
+    assert count(rule.backbone(backbone)) + count(variables) == expected['params']
+
+
+def test_generator_matches_published_generator():
+    expected = rule.reference('noise_generator_v2')
+    adapted, z = expected['adapted'], expected['z']
+    variables = rule.generator(adapted.shape[-1], z.shape[-1])
+    raw = NoiseGenerator().apply(variables, adapted, z)
+    assert rule.relative_error(raw[..., :64], expected['raw']) < TOLERANCE
+    noise = synthesis.bounded_noise(raw, 0.1)
+    assert rule.relative_error(noise[..., :64], expected['noise']) < TOLERANCE
+
+
+@pytest.mark.parametrize('backend', ['cpu', 'gpu'])
+@pytest.mark.parametrize(
+    'shape, size, channels',
+    [((1, 1, 1, 1), 3, 1), ((2, 3, 7, 4), 5, 6), ((3, 8, 5, 2), 1, 3), ((1, 2, 9, 5), 7, 2)],
+)
+def test_conv2d_is_xlas_convolution(monkeypatch, backend, shape, size, channels):
+    """Both ways of writing it, with their gradients, on grids smaller and larger than the kernel."""
+    monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+    x = rule.draw_input(f'conv_x{shape}', shape)
+    kernel = rule.draw_input(f'conv_k{shape}', (size, size, shape[-1], channels))
+    weights = rule.draw_input(f'conv_w{shape}', (*shape[:3], channels))
+    assert rule.relative_error(layers.conv2d(x, kernel), lax_conv(x, kernel)) < 1e-5
+    ours, xlas = (
+        jax.grad(lambda x, k, conv=conv: (conv(x, k) * weights).sum(), (0, 1))(x, kernel)
+        for conv in (layers.conv2d, lax_conv)
+    )
+    for actual, expected in zip(ours, xlas, strict=True):
+        assert rule.relative_error(actual, expected) < 1e-5
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    n=st.integers(1, 3),
+    grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    half=st.integers(0, 2),
+    seed=st.integers(0, 99),
+)
+def test_conv2d_on_any_shape(n, grid, half, seed):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((n, *grid, 3)).astype(np.float32)
+    kernel = rng.standard_normal((2 * half + 1, 2 * half + 1, 3, 2)).astype(np.float32)
+    np.testing.assert_allclose(layers.conv2d(x, kernel), lax_conv(x, kernel), atol=2e-5)
+
+
+@pytest.mark.parametrize('backend', ['cpu', 'gpu'])
+@pytest.mark.parametrize('i, j', [(0, 0), (0, 4), (4, 2), (3, 1)])
+def test_conv2d_shifts_and_fills_borders_with_zeros(monkeypatch, backend, i, j):
+    """A kernel that is 1 at one tap moves the image and lets zeros in from the border."""
+    monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+    x = rule.draw_input('border', (1, 6, 7, 1))
+    kernel = np.zeros((5, 5, 1, 1), np.float32)
+    kernel[i, j] = 1
+    expected = np.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)))[:, i : i + 6, j : j + 7]
+    np.testing.assert_allclose(layers.conv2d(x, kernel), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize('size_in, size_out', [((16, 24), (64, 96)), ((29, 80), (23, 116)), ((1, 3), (4, 5))])
+def test_resize_is_opencvs(size_in, size_out):
+    x = rule.draw_input('resize', (*size_in, 2))
+    expected = cv2.resize(x, size_out[::-1], interpolation=cv2.INTER_LINEAR)
+    np.testing.assert_allclose(features_lib.resize(x[None], size_out)[0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize('size', [(64, 96), (13, 40)])
+def test_blur_is_opencvs(size):
+    """At image size no resizing takes place: what remains is the blur with reflected edges."""
+    raw = rule.draw_input('blur', (1, *size, 1))
+    expected = cv2.GaussianBlur(raw[0, ..., 0], (25, 25), 4.0, borderType=cv2.BORDER_REFLECT_101)
+    np.testing.assert_allclose(features_lib.full_size_map(raw, size)[0, ..., 0], expected, atol=1e-5)
+
+
+def test_blur_of_a_map_smaller_than_its_kernel_keeps_a_constant():
+    flat = np.full((1, 2, 1, 1), 3.0, np.float32)
+    np.testing.assert_allclose(features_lib.full_size_map(flat, (5, 1)), 3.0, rtol=1e-5)
+
+
+def test_normalise_by_hand():
+    images = np.array([[[[0, 0, 0], [255, 255, 255], [124, 51, 102]]]], np.uint8)
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    expected = np.stack([-mean / std, (1 - mean) / std, (images[0, 0, 2] / 255 - mean) / std])
+    np.testing.assert_allclose(features_lib.normalise(images)[0, 0], expected, atol=1e-6)
+
+
+def test_extract_layers_does_not_depend_on_the_batch_size():
+    """7 images in batches of 3: the padded last batch gives the same rows as one batch of 7."""
+    images = np.random.default_rng(0).integers(0, 256, (7, 32, 48, 3), dtype=np.uint8)
+    model, variables = resnet.BACKBONES['resnet18'], rule.backbone('resnet18')
+    expected = model.apply(variables, features_lib.normalise(images))[1:]
+    extracted = features_lib.extract_layers(model, variables, images, batch_size=3)
+    assert len(extracted) == 2
+    for actual, layer in zip(extracted, expected, strict=True):
+        assert rule.relative_error(actual, layer) < 1e-5
+
+
+def test_stopped_map_gradient_keeps_the_score_out_of_the_segmentation_head():
+    model = SuperSimpleNet()
+    features = rule.draw_input('stop', (2, 8, 8, 12))
+    variables = rule.network(model, 12)
+
+    def score(params, stop):
+        scores = model.apply(
+            {**variables, 'params': params},
+            features,
+            features,
+            stop_map_gradient=stop,
+            method='discriminate',
+        )[1]
+        return jnp.sum(scores)
+
+    norms = {
+        stop: max(
+            float(jnp.abs(g).max())
+            for g in jax.tree.leaves(jax.jit(jax.grad(score), static_argnums=1)(variables['params'], stop)['seg_head'])
+        )
+        for stop in (True, False)
+    }
+    assert norms[True] == 0
+    assert norms[False] > 0

@@ -1,0 +1,429 @@
+"""Train steps: five published steps, the two players' gradients, the schedule, the epoch."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import rule
+
+from ssn_jax import losses, steps, weights
+from ssn_jax.config import default_config
+from ssn_jax.models import features as features_lib
+
+EPOCHS = 10
+PER_EPOCH = 7
+
+
+# Biases right before a BatchNorm, which takes them away again. Their gradients are rounding error
+# on both sides, which AdamW turns into steps of up to the learning rate in any direction.
+WITHOUT_EFFECT = {
+    'feature_adaptor.projection.bias': 1e-4,
+    'discriminator.seg.0.bias': 2e-4,
+    'discriminator.dec_head.0.bias': 2e-4,
+}
+
+
+def rule_state(config, channels):
+    """A train state whose parameters follow the rule of the reference files."""
+    variables = rule.network(steps.build_network(config), channels)
+    variables = jax.tree.map(jnp.asarray, variables)
+    generator, generator_opt_state = {}, ()
+    if config.noise.kind == 'learned':
+        generator = rule.generator(channels, config.noise.z_dim)['params']
+        generator = jax.tree.map(jnp.asarray, generator)
+        generator_opt_state = steps.generator_optimizer(config).init(generator)
+    return steps.TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=variables['params'],
+        batch_stats=variables['batch_stats'],
+        opt_state=steps.discriminator_optimizer(config).init(variables['params']),
+        generator=generator,
+        generator_opt_state=generator_opt_state,
+    )
+
+
+# Five steps of the published implementation
+
+
+@pytest.fixture
+def trajectory(monkeypatch):
+    """Expected numbers, the loss on the reference file's features, batch, config and state."""
+    expected = rule.reference('train_trajectory')
+    config = default_config()
+    config.epochs = 5
+    features = np.abs(rule.draw_input('train_features', (3, 16, 24, 384)))
+    noise = 0.015 * rule.draw_input('train_noise', (6, 16, 24, 384))
+    # The file gives the feature grid itself, not the backbone's layers it is made of.
+    monkeypatch.setattr(features_lib, 'upscale_pool', lambda layers: layers[0])
+    loss_fn = steps.make_loss(
+        config,
+        masks_fn=lambda key, n, size: jnp.asarray(expected['mask']),
+        noise_fn=lambda generator, adapted, key: jnp.asarray(noise),
+    )
+    state = rule_state(config, 384)
+    return expected, loss_fn, {'layers': (features,)}, config, state
+
+
+def test_first_step_matches_published_step(trajectory, monkeypatch):
+    """Map, score and loss of the first step, and the norm of every parameter's gradient."""
+    expected, loss_fn, batch, _, state = trajectory
+    seen = {}
+
+    def spy(logits, scores, mask, labels):
+        seen.update(map=logits, score=scores, labels=labels)
+        return published_loss(logits, scores, mask, labels)
+
+    published_loss = losses.discriminator_loss
+    monkeypatch.setattr(losses, 'discriminator_loss', spy)
+
+    def with_outputs(params):
+        loss, _ = loss_fn(params, {}, state.batch_stats, batch, jax.random.key(0))
+        return loss, dict(seen)
+
+    (loss, outputs), grads = jax.jit(jax.value_and_grad(with_outputs, has_aux=True))(state.params)
+    assert rule.relative_error(outputs['map'], expected['map_step1']) < 1e-4
+    assert rule.relative_error(outputs['score'], expected['score_step1']) < 1e-4
+    np.testing.assert_array_equal(outputs['labels'], expected['mask'].any((1, 2, 3)))
+    assert float(loss) == pytest.approx(expected['losses'][0], rel=1e-4)
+
+    grads = rule.by_torch_name({'params': grads}, weights.head_name)
+    norms = {k.split(':')[1]: float(v) for k, v in expected.items() if k.startswith('gradnorm:')}
+    assert norms.keys() == grads.keys()
+    for name, norm in norms.items():
+        tolerance = 1e-5 if name in WITHOUT_EFFECT else 0
+        assert np.linalg.norm(grads[name]) == pytest.approx(norm, rel=1e-4, abs=tolerance), name
+
+
+def test_five_steps_match_published_steps(trajectory):
+    """Every loss and learning rate on the way, every parameter and statistic at the end."""
+    expected, loss_fn, batch, config, state = trajectory
+    step = jax.jit(steps.make_step(config, 1, loss_fn))
+    factor = steps.learning_rate_factor(config, 1)
+    for i in range(5):
+        state, metrics = step(state, batch, jax.random.key(i))
+        assert float(metrics['loss']) == pytest.approx(expected['losses'][i], rel=1e-4)
+        if i < 4:  # After the last step no rate is needed any more.
+            rates = float(factor(state.step)) * np.array([1e-4, 2e-4, 2e-4])
+            np.testing.assert_allclose(rates, expected['lrs_after_step'][i], rtol=1e-6)
+
+    variables = {'params': state.params, 'batch_stats': state.batch_stats}
+    final = rule.by_torch_name(variables, weights.head_name)
+    names = {k.split(':')[1] for k in expected if k.startswith('norm:')}
+    assert names == final.keys()
+    for name, value in final.items():
+        norm, head = expected[f'norm:{name}'], expected[f'head:{name}']
+        assert np.linalg.norm(value) == pytest.approx(norm, rel=1e-3), name
+        ours = value.ravel()[: head.size]
+        if name in WITHOUT_EFFECT:  # Both sides may have gone the whole way, apart.
+            np.testing.assert_allclose(ours, head, atol=2 * 4.4 * WITHOUT_EFFECT[name])
+        else:
+            assert rule.relative_error(ours, head) < 1e-3, name
+
+
+# The two players of learned noise
+
+
+LAYERS = (
+    np.abs(rule.draw_input('layer2', (6, 4, 4, 8))),
+    np.abs(rule.draw_input('layer3', (6, 2, 2, 4))),
+)
+BATCH = {'layers': LAYERS}
+
+
+def game(kind, sparse=True, **noise):
+    """The config of a game on small features: 'static', 'v1' or 'v2'."""
+    config = default_config()
+    config.epochs = EPOCHS
+    config.sparse = sparse
+    if kind != 'static':
+        config.noise.kind = 'learned'
+    if kind == 'v1':
+        config.noise.update(bounded=False, z_dim=0, penalty=0.0, discriminator_steps=0)
+    config.noise.update(noise)
+    return config
+
+
+def same(a, b):
+    """Whether two trees are bit-identical."""
+    leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(x, y) for x, y in leaves)
+
+
+def flat(tree):
+    """A tree of arrays as one vector."""
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]).astype(np.float64)
+
+
+def gradient_used(opt_state):
+    """The gradient behind an AdamW's first update: its first moment is a tenth of it."""
+    moments = optax.tree_utils.tree_get_all_with_path(opt_state, 'mu')
+    return np.concatenate([flat(moment) for _, moment in moments]) / 0.1
+
+
+def config_loss(config):
+    """The loss that the config's step uses, made here."""
+    make = steps.make_sparse_loss if config.sparse else steps.make_loss
+    return make(config, steps.make_masks(config), steps.make_noise(config))
+
+
+@pytest.mark.parametrize('sparse', [True, False])
+@pytest.mark.parametrize('penalty', [0.0, 10.0])
+def test_generator_gradient_is_minus_the_discriminators_loss(sparse, penalty):
+    """A generator step follows -dL_D + penalty * d(mean noise^2), its only terms."""
+    config = game('v2', sparse, penalty=penalty)
+    loss_fn = config_loss(config)
+    state, key = rule_state(config, 12).replace(step=jnp.int32(3)), jax.random.key(3)
+
+    def loss_and_power(generator):
+        loss, (terms, _) = loss_fn(state.params, generator, state.batch_stats, BATCH, key)
+        power = (terms['generator_loss'] + loss) / penalty if penalty else 0.0 * loss
+        return jnp.stack([loss, power])
+
+    grads = jax.jit(jax.jacrev(loss_and_power))(state.generator)
+    of_loss, of_power = (flat(jax.tree.map(lambda g, i=i: g[i], grads)) for i in (0, 1))
+    assert np.linalg.norm(of_loss) > 1e-4
+
+    after, _ = jax.jit(steps.make_step(config, PER_EPOCH))(state, BATCH, key)
+    used = gradient_used(after.generator_opt_state)
+    assert rule.relative_error(used, -of_loss + penalty * of_power) < 1e-4
+    if penalty:  # Not the penalty alone, as where both players' gradients cancel.
+        assert np.linalg.norm(penalty * of_power) > 1e-4
+        assert rule.relative_error(used, penalty * of_power) > 1e-2
+
+
+@pytest.mark.parametrize('sparse', [True, False])
+def test_generator_gradient_is_that_of_finite_differences(sparse):
+    """Moving the generator along a gradient step's direction raises the discriminator's loss."""
+    config = game('v2', sparse, penalty=0.0, beta=0.5)
+    loss_fn, state = config_loss(config), rule_state(config, 12)
+
+    @jax.jit
+    def loss(generator):
+        return loss_fn(state.params, generator, state.batch_stats, BATCH, jax.random.key(3))[0]
+
+    grad = jax.jit(jax.grad(loss))(state.generator)
+    size = np.linalg.norm(flat(grad))
+    moved = [
+        loss(jax.tree.map(lambda p, g, s=s: p + s * g / size, state.generator, grad))
+        for s in (0.05, -0.05)
+    ]
+    assert float(moved[0] - moved[1]) / 0.1 == pytest.approx(size, rel=0.05)
+
+
+@pytest.mark.parametrize('sparse', [True, False])
+def test_three_discriminator_steps_then_one_generator_step(sparse):
+    """Eight steps; who does not move stays bit-identical, with statistics and optimiser."""
+    config = game('v2', sparse)
+    step = jax.jit(steps.make_step(config, PER_EPOCH))
+    state, movers = rule_state(config, 12), ''
+    for i in range(8):
+        before = state
+        state, metrics = step(state, BATCH, jax.random.key(i))
+        assert int(state.step) == i + 1
+        assert np.isfinite(flat(metrics)).all()
+        discriminator = [
+            not same(getattr(before, name), getattr(state, name))
+            for name in ('params', 'batch_stats', 'opt_state')
+        ]
+        generator = [
+            not same(getattr(before, name), getattr(state, name))
+            for name in ('generator', 'generator_opt_state')
+        ]
+        assert len(set(discriminator)) == 1 and len(set(generator)) == 1
+        movers += {(True, False): 'D', (False, True): 'G'}[discriminator[0], generator[0]]
+    assert movers == 'DDDGDDDG'
+
+
+@pytest.mark.parametrize('kind', ['static', 'v1', 'v2'])
+def test_discriminator_gradient_is_its_own(kind):
+    """On its step the discriminator follows dL_D, which is not zero; in v1 both players do."""
+    config = game(kind)
+    loss_fn = config_loss(config)
+    state, key = rule_state(config, 12), jax.random.key(0)
+    grads = jax.jit(jax.grad(lambda *a: loss_fn(*a)[0], (0, 1)))(
+        state.params, state.generator, state.batch_stats, BATCH, key
+    )
+    after, _ = jax.jit(steps.make_step(config, PER_EPOCH))(state, BATCH, key)
+    used = gradient_used(after.opt_state)
+    for part in ('adaptor', 'seg_head', 'cls_head'):
+        assert np.linalg.norm(flat(grads[0][part])) > 1e-4
+    assert rule.relative_error(used, flat(grads[0])) < 1e-4
+    assert not same(state.batch_stats, after.batch_stats)
+    if kind == 'v1':
+        assert np.linalg.norm(flat(grads[1])) > 1e-4
+        used = gradient_used(after.generator_opt_state)
+        assert rule.relative_error(used, -flat(grads[1])) < 1e-4
+        assert not same(state.generator, after.generator)
+    else:
+        assert same(state.generator, after.generator)
+
+
+def test_static_noise_has_no_generator():
+    state = steps.init_state(game('static'), jax.random.key(0), 12)
+    assert state.generator == {} and state.generator_opt_state == ()
+
+
+@pytest.mark.parametrize('kind', ['static', 'v2'])
+def test_same_key_same_step(kind):
+    config = game(kind)
+    step, state = jax.jit(steps.make_step(config, PER_EPOCH)), rule_state(config, 12)
+    first, again, other = (step(state, BATCH, jax.random.key(k)) for k in (0, 0, 1))
+    assert same(first, again)
+    assert not same(first, other)
+
+
+@pytest.mark.parametrize('beta', [0.05, 0.5])
+def test_learned_noise_stays_within_beta_and_depends_on_z(beta):
+    config = game('v2', beta=beta)
+    generator = jax.tree.map(lambda p: 30 * p, rule_state(config, 12).generator)
+    noise_fn = steps.make_noise(config)
+    adapted = rule.draw_input('adapted', (2, 8, 8, 12))
+    noise, other = (np.asarray(noise_fn(generator, adapted, jax.random.key(k))) for k in (0, 1))
+    assert beta * 0.99 < np.abs(noise).max() <= np.float32(beta)
+    assert np.abs(noise - other).max() > 0.1 * beta
+
+
+def test_noise_does_not_teach_the_adaptor_through_the_generator():
+    config = game('v2')
+    noise_fn, generator = steps.make_noise(config), rule_state(config, 12).generator
+    adapted = rule.draw_input('adapted', (2, 8, 8, 12))
+    grad = jax.grad(lambda a: noise_fn(generator, a, jax.random.key(0)).sum())(adapted)
+    assert not np.any(grad)
+
+
+# Learning rates and epochs
+
+
+def test_learning_rates_drop_with_the_epochs():
+    factor = steps.learning_rate_factor(game('static'), PER_EPOCH)
+    factors = [float(factor(jnp.int32(i))) for i in range(EPOCHS * PER_EPOCH)]
+    expected = [1.0] * (8 * PER_EPOCH) + [0.4] * PER_EPOCH + [0.16] * PER_EPOCH
+    np.testing.assert_allclose(factors, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize('epochs', [*range(5, 301, 5), 7, 33])
+def test_drops_begin_with_the_first_whole_epoch(epochs):
+    """The boundary is exact in fractions, whatever 0.8 * epochs is in floating point."""
+    config = game('static')
+    config.epochs = epochs
+    factor = steps.learning_rate_factor(config, 1)
+    factors = np.array([float(factor(jnp.int32(i))) for i in range(epochs)])
+    first, second = math.ceil(epochs * 8 / 10), math.ceil(epochs * 9 / 10)
+    assert (factors == 1).sum() == first
+    assert (factors > 0.3).sum() == second
+
+
+@pytest.mark.parametrize('player, at', [('params', (54, 58)), ('generator', (55, 59))])
+def test_both_players_updates_shrink_after_the_drop(player, at):
+    """The same state and batch before and after step 56 of 70: the update is 0.4 times as long."""
+    config = game('v2')
+    config.epochs, per_epoch = EPOCHS, PER_EPOCH
+    step = jax.jit(steps.make_step(config, per_epoch))
+    start = rule_state(config, 12)
+    before, after = (
+        flat(getattr(step(start.replace(step=jnp.int32(i)), BATCH, jax.random.key(0))[0], player))
+        - flat(getattr(start, player))
+        for i in at
+    )
+    assert np.linalg.norm(after) / np.linalg.norm(before) == pytest.approx(0.4, rel=1e-3)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Makes epochs whose steps only record which images they were given, in which order."""
+
+    def make_step(config, steps_per_epoch, loss_fn=None):
+        def step(state, batch, key):
+            (ids,) = batch['layers']
+            state = {
+                'seen': state['seen'].at[ids].add(1),
+                'when': state['when'].at[ids].set(state['step']),
+                'step': state['step'] + 1,
+            }
+            return state, {'loss': jax.random.uniform(key)}
+
+        return step
+
+    monkeypatch.setattr(steps, 'make_step', make_step)
+
+    def run(images, batch_size, key):
+        config = default_config()
+        config.batch_size = batch_size
+        epoch, count = steps.make_epoch(config, images)
+        state = {
+            'seen': jnp.zeros(images, jnp.int32),
+            'when': jnp.full(images, -1),
+            'step': jnp.int32(0),
+        }
+        state, metrics = epoch(state, {'layers': (jnp.arange(images),)}, key)
+        assert int(state['step']) == count
+        return jax.device_get(state), float(metrics['loss'])
+
+    return run
+
+
+@pytest.mark.parametrize('images, batch_size', [(10, 3), (12, 4), (5, 32), (4, 4), (7, 1), (1, 2)])
+def test_an_epoch_uses_every_image_at_most_once(recorded, images, batch_size):
+    state, _ = recorded(images, batch_size, jax.random.key(0))
+    batch = min(images, batch_size)
+    assert state['seen'].max() == 1
+    assert state['seen'].sum() == images // batch * batch
+    assert np.bincount(state['when'][state['when'] >= 0]).tolist() == [batch] * (images // batch)
+
+
+def test_order_of_an_epoch_follows_from_its_key(recorded):
+    first, again, other = (recorded(40, 4, jax.random.key(k)) for k in (0, 0, 1))
+    assert same(first, again)
+    assert (first[0]['when'] != other[0]['when']).any()
+    assert first[1] != other[1]  # The keys of the steps differ too.
+    assert (first[0]['when'] != np.arange(40) // 4).any()
+
+
+@pytest.mark.parametrize('kind', ['static', 'v2'])
+def test_epochs_are_reproducible_and_learn(kind):
+    """Ten epochs twice: identical states; the loss falls."""
+
+    def run():
+        config = game(kind)
+        config.batch_size = 3
+        config.noise.std = 1.0
+        epoch, count = steps.make_epoch(config, 6)
+        assert count == 2
+        state, history = steps.init_state(config, jax.random.key(1), 12), []
+        for i in range(EPOCHS):
+            key = jax.random.fold_in(jax.random.key(2), i)
+            state, metrics = epoch(state, jax.tree.map(jnp.asarray, BATCH), key)
+            history.append(float(metrics['loss']))
+        return jax.device_get(state), history
+
+    (first, losses_first), (again, losses_again) = run(), run()
+    assert same(first, again)
+    assert losses_first == losses_again
+    assert np.mean(losses_first[-3:]) < np.mean(losses_first[:3])
+
+
+# The two forms of the loss
+
+
+@pytest.mark.parametrize(
+    'adaptor, adapted', [('linear', False), ('linear', True), ('conv', False), ('conv', True)]
+)
+def test_sparse_loss_equals_the_direct_one(adaptor, adapted):
+    """Value, terms, statistics and both players' gradients; noise without chance (v1)."""
+    results = []
+    for sparse in (True, False):
+        config = game('v1', sparse, penalty=10.0)
+        config.adaptor, config.adapt_cls_features = adaptor, adapted
+        loss_fn, state = config_loss(config), rule_state(config, 12)
+        run = jax.jit(jax.value_and_grad(loss_fn, (0, 1), has_aux=True))
+        results.append(
+            run(state.params, state.generator, state.batch_stats, BATCH, jax.random.key(5))
+        )
+    ours, direct = (jax.tree_util.tree_leaves_with_path(r) for r in results)
+    assert [path for path, _ in ours] == [path for path, _ in direct]
+    scale = max(np.abs(flat(results[1][1])))
+    for (path, a), (_, b) in zip(ours, direct, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * scale, err_msg=str(path))
