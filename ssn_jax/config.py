@@ -88,6 +88,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
         'image_size',
         'it is (height, width), each 32 to 4096 pixels',
     )
+    require(
+        config.backbone.name in ('resnet18', 'wide_resnet50_2'),
+        'backbone.name',
+        'it is resnet18 or wide_resnet50_2',
+    )
     require(config.adaptor in ('linear', 'conv'), 'adaptor', 'it is linear or conv')
     require(config.noise.kind in ('static', 'learned'), 'noise.kind', 'it is static or learned')
     for flag in ('noise.std', 'noise.beta', 'noise.penalty', 'noise.z_dim'):
@@ -110,6 +115,23 @@ def validate(config: ml_collections.ConfigDict) -> None:
     )
     require(config.checkpoint.every >= 1, 'checkpoint.every', 'it must be at least 1')
     require(config.checkpoint.keep >= 1, 'checkpoint.keep', 'it must be at least 1')
+
+
+def identity(config: ml_collections.ConfigDict) -> dict:
+    """What makes a run itself, as field -> value: a rerun in its workdir must agree on it.
+
+    Where records are cached, how often checkpoints are written and how many images are evaluated
+    at a time changes no result; files may be spelled as one likes.
+    """
+    flat = {}
+    for name, value in config.to_dict().items():
+        if name not in ('checkpoint', 'eval_batch_size'):
+            group = value if isinstance(value, dict) else {'': value}
+            flat |= {f'{name}.{field}'.rstrip('.'): v for field, v in group.items()}
+    del flat['data.cache']
+    for field in ('data.root', 'backbone.weights'):
+        flat[field] = flat[field] and str(pathlib.Path(flat[field]).expanduser().resolve())
+    return flat
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:

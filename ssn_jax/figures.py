@@ -4,16 +4,16 @@ Every function draws one file, writes it whole or not at all, and puts the given
 Figures are made without pyplot, so nothing global is touched and no display is needed.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
 
-import numpy as np
 from matplotlib import cm, colors, patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+import numpy as np
 from sklearn import metrics as sklearn_metrics
 
 from ssn_jax import metrics

@@ -70,9 +70,7 @@ def discriminator_loss(
     return sum(terms.values()), terms
 
 
-def generator_terms(
-    loss: jax.Array, power: jax.Array, penalty: float
-) -> dict[str, jax.Array]:
+def generator_terms(loss: jax.Array, power: jax.Array, penalty: float) -> dict[str, jax.Array]:
     """What the noise generator is judged by: L_G = -L_D + penalty * mean(noise^2).
 
     Args:

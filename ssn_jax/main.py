@@ -81,6 +81,8 @@ def _parse(argv: list[str]) -> list[str]:
     path = _config_path(argv)
     try:
         rest = flags.FLAGS(argv)
+    except SystemExit:  # --help, which absl ends like a failure.
+        sys.exit(0)
     except Exception as e:  # A config file is code: it can raise anything.
         raise UserError(_explain(e, path)) from None
     if len(rest) > 1:

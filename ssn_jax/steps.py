@@ -59,10 +59,7 @@ def discriminator_optimizer(config: ml_collections.ConfigDict) -> optax.Gradient
             'adaptor': optax.adamw(o.adaptor_learning_rate, weight_decay=o.adaptor_weight_decay),
             'heads': optax.adamw(o.heads_learning_rate, weight_decay=o.heads_weight_decay),
         },
-        lambda params: {
-            part: jax.tree.map(lambda _: 'adaptor' if part == 'adaptor' else 'heads', tree)
-            for part, tree in params.items()
-        },
+        lambda params: {part: 'adaptor' if part == 'adaptor' else 'heads' for part in params},
     )
 
 
@@ -120,9 +117,7 @@ def make_noise(config: ml_collections.ConfigDict) -> Callable:
 def make_masks(config: ml_collections.ConfigDict) -> Callable:
     """`masks(key, n, size)`: where anomalies are put, (n, *size, 1)."""
     perlin = config.perlin
-    return lambda key, n, size: synthesis.perlin_masks(
-        key, n, size, perlin.threshold, perlin.empty
-    )
+    return lambda key, n, size: synthesis.perlin_masks(key, n, size, perlin.threshold, perlin.empty)
 
 
 def make_loss(

@@ -30,14 +30,16 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> N
         raise UserError(f'{existing} is a file, no folder: choose another --workdir.')
     if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
         raise UserError(f'{existing} is not writable: choose another --workdir.')
-    ours, written = config_lib.to_json(config), workdir / 'config.json'
+    written = workdir / 'config.json'
     if written.exists():
-        theirs = config_lib.to_json(config_lib.from_json(written))
-        if theirs != ours:
-            lines = set(theirs.splitlines()) ^ set(ours.splitlines())
-            fields = sorted({line.split('"')[1] for line in lines if '"' in line})
+        theirs, ours = (
+            config_lib.identity(config_lib.from_json(written)),
+            config_lib.identity(config),
+        )
+        different = sorted(field for field in ours if ours[field] != theirs[field])
+        if different:
             raise UserError(
-                f'{workdir} holds a run of another config (different: {", ".join(fields)}): '
+                f'{workdir} holds a run of another config (different: {", ".join(different)}): '
                 'give this one its own --workdir, or delete that folder.'
             )
     elif workdir.is_dir() and any(workdir.iterdir()):
@@ -109,9 +111,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
             f'{workdir} can not be written ({e.strerror}): choose another --workdir.'
         ) from None
 
-    started = time.time()
-    state, log, epoch_seconds = train(config, workdir, dataset.train, backbone, backbone_variables)
-    train_seconds = time.time() - started
+    state, log = train(config, workdir, dataset.train, backbone, backbone_variables)
 
     network = steps.build_network(config)
     predict = evaluate.make_predictor(backbone, network, config.eval_batch_size)
@@ -133,8 +133,9 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
         'train_images': len(dataset.train.labels),
         'test_images': len(dataset.test.labels),
         'parameters': count(backbone_variables['params']) + count(state.params),
-        'train_seconds': round(train_seconds, 1),
-        'seconds_per_epoch': epoch_seconds,
+        'train_seconds': round(sum(log.history()['seconds']), 1),
+        # The first epoch after a start compiles: the median leaves it out.
+        'seconds_per_epoch': round(float(np.median(log.history()['seconds'])), 2),
         'devices': f'{jax.local_device_count()} x {jax.devices()[0].device_kind}',
     }
     draw_figures(workdir / 'figures', results, dataset.test, maps, scores, log)
@@ -143,21 +144,22 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
 
 
 def train(config, workdir, split, backbone, backbone_variables):
-    """Runs the epochs that are missing; returns the final state, the log and seconds per epoch."""
-    layers = features_lib.extract_layers(backbone, backbone_variables, split.images)
+    """Runs the epochs that are missing; returns the final state and the log."""
     key = jax.random.key(config.seed)
     k_init, k_epochs = jax.random.split(key)
-    channels = sum(x.shape[-1] for x in layers)
-    state = steps.init_state(config, k_init, channels)
+    state = steps.init_state(config, k_init, sum(resnet.CHANNELS[config.backbone.name][1:]))
     manager = checkpoint.open_manager(workdir, config.checkpoint.keep)
     done, state = checkpoint.restore(manager, state)
     if done:
         logging.info('Resuming %s after epoch %d', workdir, done)
     log = Log(workdir / 'train.csv', done)
+    if done == config.epochs:
+        return state, log
+
+    layers = features_lib.extract_layers(backbone, backbone_variables, split.images)
     run_epoch, per_epoch = steps.make_epoch(config, len(split.images))
     logging.info('%d images, %d steps per epoch', len(split.images), per_epoch)
 
-    times = []
     progress = tqdm.tqdm(
         range(done + 1, config.epochs + 1), 'epoch', initial=done, total=config.epochs
     )
@@ -167,13 +169,11 @@ def train(config, workdir, split, backbone, backbone_variables):
         with jax.transfer_guard('disallow'):
             state, values = run_epoch(state, {'layers': layers}, k)
         values = {name: float(v) for name, v in sorted(jax.device_get(values).items())}
-        times.append(time.time() - began)
-        log.append(epoch, values)
+        log.append(epoch, values | {'seconds': time.time() - began})
         progress.set_postfix(loss=f'{values["loss"]:.4f}')
         if epoch % config.checkpoint.every == 0 or epoch == config.epochs:
             checkpoint.save(manager, epoch, state)
-    # The first epoch compiles.
-    return state, log, round(float(np.median(times[1:] or times)), 2) if times else None
+    return state, log
 
 
 def count(params: dict) -> int:
@@ -199,7 +199,8 @@ def draw_figures(folder, results, split, maps, scores, log) -> None:
         split.files,
         title,
     )
-    figures.loss_curves(folder / 'losses.png', log.history(), title)
+    curves = {name: column for name, column in log.history().items() if name != 'seconds'}
+    figures.loss_curves(folder / 'losses.png', curves, title)
     if results['metrics']['I-AUROC'] is not None:
         figures.roc_curve(folder / 'roc.png', scores, split.labels, title)
     if results['metrics']['AP-loc'] is not None:

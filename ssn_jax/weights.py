@@ -153,7 +153,7 @@ def download(name: str) -> pathlib.Path:
       UserError: it can not be had, or its SHA-256 is not the expected one.
     """
     repository, revision, sha256 = HUB[name]
-    where = dict(repo_id=repository, filename='model.safetensors', revision=revision)
+    where = {'repo_id': repository, 'filename': 'model.safetensors', 'revision': revision}
     try:
         try:
             path = huggingface_hub.hf_hub_download(**where, local_files_only=True)

@@ -5,9 +5,9 @@ import pathlib
 
 import cv2
 import matplotlib
+from matplotlib.figure import Figure
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 from ssn_jax import figures
 

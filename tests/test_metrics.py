@@ -3,10 +3,9 @@
 import pathlib
 import time
 
+from hypothesis import given, settings, strategies as st
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from skimage import measure
 from sklearn import metrics as sklearn_metrics
 

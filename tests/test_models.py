@@ -1,8 +1,7 @@
 """Backbones, features, heads and generator against the published implementation's numbers."""
 
 import cv2
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +9,7 @@ import pytest
 import rule
 
 from ssn_jax import synthesis
-from ssn_jax.models import features as features_lib
-from ssn_jax.models import layers, resnet
+from ssn_jax.models import features as features_lib, layers, resnet
 from ssn_jax.models.heads import NoiseGenerator
 from ssn_jax.models.supersimplenet import SuperSimpleNet
 
@@ -45,7 +43,9 @@ def test_backbone_matches_published_stages(name):
         assert rule.relative_error(output[..., :64], expected[f'layer{stage}']) < TOLERANCE
 
 
-@pytest.mark.parametrize('size, grid', [((64, 96), (8, 12)), ((65, 90), (9, 12)), ((33, 47), (5, 6))])
+@pytest.mark.parametrize(
+    'size, grid', [((64, 96), (8, 12)), ((65, 90), (9, 12)), ((33, 47), (5, 6))]
+)
 def test_odd_image_sizes_are_rounded_up(size, grid):
     image = jax.ShapeDtypeStruct((2, *size, 3), np.float32)
     model = resnet.BACKBONES['resnet18']
@@ -150,7 +150,9 @@ def test_conv2d_shifts_and_fills_borders_with_zeros(monkeypatch, backend, i, j):
     np.testing.assert_allclose(layers.conv2d(x, kernel), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize('size_in, size_out', [((16, 24), (64, 96)), ((29, 80), (23, 116)), ((1, 3), (4, 5))])
+@pytest.mark.parametrize(
+    'size_in, size_out', [((16, 24), (64, 96)), ((29, 80), (23, 116)), ((1, 3), (4, 5))]
+)
 def test_resize_is_opencvs(size_in, size_out):
     x = rule.draw_input('resize', (*size_in, 2))
     expected = cv2.resize(x, size_out[::-1], interpolation=cv2.INTER_LINEAR)
@@ -162,7 +164,9 @@ def test_blur_is_opencvs(size):
     """At image size no resizing takes place: what remains is the blur with reflected edges."""
     raw = rule.draw_input('blur', (1, *size, 1))
     expected = cv2.GaussianBlur(raw[0, ..., 0], (25, 25), 4.0, borderType=cv2.BORDER_REFLECT_101)
-    np.testing.assert_allclose(features_lib.full_size_map(raw, size)[0, ..., 0], expected, atol=1e-5)
+    np.testing.assert_allclose(
+        features_lib.full_size_map(raw, size)[0, ..., 0], expected, atol=1e-5
+    )
 
 
 def test_blur_of_a_map_smaller_than_its_kernel_keeps_a_constant():
@@ -206,7 +210,9 @@ def test_stopped_map_gradient_keeps_the_score_out_of_the_segmentation_head():
     norms = {
         stop: max(
             float(jnp.abs(g).max())
-            for g in jax.tree.leaves(jax.jit(jax.grad(score), static_argnums=1)(variables['params'], stop)['seg_head'])
+            for g in jax.tree.leaves(
+                jax.jit(jax.grad(score), static_argnums=1)(variables['params'], stop)['seg_head']
+            )
         )
         for stop in (True, False)
     }

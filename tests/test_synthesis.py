@@ -2,8 +2,7 @@
 
 import functools
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +10,6 @@ import pytest
 import rule
 
 from ssn_jax import synthesis
-
 
 N = 1000
 

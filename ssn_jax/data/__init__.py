@@ -2,4 +2,4 @@
 
 from ssn_jax.data.pipeline import Dataset, Split, load
 
-__all__ = ["Dataset", "Split", "load"]
+__all__ = ['Dataset', 'Split', 'load']

@@ -18,7 +18,7 @@ from ssn_jax.errors import UserError
 class _Inspection(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """A data set of images, their defects and, where known, their defects' masks."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version('1.0.0')
 
     # Nothing is ever downloaded. TFDS would search the package for checksums of downloads, with a
     # library that it does not declare.
@@ -36,11 +36,11 @@ class _Inspection(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = {
-            "image": tfds.features.Image(shape=(None, None, 3)),
-            "mask": tfds.features.Image(shape=(None, None, 1)),
-            "has_mask": np.bool_,
-            "defect": tfds.features.Text(),
-            "file": tfds.features.Text(),
+            'image': tfds.features.Image(shape=(None, None, 3)),
+            'mask': tfds.features.Image(shape=(None, None, 1)),
+            'has_mask': np.bool_,
+            'defect': tfds.features.Text(),
+            'file': tfds.features.Text(),
         }
         return tfds.core.DatasetInfo(
             builder=self,
@@ -97,14 +97,14 @@ def example(record: Record) -> dict:
         mask = images.decode_mask(images.read(record.mask), file)
         if mask.shape != size:
             raise UserError(
-                f"{file}: the mask is {mask.shape[0]}x{mask.shape[1]} (height by width), its image "
-                f"{size[0]}x{size[1]}; give them the same size"
+                f'{file}: the mask is {mask.shape[0]}x{mask.shape[1]} (height by width), its image '
+                f'{size[0]}x{size[1]}; give them the same size'
             )
-    defect = record.defect or ("defect" if mask.any() else GOOD)
+    defect = record.defect or ('defect' if mask.any() else GOOD)
     return {
-        "image": encoded,
-        "mask": images.encode_mask(mask),
-        "has_mask": defect == GOOD or record.mask is not None,
-        "defect": defect,
-        "file": record.file,
+        'image': encoded,
+        'mask': images.encode_mask(mask),
+        'has_mask': defect == GOOD or record.mask is not None,
+        'defect': defect,
+        'file': record.file,
     }

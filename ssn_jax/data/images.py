@@ -7,9 +7,9 @@ import numpy as np
 
 from ssn_jax.errors import UserError
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
+SUFFIXES = frozenset({'.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp'})
 
-_JPEG_MAGIC = b"\xff\xd8\xff"
+_JPEG_MAGIC = b'\xff\xd8\xff'
 
 
 def read(source: Path | bytes) -> bytes:
@@ -23,7 +23,7 @@ def read(source: Path | bytes) -> bytes:
     try:
         return source.read_bytes()
     except OSError as error:
-        raise UserError(f"{source}: cannot be read ({error.strerror}); check the file") from error
+        raise UserError(f'{source}: cannot be read ({error.strerror}); check the file') from error
 
 
 def decode(encoded: bytes, file: Path | str) -> np.ndarray:
@@ -74,7 +74,7 @@ def encode_mask(mask: np.ndarray) -> bytes:
 def encode(image: np.ndarray) -> bytes:
     """Encodes a uint8 image, grey (H, W) or RGB (H, W, 3), as PNG bytes."""
     bgr = image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-    return cv2.imencode(".png", bgr)[1].tobytes()
+    return cv2.imencode('.png', bgr)[1].tobytes()
 
 
 def resize(image: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
@@ -93,5 +93,5 @@ def _decode(encoded: bytes, file: Path | str, flags: int) -> np.ndarray:
     except cv2.error:  # an empty buffer, or more pixels than OpenCV accepts
         image = None
     if image is None:
-        raise UserError(f"{file}: does not decode as an image; repair or remove the file")
+        raise UserError(f'{file}: does not decode as an image; repair or remove the file')
     return image

@@ -12,8 +12,8 @@ from pathlib import Path
 from ssn_jax.data import images
 from ssn_jax.errors import UserError
 
-GOOD = "good"
-SPLITS = ("train", "test")
+GOOD = 'good'
+SPLITS = ('train', 'test')
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ def mvtec_ad(root: Path, category: str) -> list[Record]:
     """
     categories = [path.name for path in _folders(root)]
     if category not in categories:
-        if "train" in categories:
+        if 'train' in categories:
             raise UserError(
-                f"{root}: is itself a category; give the folder above it as --config.data.root, or "
-                "say --config.data.name=folder"
+                f'{root}: is itself a category; give the folder above it as --config.data.root, or '
+                'say --config.data.name=folder'
             )
         raise UserError(
-            f"{root}: no category {category!r}; choose --config.data.category from: "
-            + (", ".join(categories) or "(the folder holds none: check --config.data.root)")
+            f'{root}: no category {category!r}; choose --config.data.category from: '
+            + (', '.join(categories) or '(the folder holds none: check --config.data.root)')
         )
     return _by_defect(root / category, root, masks_required=True)
 
@@ -99,29 +99,29 @@ def ksdd2(root: Path) -> list[Record]:
     for split in SPLITS:
         files = {path.stem: path for path in _images(root / split)}
         # The official archive holds a stray "NAME_GT (copy).png": no image has _GT in its name.
-        names = [name for name in files if "_GT" not in name]
+        names = [name for name in files if '_GT' not in name]
         if not names:
             raise UserError(
-                f"{root / split}: holds no images; KolektorSDD2 has {split}/ID.png and "
-                f"{split}/ID_GT.png below --config.data.root"
+                f'{root / split}: holds no images; KolektorSDD2 has {split}/ID.png and '
+                f'{split}/ID_GT.png below --config.data.root'
             )
         for name in names:
-            if f"{name}_GT" not in files:
-                raise UserError(f"{files[name]}: has no mask; add {split}/{name}_GT.png")
+            if f'{name}_GT' not in files:
+                raise UserError(f'{files[name]}: has no mask; add {split}/{name}_GT.png')
             file = files[name].relative_to(root).as_posix()
-            records.append(Record(split, None, file, files[name], files[f"{name}_GT"]))
+            records.append(Record(split, None, file, files[name], files[f'{name}_GT']))
     return records
 
 
 def _by_defect(base: Path, root: Path, masks_required: bool) -> list[Record]:
     """Lists `base/SPLIT/DEFECT/NAME.*` and the masks in `base/ground_truth`."""
-    good = base / "train" / GOOD
+    good = base / 'train' / GOOD
     if not good.is_dir():
-        raise UserError(f"{good}: does not exist; training needs normal images there")
+        raise UserError(f'{good}: does not exist; training needs normal images there')
     if not _images(good):
-        raise UserError(f"{good}: holds no images; training needs normal images there")
-    if not any(_images(path) for path in _folders(base / "test", required=False)):
-        raise UserError(f"{base / 'test'}: holds no images; put them into test/good, test/DEFECT")
+        raise UserError(f'{good}: holds no images; training needs normal images there')
+    if not any(_images(path) for path in _folders(base / 'test', required=False)):
+        raise UserError(f'{base / "test"}: holds no images; put them into test/good, test/DEFECT')
 
     masks = _find_masks(base)
     records = []
@@ -130,8 +130,8 @@ def _by_defect(base: Path, root: Path, masks_required: bool) -> list[Record]:
             for image in _images(path):
                 mask = masks.get(image)
                 if masks_required and path.name != GOOD and mask is None:
-                    expected = base / "ground_truth" / path.name / f"{image.stem}_mask.png"
-                    raise UserError(f"{image}: a defect without its mask; add {expected}")
+                    expected = base / 'ground_truth' / path.name / f'{image.stem}_mask.png'
+                    raise UserError(f'{image}: a defect without its mask; add {expected}')
                 file = image.relative_to(root).as_posix()
                 records.append(Record(split, path.name, file, image, mask))
     return records
@@ -139,7 +139,7 @@ def _by_defect(base: Path, root: Path, masks_required: bool) -> list[Record]:
 
 def _find_masks(base: Path) -> dict[Path, Path]:
     """Assigns the masks below `base/ground_truth` to the defective images that they describe."""
-    truth = base / "ground_truth"
+    truth = base / 'ground_truth'
     defective = {
         (split, path.name): _images(path)
         for split in SPLITS
@@ -149,7 +149,7 @@ def _find_masks(base: Path) -> dict[Path, Path]:
     masks = {}
     shared = {}  # a mask that does not name its split -> the image that has claimed it
     for (split, defect), files in defective.items():
-        both = files + defective.get(("test" if split == "train" else "train", defect), [])
+        both = files + defective.get(('test' if split == 'train' else 'train', defect), [])
         own = _masks_by_name(truth / split / defect, files)
         common = _masks_by_name(truth / defect, both)
         copies = Counter(image.stem for image in files)
@@ -158,11 +158,11 @@ def _find_masks(base: Path) -> dict[Path, Path]:
             if mask is None:
                 continue
             if copies[image.stem] > 1:
-                raise UserError(f"{image}: two images of this name share {mask}; rename one")
+                raise UserError(f'{image}: two images of this name share {mask}; rename one')
             if mask in shared:
                 raise UserError(
-                    f"{image}: duplicate name, {mask} belongs to it or to {shared[mask]}; "
-                    "rename one, or put masks into ground_truth/train and ground_truth/test"
+                    f'{image}: duplicate name, {mask} belongs to it or to {shared[mask]}; '
+                    'rename one, or put masks into ground_truth/train and ground_truth/test'
                 )
             masks[image] = mask
             shared[mask] = image
@@ -178,16 +178,16 @@ def _masks_by_name(path: Path, defective: list[Path]) -> dict[str, Path]:
     files = _images(path)
     masks = {}
     for file in files:
-        name = file.stem.removesuffix("_mask")
+        name = file.stem.removesuffix('_mask')
         if name == file.stem:
             continue
         if name in masks:
-            raise UserError(f"{file}: duplicate name, {masks[name]} is the same mask; remove one")
+            raise UserError(f'{file}: duplicate name, {masks[name]} is the same mask; remove one')
         masks[name] = file
     if files and defective and not any(image.stem in masks for image in defective):
         raise UserError(
-            f"{files[0]}: belongs to no image of {path.name!r}; the mask of NAME.png is "
-            "NAME_mask.png"
+            f'{files[0]}: belongs to no image of {path.name!r}; the mask of NAME.png is '
+            'NAME_mask.png'
         )
     return masks
 
@@ -195,10 +195,10 @@ def _masks_by_name(path: Path, defective: list[Path]) -> dict[str, Path]:
 def _folders(path: Path, required: bool = True) -> list[Path]:
     """Lists the folders in a folder, sorted; a required one must exist and hold something."""
     if required and not path.is_dir():
-        raise UserError(f"{path}: no such folder; check --config.data.root")
+        raise UserError(f'{path}: no such folder; check --config.data.root')
     entries = list(_entries(path))
     if required and not entries:
-        raise UserError(f"{path}: the folder is empty; check --config.data.root")
+        raise UserError(f'{path}: the folder is empty; check --config.data.root')
     return sorted(entry for entry in entries if entry.is_dir())
 
 
@@ -213,7 +213,7 @@ def _entries(path: Path) -> Iterator[Path]:
         return
     try:
         for entry in path.iterdir():
-            if not entry.name.startswith("."):
+            if not entry.name.startswith('.'):
                 yield entry
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the folder") from error
+        raise UserError(f'{path}: cannot be read ({error.strerror}); check the folder') from error

@@ -5,21 +5,21 @@ array_record files below the cache folder. The prepared set's name holds a finge
 source, so a file that changes is never read from an old copy.
 """
 
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 import contextlib
+from dataclasses import dataclass
 import hashlib
 import io
 import json
 import os
+from pathlib import Path
 import shutil
 import uuid
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
+import numpy as np
 
 from ssn_jax.data import images, layouts, synthetic
 from ssn_jax.data.layouts import GOOD, Record
@@ -95,11 +95,11 @@ def load(data_config: ConfigDict, image_size: tuple[int, int]) -> Dataset:
     source = _source(data_config)
     prepared = _prepare(source, _cache_folder(data_config.cache))
     return Dataset(
-        train=_read(source.name, prepared, "train", image_size),
-        test=_read(source.name, prepared, "test", image_size),
+        train=_read(source.name, prepared, 'train', image_size),
+        test=_read(source.name, prepared, 'test', image_size),
         name=source.name,
         category=source.category,
-        embedded=source.name == "synthetic",
+        embedded=source.name == 'synthetic',
     )
 
 
@@ -107,42 +107,42 @@ def _source(config: ConfigDict) -> _Source:
     """Finds the data set that a config asks for."""
     root = Path(config.root).expanduser()
     match config.name:
-        case "synthetic":
+        case 'synthetic':
             return _embedded(config.category, config.seed)
-        case "mvtec_ad":
+        case 'mvtec_ad':
             if not config.root:
                 return _embedded(config.category, config.seed)
             return _real(
                 config.name, config.category, root, layouts.mvtec_ad(root, config.category)
             )
-        case "ksdd2":
+        case 'ksdd2':
             if not config.root:
-                return _embedded("surface", config.seed)
+                return _embedded('surface', config.seed)
             return _real(config.name, config.name, root, layouts.ksdd2(root))
-        case "folder":
+        case 'folder':
             if not config.root:
                 raise UserError(
-                    "--config.data.name=folder needs your images: name their folder with "
-                    "--config.data.root"
+                    '--config.data.name=folder needs your images: name their folder with '
+                    '--config.data.root'
                 )
             return _real(config.name, root.resolve().name, root, layouts.folder(root))
     raise UserError(
-        f"--config.data.name={config.name}: no such data set; choose from mvtec_ad, synthetic, "
-        "ksdd2, folder"
+        f'--config.data.name={config.name}: no such data set; choose from mvtec_ad, synthetic, '
+        'ksdd2, folder'
     )
 
 
 def _embedded(category: str, seed: int) -> _Source:
     if category not in synthetic.CATEGORIES:
         raise UserError(
-            f"--config.data.category={category}: not in the embedded set, which has "
-            f"{', '.join(synthetic.CATEGORIES)}; for real images name their folder with "
-            "--config.data.root"
+            f'--config.data.category={category}: not in the embedded set, which has '
+            f'{", ".join(synthetic.CATEGORIES)}; for real images name their folder with '
+            '--config.data.root'
         )
     if seed < 0:
-        raise UserError(f"--config.data.seed={seed}: must not be negative")
+        raise UserError(f'--config.data.seed={seed}: must not be negative')
     identity = [synthetic.VERSION, category, seed]
-    return _Source("synthetic", category, synthetic.records(category, seed), identity)
+    return _Source('synthetic', category, synthetic.records(category, seed), identity)
 
 
 def _real(name: str, category: str, root: Path, records: list[Record]) -> _Source:
@@ -152,7 +152,7 @@ def _real(name: str, category: str, root: Path, records: list[Record]) -> _Sourc
             try:
                 state = file.stat()
             except OSError as error:
-                raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+                raise UserError(f'{file}: cannot be read ({error.strerror})') from error
             identity += [os.fspath(file.relative_to(root)), state.st_size, state.st_mtime_ns]
     return _Source(name, category, records, identity)
 
@@ -160,7 +160,7 @@ def _real(name: str, category: str, root: Path, records: list[Record]) -> _Sourc
 def _cache_folder(configured: str) -> Path:
     if configured:
         return Path(configured).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssn_jax"
+    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'ssn_jax'
 
 
 def _prepare(source: _Source, cache: Path) -> Path:
@@ -170,11 +170,11 @@ def _prepare(source: _Source, cache: Path) -> Path:
     behind, and of two processes that build the same set the slower one takes the faster one's.
     """
     fingerprint = hashlib.sha256(json.dumps(source.identity).encode()).hexdigest()[:24]
-    prepared = cache / f"{source.name}-{source.category}-{fingerprint}"
+    prepared = cache / f'{source.name}-{source.category}-{fingerprint}'
     if prepared.is_dir():
         return prepared
-    logging.info("Preparing %s %s in %s", source.name, source.category, prepared)
-    building = prepared.with_name(f"{prepared.name}.incomplete-{uuid.uuid4().hex}")
+    logging.info('Preparing %s %s in %s', source.name, source.category, prepared)
+    building = prepared.with_name(f'{prepared.name}.incomplete-{uuid.uuid4().hex}')
     try:
         building.mkdir(parents=True)
         _build(source, building)
@@ -185,8 +185,8 @@ def _prepare(source: _Source, cache: Path) -> Path:
                 raise
     except OSError as error:
         raise UserError(
-            f"{cache}: cannot be written ({error.strerror or error}); name another folder with "
-            "--config.data.cache"
+            f'{cache}: cannot be written ({error.strerror or error}); name another folder with '
+            '--config.data.cache'
         ) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -201,7 +201,7 @@ def _build(source: _Source, folder: Path) -> None:
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of downloads; there are none
         builder.download_and_prepare(
             download_config=tfds.download.DownloadConfig(try_download_gcs=False),
-            file_format="array_record",
+            file_format='array_record',
         )
 
 
@@ -210,10 +210,10 @@ def _builder(name: str, folder: Path, records: Iterable[Record] = ()):
     from ssn_jax.data import builders
 
     classes = {
-        "mvtec_ad": builders.MvtecAd,
-        "synthetic": builders.Synthetic,
-        "ksdd2": builders.Ksdd2,
-        "folder": builders.Folder,
+        'mvtec_ad': builders.MvtecAd,
+        'synthetic': builders.Synthetic,
+        'ksdd2': builders.Ksdd2,
+        'folder': builders.Folder,
     }
     return classes[name](records=records, data_dir=folder)
 
@@ -222,23 +222,23 @@ def _read(name: str, prepared: Path, split: str, image_size: tuple[int, int]) ->
     """Decodes and resizes one split of a prepared set."""
     from tensorflow_datasets import decode
 
-    skip = {"image": decode.SkipDecoding(), "mask": decode.SkipDecoding()}
+    skip = {'image': decode.SkipDecoding(), 'mask': decode.SkipDecoding()}
     source = _builder(name, prepared).as_data_source(split, decoders=skip)
-    examples = sorted(source, key=lambda e: (e["defect"], e["file"]))
+    examples = sorted(source, key=lambda e: (e['defect'], e['file']))
 
     def arrays(example: dict) -> tuple[np.ndarray, np.ndarray]:
-        file = example["file"].decode()
-        image = images.resize(images.decode(example["image"], file), image_size)
-        return image, images.resize_mask(images.decode_mask(example["mask"], file), image_size)
+        file = example['file'].decode()
+        image = images.resize(images.decode(example['image'], file), image_size)
+        return image, images.resize_mask(images.decode_mask(example['mask'], file), image_size)
 
     with ThreadPoolExecutor() as pool:  # OpenCV releases the interpreter's lock
         pairs = list(pool.map(arrays, examples))
-    defects = tuple(example["defect"].decode() for example in examples)
+    defects = tuple(example['defect'].decode() for example in examples)
     return Split(
         images=np.stack([image for image, _ in pairs]),
         masks=np.stack([mask for _, mask in pairs]),
-        has_mask=np.array([example["has_mask"] for example in examples], bool),
+        has_mask=np.array([example['has_mask'] for example in examples], bool),
         labels=np.array([defect != GOOD for defect in defects], np.int32),
         defects=defects,
-        files=tuple(example["file"].decode() for example in examples),
+        files=tuple(example['file'].decode() for example in examples),
     )

@@ -5,8 +5,8 @@ a defect is then no annotation but a fact: the pixels in which the two pictures 
 rotation, light, wear and grain vary from image to image, defective or not.
 """
 
-import zlib
 from collections.abc import Iterator
+import zlib
 
 import cv2
 import numpy as np
@@ -19,28 +19,28 @@ VERSION = 1
 
 # Images by split and defect.
 _COUNTS = {
-    "bottle": {
-        "train": {GOOD: 60},
-        "test": {GOOD: 12, "broken_large": 8, "broken_small": 8, "contamination": 8},
+    'bottle': {
+        'train': {GOOD: 60},
+        'test': {GOOD: 12, 'broken_large': 8, 'broken_small': 8, 'contamination': 8},
     },
-    "carpet": {
-        "train": {GOOD: 60},
-        "test": {GOOD: 12, "color": 8, "cut": 8, "hole": 8, "thread": 8},
+    'carpet': {
+        'train': {GOOD: 60},
+        'test': {GOOD: 12, 'color': 8, 'cut': 8, 'hole': 8, 'thread': 8},
     },
-    "screw": {
-        "train": {GOOD: 60},
-        "test": {
+    'screw': {
+        'train': {GOOD: 60},
+        'test': {
             GOOD: 12,
-            "manipulated_front": 6,
-            "scratch_head": 6,
-            "scratch_neck": 6,
-            "thread_side": 6,
-            "thread_top": 6,
+            'manipulated_front': 6,
+            'scratch_head': 6,
+            'scratch_neck': 6,
+            'thread_side': 6,
+            'thread_top': 6,
         },
     },
-    "surface": {
-        "train": {GOOD: 80, "defect": 12},
-        "test": {GOOD: 30, "defect": 10},
+    'surface': {
+        'train': {GOOD: 80, 'defect': 12},
+        'test': {GOOD: 30, 'defect': 10},
     },
 }
 CATEGORIES = tuple(_COUNTS)
@@ -62,7 +62,7 @@ def records(category: str, seed: int) -> Iterator[Record]:
     for split, counts in _COUNTS[category].items():
         for defect, count in counts.items():
             for number in range(count):
-                file = f"{category}/{split}/{defect}/{number:03d}.png"
+                file = f'{category}/{split}/{defect}/{number:03d}.png'
                 rng = np.random.default_rng([seed, zlib.crc32(file.encode())])
                 image, _, mask = draw(category, defect, rng)
                 encoded_mask = None if defect == GOOD else images.encode_mask(mask)
@@ -155,8 +155,8 @@ def _bottle(rng: np.random.Generator, defect: str) -> tuple[np.ndarray, np.ndarr
     normal += (9 * frosted * _noise(rng, (256, 256), 2))[..., None]
 
     direction = rng.uniform(0, _TAU)
-    if defect in ("broken_large", "broken_small"):
-        large = defect == "broken_large"
+    if defect in ('broken_large', 'broken_small'):
+        large = defect == 'broken_large'
         reach = rng.uniform(0.34, 0.44) if large else rng.uniform(0.09, 0.14)
         away = rng.uniform(0.66, 0.74)
         spot = center + size * away * np.array([np.sin(direction), np.cos(direction)])
@@ -164,7 +164,7 @@ def _bottle(rng: np.random.Generator, defect: str) -> tuple[np.ndarray, np.ndarr
         chip *= (radius > 0.46) * (radius < 0.93)
         shards = _shards(rng, (256, 256), spot, reach * size, 40 if large else 9)
         return normal, _blend(normal, shards, chip)
-    if defect == "contamination":
+    if defect == 'contamination':
         reach = rng.uniform(0.10, 0.26)
         spot = center + size * rng.uniform(0, 0.45) * np.array(
             [np.sin(direction), np.cos(direction)]
@@ -203,22 +203,22 @@ def _carpet(rng: np.random.Generator, defect: str) -> tuple[np.ndarray, np.ndarr
     normal = grey[..., None] * np.array([1.0, 0.97, 0.93])
 
     spot = rng.uniform(50, 206, 2)
-    if defect == "cut":
+    if defect == 'cut':
         length = rng.uniform(45, 100)
         path = _path(rng, spot, length, wander=0.05)
         frayed = _blend(normal, 1.25 * normal + 22, 0.8 * _stroke(shape, path, 7))
         return normal, _blend(frayed, 26 + 0.1 * normal, _stroke(shape, path, rng.integers(2, 5)))
-    if defect == "hole":
+    if defect == 'hole':
         size = rng.uniform(8, 17)
         rim = _patch(rng, shape, spot, size + 4, corners=18, roughness=0.25)
         pit = _patch(rng, shape, spot, size, corners=18, roughness=0.25)
         frayed = _blend(normal, 1.2 * normal + 25, 0.8 * rim)
         return normal, _blend(frayed, 22 + 0.12 * normal, pit)
-    if defect == "thread":
+    if defect == 'thread':
         path = _path(rng, spot, rng.uniform(50, 120), wander=0.22)
         colour = np.array([[205, 198, 184], [30, 28, 36]][rng.integers(2)]) * rng.uniform(0.9, 1.1)
         return normal, _blend(normal, colour + 0.1 * normal, _stroke(shape, path, 2))
-    if defect == "color":
+    if defect == 'color':
         stain = _patch(rng, shape, spot, rng.uniform(14, 34), corners=12, roughness=0.3)
         tints = [[1.3, 0.72, 0.68], [0.66, 0.8, 1.25], [0.7, 1.05, 0.72], [0.55, 0.5, 0.45]]
         return normal, _blend(normal, normal * np.array(tints[rng.integers(4)]), 0.85 * stain)
@@ -255,8 +255,8 @@ def _screw(rng: np.random.Generator, defect: str) -> tuple[np.ndarray, np.ndarra
     normal = lay(u, v)
 
     side = rng.choice([-1, 1])
-    if defect in ("scratch_head", "scratch_neck"):
-        first, last, half_width = (8, 24, 10) if defect == "scratch_head" else (40, 76, 5)
+    if defect in ('scratch_head', 'scratch_neck'):
+        first, last, half_width = (8, 24, 10) if defect == 'scratch_head' else (40, 76, 5)
         metal = outline.copy()
         damaged = normal
         for _ in range(rng.integers(2, 5)):
@@ -269,13 +269,13 @@ def _screw(rng: np.random.Generator, defect: str) -> tuple[np.ndarray, np.ndarra
             line = np.clip(rng.uniform(1.0, 1.8) - off + 0.5, 0, 1) * metal
             damaged = _blend(damaged, np.full(shape, rng.choice([30.0, 215.0])), 0.85 * line)
         return normal, damaged
-    if defect == "thread_side":
+    if defect == 'thread_side':
         start = rng.uniform(95, 140)
         return normal, lay(u, v, crushed=(start, start + rng.uniform(14, 28), side))
-    if defect == "thread_top":
+    if defect == 'thread_top':
         start = rng.uniform(95, 145)
         return normal, lay(u, v, worn=(start, start + rng.uniform(9, 20), 0.3 * side))
-    if defect == "manipulated_front":
+    if defect == 'manipulated_front':
         bend = side * rng.uniform(0.008, 0.022) * np.maximum(u - 160, 0) ** 2
         return normal, lay(u, v + bend, cut=rng.uniform(178, 190))
     return normal, normal
@@ -357,16 +357,16 @@ def _surface(rng: np.random.Generator, defect: str) -> tuple[np.ndarray, np.ndar
         return normal, normal
 
     spot = rng.uniform([70, 40], [570, 192])
-    kind = rng.choice(["crack", "scratch", "pits"], p=[0.5, 0.25, 0.25])
+    kind = rng.choice(['crack', 'scratch', 'pits'], p=[0.5, 0.25, 0.25])
     damaged = normal
-    if kind == "crack":
+    if kind == 'crack':
         path = _path(rng, spot, rng.uniform(60, 200), wander=0.35)
         depth = rng.uniform(0.3, 0.6)
         damaged = _blend(damaged, depth * normal, _stroke(shape, path, rng.integers(2, 4)))
         for _ in range(rng.integers(0, 3)):
             branch = _path(rng, path[rng.integers(len(path))], rng.uniform(20, 60), wander=0.4)
             damaged = np.minimum(damaged, _blend(normal, depth * normal, _stroke(shape, branch, 1)))
-    elif kind == "scratch":
+    elif kind == 'scratch':
         path = _path(rng, spot, rng.uniform(70, 180), wander=0.02)
         glare = normal + rng.choice([-55, 60])
         damaged = _blend(damaged, glare, 0.9 * _stroke(shape, path, rng.integers(1, 4)))
@@ -378,7 +378,7 @@ def _surface(rng: np.random.Generator, defect: str) -> tuple[np.ndarray, np.ndar
     return normal, damaged
 
 
-_PAINTERS = {"bottle": _bottle, "carpet": _carpet, "screw": _screw, "surface": _surface}
+_PAINTERS = {'bottle': _bottle, 'carpet': _carpet, 'screw': _screw, 'surface': _surface}
 
 
 def _blend(below: np.ndarray, above: np.ndarray, alpha: np.ndarray) -> np.ndarray:

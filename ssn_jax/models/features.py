@@ -110,9 +110,7 @@ def upscale_pool(layers: tuple[jax.Array, ...], scale: int = 2) -> jax.Array:
     height, width = feature_grid(layers, scale)
     return jnp.concatenate(
         [
-            apply_separable(
-                grid_matrix(x.shape[1], height), grid_matrix(x.shape[2], width), x
-            )
+            apply_separable(grid_matrix(x.shape[1], height), grid_matrix(x.shape[2], width), x)
             for x in layers
         ],
         axis=-1,

@@ -30,9 +30,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param(
-            'kernel', nn.initializers.xavier_normal(), (x.shape[-1], self.features)
-        )
+        kernel = self.param('kernel', nn.initializers.xavier_normal(), (x.shape[-1], self.features))
         if not self.use_bias:
             return x @ kernel
         return x @ kernel + self.param('bias', _torch_bias(x.shape[-1]), (self.features,))

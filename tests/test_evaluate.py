@@ -1,0 +1,113 @@
+"""Prediction over several devices: the same numbers as on one, and padding that never counts."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import rule
+
+from ssn_jax import evaluate, metrics
+from ssn_jax.data import Split
+from ssn_jax.models import features as features_lib, resnet
+from ssn_jax.models.supersimplenet import SuperSimpleNet
+
+# N of the test splits: fewer than devices, a multiple, no multiple, several calls with a rest.
+SIZES = (1, 3, 4, 8, 19)
+TESTS = pathlib.Path(__file__).parent
+
+
+def split(n):
+    """A split of n noisy images of which the second half has a bright square."""
+    rng = np.random.default_rng(n)
+    images = rng.integers(0, 200, (n, 32, 48, 3), dtype=np.uint8)
+    masks = np.zeros((n, 32, 48), np.uint8)
+    labels = (np.arange(n) >= n / 2).astype(np.int32)
+    masks[labels == 1, 8:20, 8:24] = 1
+    images[masks == 1] = 255
+    names = tuple(map(str, range(n)))
+    return Split(images, masks, np.ones(n, bool), labels, names, names)
+
+
+def predictions():
+    """Devices, and maps and scores of every split, two images a device and call."""
+    network = SuperSimpleNet()
+    predict = evaluate.make_predictor(resnet.BACKBONES['resnet18'], network, 2)
+    backbone, variables = rule.backbone('resnet18'), rule.network(network, 384)
+    arrays = {'devices': jax.local_device_count()}
+    for n in SIZES:
+        arrays[f'maps{n}'], arrays[f'scores{n}'] = predict(backbone, variables, split(n).images)
+    return arrays
+
+
+@pytest.fixture(scope='module')
+def predicted(tmp_path_factory):
+    """Predictions made by processes with 1 and with 4 host devices."""
+    folder, running = tmp_path_factory.mktemp('devices'), {}
+    for devices in (1, 4):
+        path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get('PYTHONPATH', '')])
+        running[devices] = subprocess.Popen(
+            [sys.executable, __file__, str(folder / f'{devices}.npz')],
+            env=os.environ
+            | {
+                'JAX_PLATFORMS': 'cpu',
+                'PYTHONPATH': path,
+                'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+            },
+        )
+    assert [process.wait() for process in running.values()] == [0, 0]
+    arrays = {devices: dict(np.load(folder / f'{devices}.npz')) for devices in running}
+    assert {devices: int(a['devices']) for devices, a in arrays.items()} == {1: 1, 4: 4}
+    return arrays
+
+
+@pytest.mark.parametrize('n', SIZES)
+def test_four_devices_predict_what_one_does(predicted, n):
+    for name in (f'maps{n}', f'scores{n}'):
+        one, four = predicted[1][name], predicted[4][name]
+        assert one.dtype == four.dtype == np.float32
+        assert rule.relative_error(four, one) < 1e-5
+    assert predicted[4][f'maps{n}'].shape == (n, 32, 48)
+    assert predicted[4][f'scores{n}'].shape == (n,)
+
+
+@pytest.mark.parametrize('n', SIZES[1:])
+def test_four_devices_measure_what_one_does(predicted, n):
+    """All seven metrics."""
+    one, four = (
+        evaluate.evaluate(predicted[d][f'maps{n}'], predicted[d][f'scores{n}'], split(n))
+        for d in (1, 4)
+    )
+    assert one[1] == four[1] == {}
+    assert list(one[0]) == list(metrics.METRICS)
+    assert four[0] == pytest.approx(one[0], abs=1e-3)
+    assert all(0 <= value <= 1 for value in one[0].values())
+
+
+def test_predictions_are_the_models(predicted):
+    """Without pmap, batches or padding: images straight through backbone, heads and blur."""
+    n, network = SIZES[-1], SuperSimpleNet()
+    images = features_lib.normalise(split(n).images)
+    layers = resnet.BACKBONES['resnet18'].apply(rule.backbone('resnet18'), images)[1:]
+    logits, scores = network.apply(rule.network(network, 384), features_lib.upscale_pool(layers))
+    maps = features_lib.full_size_map(logits, (32, 48))[..., 0]
+    assert rule.relative_error(predicted[4][f'maps{n}'], maps) < 1e-5
+    assert rule.relative_error(predicted[4][f'scores{n}'], scores) < 1e-5
+
+
+def test_metrics_depend_on_real_images_alone():
+    """A split's metrics are those of its own images, undefined ones with a reason."""
+    data = split(4)
+    maps, scores = data.masks - 0.5, np.where(data.labels, 1.0, -1.0)
+    values, reasons = evaluate.evaluate(maps.astype(np.float32), scores, data)
+    assert values == pytest.approx(dict.fromkeys(metrics.METRICS, 1.0)) and reasons == {}
+
+    values, reasons = evaluate.evaluate(maps[:1], scores[:1], split(1))
+    assert values['I-AUROC'] is None and reasons['I-AUROC']
+
+
+if __name__ == '__main__':
+    np.savez(sys.argv[1], **predictions())
