@@ -110,7 +110,7 @@ def test_generator_matches_published_generator():
     [((1, 1, 1, 1), 3, 1), ((2, 3, 7, 4), 5, 6), ((3, 8, 5, 2), 1, 3), ((1, 2, 9, 5), 7, 2)],
 )
 def test_conv2d_is_xlas_convolution(monkeypatch, backend, shape, size, channels):
-    """Both ways of writing it, with their gradients, on grids smaller and larger than the kernel."""
+    """Both ways of writing it, with gradients, on grids smaller and larger than the kernel."""
     monkeypatch.setattr(jax, 'default_backend', lambda: backend)
     x = rule.draw_input(f'conv_x{shape}', shape)
     kernel = rule.draw_input(f'conv_k{shape}', (size, size, shape[-1], channels))
