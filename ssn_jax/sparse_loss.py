@@ -11,6 +11,7 @@ with less work:
 """
 
 from collections.abc import Callable
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ def make_sparse_loss(
     """
     fraction, deviation = masked_fraction(masks_fn)
 
-    def loss_fn(params, generator, batch_stats, batch, key):
+    def loss_fn(params, generator, batch_stats, batch, key, stop_map_gradient=True):
         k_mask, k_noise = jax.random.split(key)
         layers = batch['layers']
         n, grid = 2 * len(layers[0]), feature_grid(layers)
@@ -47,8 +48,9 @@ def make_sparse_loss(
         capacity = int(mask.size * min(1.0, fraction + 5 * deviation / np.sqrt(n)))
 
         def run(capacity, params, generator):
+            noise = functools.partial(noise_fn, generator, key=k_noise)
             return _loss(
-                config, params, generator, batch_stats, layers, mask, noise_fn, k_noise, capacity
+                config, params, batch_stats, layers, mask, noise, capacity, stop_map_gradient
             )
 
         return jax.lax.cond(
@@ -70,7 +72,7 @@ def masked_fraction(masks_fn: Callable, n: int = 256, size: int = 32) -> tuple[f
     return float(shares.mean()), float(shares.std())
 
 
-def _loss(config, params, generator, batch_stats, layers, mask, noise_fn, key, capacity):
+def _loss(config, params, batch_stats, layers, mask, noise_fn, capacity, stop_map_gradient):
     """Loss, terms and running averages, with at most `capacity` anomalous positions."""
     n, (height, width) = len(layers[0]), mask.shape[1:3]
     positions = n * height * width
@@ -82,11 +84,6 @@ def _loss(config, params, generator, batch_stats, layers, mask, noise_fn, key, c
     # How many of a position's two copies are clean.
     clean = 2.0 - flat[:positions] - flat[positions:]
     stats = {}
-
-    def spread(values):
-        """Adds values (K, D) at the anomalous positions of an empty doubled batch."""
-        empty = jnp.zeros((2 * positions, values.shape[-1]))
-        return empty.at[where].add(values * valid).reshape(2 * n, height, width, -1)
 
     adaptor = params['adaptor']
     linear = config.adaptor == 'linear'
@@ -103,7 +100,7 @@ def _loss(config, params, generator, batch_stats, layers, mask, noise_fn, key, c
             rows = adapted.reshape(positions, -1)[source]
     else:
         rows = jnp.zeros((capacity, weight.shape[1]))
-    noise = noise_fn(generator, rows, key) * valid
+    noise = noise_fn(rows) * valid
 
     # Segmentation head: clean positions once, anomalous ones on top.
     seg = params['seg_head']
@@ -140,14 +137,14 @@ def _loss(config, params, generator, batch_stats, layers, mask, noise_fn, key, c
     else:
         once = conv2d(adapted, k_features)
     x = jnp.concatenate([once, once]) + b_conv
-    x += conv2d(jax.lax.stop_gradient(logits), k_map)
+    seen = jax.lax.stop_gradient(logits) if stop_map_gradient else logits
+    x += conv2d(seen, k_map)
     x += _convolve_sparse(noise, where, k_features, (2 * n, height, width))
     mean = x.mean((0, 1, 2))
     variance = ((x - mean) ** 2).mean((0, 1, 2))
     stats['cls_head'] = {'norm': _running(batch_stats['cls_head']['norm'], mean, variance)}
     gain = cls['norm']['scale'] * jax.lax.rsqrt(variance + _EPSILON)
     x = jax.nn.relu(x * gain + (cls['norm']['bias'] - mean * gain))
-    seen = jax.lax.stop_gradient(logits)
     pooled = [x.max((1, 2)), x.mean((1, 2)), seen.max((1, 2)), seen.mean((1, 2))]
     score = cls['score']
     scores = (jnp.concatenate(pooled, -1) @ score['kernel'] + score['bias'])[:, 0]

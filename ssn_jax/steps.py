@@ -74,7 +74,10 @@ def learning_rate_factor(config: ml_collections.ConfigDict, steps_per_epoch: int
     A fraction of the epochs that is no whole number of them takes effect at the next epoch.
     """
     o = config.optimizer
-    boundaries = {math.ceil(d * config.epochs) * steps_per_epoch: o.drop_factor for d in o.drops}
+    boundaries = {}
+    for drop in o.drops:
+        step = math.ceil(drop * config.epochs) * steps_per_epoch
+        boundaries[step] = boundaries.get(step, 1.0) * o.drop_factor
     return optax.piecewise_constant_schedule(1.0, boundaries)
 
 
@@ -136,15 +139,17 @@ def make_loss(
     `sparse_loss.make_sparse_loss`, its equal at a fraction of the cost.
 
     Returns:
-      `loss(params, generator, batch_stats, batch, key) -> (loss, (terms, batch_stats))`, where
-      the loss is the discriminator's (L_D), `terms` holds its parts, the mean square of the noise
-      and the generator's loss L_G = -L_D + penalty * mean(noise^2).
+      `loss(params, generator, batch_stats, batch, key, stop_map_gradient=True) -> (loss, (terms,
+      batch_stats))`, where the loss is the discriminator's (L_D), and `terms` holds its parts, the
+      noise's root mean square and the generator's loss L_G = -L_D + penalty * mean(noise^2).
+      With `stop_map_gradient` the score's loss does not reach the noise and the segmentation head
+      through the map.
     """
     network = build_network(config)
     masks_fn = masks_fn or make_masks(config)
     noise_fn = noise_fn or make_noise(config)
 
-    def loss_fn(params, generator, batch_stats, batch, key):
+    def loss_fn(params, generator, batch_stats, batch, key, stop_map_gradient=True):
         k_mask, k_noise = jax.random.split(key)
         features = features_lib.upscale_pool(batch['layers'])
         variables = {'params': params, 'batch_stats': batch_stats}
@@ -162,7 +167,7 @@ def make_loss(
             adapted + noise * mask,
             features + noise * mask,
             train=True,
-            stop_map_gradient=True,
+            stop_map_gradient=stop_map_gradient,
             method='discriminate',
             mutable=['batch_stats'],
         )
@@ -191,7 +196,8 @@ def make_step(
     d_optimizer, g_optimizer = discriminator_optimizer(config), generator_optimizer(config)
 
     def generator_loss(generator, params, batch_stats, batch, key):
-        _, (terms, _) = loss_fn(params, generator, batch_stats, batch, key)
+        # Stopping the map's gradient shields the segmentation head; the adversary sees all of L_D.
+        _, (terms, _) = loss_fn(params, generator, batch_stats, batch, key, False)
         return terms['generator_loss'], terms
 
     def update_discriminator(state, batch, key):

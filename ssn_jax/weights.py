@@ -146,11 +146,16 @@ def read_safetensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
         ) from None
 
 
+class HubError(UserError):
+    """The hub's file is neither cached nor can it be fetched."""
+
+
 def download(name: str) -> pathlib.Path:
     """The hub's weights file of a backbone, from the local cache or the network.
 
     Raises:
-      UserError: it can not be had, or its SHA-256 is not the expected one.
+      HubError: it can not be had.
+      UserError: its SHA-256 is not the expected one.
     """
     repository, revision, sha256 = HUB[name]
     where = {'repo_id': repository, 'filename': 'model.safetensors', 'revision': revision}
@@ -162,7 +167,7 @@ def download(name: str) -> pathlib.Path:
             huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(**where), timeout=5)
             path = huggingface_hub.hf_hub_download(**where)
     except Exception as e:  # The client raises network errors of several libraries.
-        raise UserError(
+        raise HubError(
             f'the weights {repository} are neither cached nor can they be fetched '
             f'({type(e).__name__}): download model.safetensors from '
             f'https://huggingface.co/{repository} on a machine with network and set '
@@ -201,7 +206,7 @@ def load_backbone(name: str, weights: str, allow_random: bool) -> tuple[dict, st
         try:
             weights = str(download(name))
             origin = f'{HUB[name][0]} ({HUB[name][2][:12]})'
-        except UserError as e:
+        except HubError as e:
             if not allow_random:
                 raise
             logging.warning('%s Going on with seeded random weights.', e)

@@ -78,12 +78,15 @@ def both_losses(adaptor, adapt_cls_features, kind, masks, seed, shape):
 
     def evaluate(loss_fn):
         def both(params, generator):
-            fixed = (state.batch_stats, {'layers': layers}, keys[2])
-            loss = functools.partial(loss_fn, batch_stats=fixed[0], batch=fixed[1], key=fixed[2])
+            loss = functools.partial(
+                loss_fn, batch_stats=state.batch_stats, batch={'layers': layers}, key=keys[2]
+            )
             (_, (terms, stats)), d_grads = jax.value_and_grad(
                 lambda p: loss(p, generator), has_aux=True
             )(params)
-            g_grads = jax.grad(lambda g: loss(params, g)[1][0]['generator_loss'])(generator)
+            g_grads = jax.grad(
+                lambda g: loss(params, g, stop_map_gradient=False)[1][0]['generator_loss']
+            )(generator)
             return terms, stats, d_grads, g_grads
 
         return jax.jit(both)(state.params, state.generator)
