@@ -22,8 +22,9 @@ def default_config() -> ml_collections.ConfigDict:
     config.name = 'mod1_a'  # The row of the results table.
     config.seed = 0  # Initialisation, data order, masks and noise follow from it.
     config.epochs = 300
-    config.batch_size = 32  # Good images per step, before they are doubled.
-    config.image_size = (256, 256)  # Height, width in pixels.
+    config.batch_size = 32  # Images per step, before they are doubled.
+    config.image_size = (256, 256)  # Height, width in pixels, as the backbone sees them.
+    config.resize = (0, 0)  # Resize to this, then cut image_size out of the middle; zeros: no cut.
 
     config.data = data = ml_collections.ConfigDict()
     data.name = 'mvtec_ad'  # mvtec_ad, synthetic, ksdd2 or folder.
@@ -36,8 +37,21 @@ def default_config() -> ml_collections.ConfigDict:
     backbone.name = 'resnet18'  # resnet18 or wide_resnet50_2.
     backbone.weights = ''  # A safetensors file; '' fetches the pinned one from the hub.
 
+    config.system = 'supersimplenet'  # supersimplenet, gap_cam or simplenet.
     config.adaptor = 'linear'  # linear (published) or conv (Scenario B).
     config.adapt_cls_features = False  # Does the classification head see adapted features?
+
+    config.simplenet = simplenet = ml_collections.ConfigDict()
+    simplenet.embedding = 1536  # Channels that a position's patches are averaged to.
+    simplenet.hidden = 1024  # Width of the discriminator.
+
+    config.supervision = supervision = ml_collections.ConfigDict()
+    supervision.kind = 'none'  # none (normal images alone), labels, or masks of some defects.
+    supervision.mask_fraction = 1.0  # Masks: of how many defective training images, 0..1.
+    supervision.mask_count = -1  # Masks: their number instead; -1: the fraction counts.
+    supervision.dilation = 7  # Masks: they grow by a square of so many pixels.
+    supervision.distance_weight = 3.0  # Masks: the loss's weight in the middle of a defect,
+    supervision.distance_power = 2.0  # and how steeply it falls to the edge.
 
     config.perlin = perlin = ml_collections.ConfigDict()
     perlin.threshold = 0.2  # Noise above it is anomalous; 0.6 in supervised training.
@@ -60,6 +74,12 @@ def default_config() -> ml_collections.ConfigDict:
     optimizer.heads_weight_decay = 1e-5
     optimizer.drops = (0.8, 0.9)  # Fractions of the epochs after which the rates drop
     optimizer.drop_factor = 0.4  # by this factor.
+    optimizer.heads_decay_in_gradient = False  # Adam with L2 (SimpleNet) instead of AdamW.
+    optimizer.clip_norm = 0.0  # Largest norm of the whole gradient; 0: any.
+
+    config.decision = decision = ml_collections.ConfigDict()
+    decision.holdout = 0.0  # Share of the training images kept aside to choose the threshold on.
+    decision.fpr = 0.05  # Without defects in training: largest share of false alarms.
 
     config.checkpoint = checkpoint = ml_collections.ConfigDict()
     checkpoint.every = 10  # Epochs between checkpoints; one is written at the end in any case.
@@ -93,8 +113,45 @@ def validate(config: ml_collections.ConfigDict) -> None:
         'backbone.name',
         'it is resnet18 or wide_resnet50_2',
     )
+    resize = config.resize
+    require(
+        len(resize) == 2
+        and all(isinstance(r, int) for r in resize)
+        and (not any(resize) or all(s <= r <= 4096 for s, r in zip(size, resize, strict=True))),
+        'resize',
+        f'it is (0, 0), or (height, width) from image_size={tuple(size)} to 4096 pixels',
+    )
+    systems = ('supersimplenet', 'gap_cam', 'simplenet')
+    require(config.system in systems, 'system', f'it is one of {", ".join(systems)}')
+    supervision = config.supervision
+    kinds = {'supersimplenet': ('none', 'labels', 'masks'), 'gap_cam': ('none', 'labels')}
+    kinds = kinds.get(config.system, ('none',))
+    require(
+        supervision.kind in kinds,
+        'supervision.kind',
+        f'with --config.system={config.system} it is {" or ".join(kinds)}',
+    )
+    require(
+        0 <= supervision.mask_fraction <= 1,
+        'supervision.mask_fraction',
+        'it is a fraction of the defective training images, in 0..1',
+    )
+    require(supervision.mask_count >= -1, 'supervision.mask_count', 'it is a number of masks or -1')
+    require(
+        supervision.dilation >= 1 and supervision.dilation % 2,
+        'supervision.dilation',
+        'it is an odd number of pixels',
+    )
+    for field in ('distance_weight', 'distance_power'):
+        flag = f'supervision.{field}'
+        require(0 <= supervision[field] < math.inf, flag, 'it must be a number and not negative')
+    for field in ('embedding', 'hidden'):
+        require(config.simplenet[field] >= 1, f'simplenet.{field}', 'it must be at least 1')
+    require(0 <= config.decision.holdout < 1, 'decision.holdout', 'it is a fraction below 1')
+    require(0 <= config.decision.fpr <= 1, 'decision.fpr', 'it is a rate in 0..1')
     require(config.adaptor in ('linear', 'conv'), 'adaptor', 'it is linear or conv')
-    require(config.noise.kind in ('static', 'learned'), 'noise.kind', 'it is static or learned')
+    noises = ('static',) if config.system == 'simplenet' else ('static', 'learned')
+    require(config.noise.kind in noises, 'noise.kind', f'it is {" or ".join(noises)}')
     for flag in ('noise.std', 'noise.beta', 'noise.penalty', 'noise.z_dim'):
         group, field = flag.split('.')
         value = config[group][field]

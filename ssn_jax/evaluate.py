@@ -18,7 +18,7 @@ def make_predictor(
 
     Args:
       backbone: the frozen feature extractor.
-      network: maps a feature grid to anomaly logits and score logits.
+      network: maps its features to anomaly logits and score logits.
       batch_size: images per device and call.
 
     Returns:
@@ -30,8 +30,8 @@ def make_predictor(
 
     def forward(backbone_variables, variables, images):
         layers = backbone.apply(backbone_variables, features_lib.normalise(images))[1:]
-        logits, scores = network.apply(variables, features_lib.upscale_pool(layers))
-        return features_lib.full_size_map(logits, images.shape[1:3])[..., 0], scores
+        logits, scores = network.apply(variables, network.features(network.frozen(layers)))
+        return network.full_size_map(logits, images.shape[1:3])[..., 0], scores
 
     parallel = jax.pmap(forward, in_axes=(None, None, 0))
 
@@ -51,6 +51,12 @@ def make_predictor(
         return np.concatenate(maps), np.concatenate(scores)
 
     return predict
+
+
+def predict_scores(predict: Callable, *variables: dict, images: np.ndarray) -> np.ndarray:
+    """Score logits (N,) of images (N, H, W, 3), without holding all their maps at once."""
+    parts = [images[i : i + 256] for i in range(0, len(images), 256)]
+    return np.concatenate([predict(*variables, part)[1] for part in parts])
 
 
 def evaluate(

@@ -27,7 +27,11 @@ def mean_where(values: jax.Array, where: jax.Array) -> jax.Array:
 
 
 def truncated_l1(
-    logits: jax.Array, targets: jax.Array, threshold: float = 0.5
+    logits: jax.Array,
+    targets: jax.Array,
+    threshold: float = 0.5,
+    weight: jax.Array | float = 1.0,
+    taught: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Truncated L1 on anomaly logits, averaged apart over normal and anomalous positions.
 
@@ -38,17 +42,24 @@ def truncated_l1(
       logits: (N, H, W, 1).
       targets: (N, H, W, 1), 0 normal or 1 anomalous.
       threshold: the margin.
+      weight: as of `discriminator_loss`.
+      taught: likewise.
 
     Returns:
       Two scalars: the mean over normal and over anomalous positions, 0 where there are none.
     """
-    normal = mean_where(jax.nn.relu(threshold + logits), targets == 0)
-    anomalous = mean_where(jax.nn.relu(threshold - logits), targets > 0)
+    normal = mean_where(weight * jax.nn.relu(threshold + logits), taught * (targets == 0))
+    anomalous = mean_where(weight * jax.nn.relu(threshold - logits), taught * (targets > 0))
     return normal, anomalous
 
 
 def discriminator_loss(
-    logits: jax.Array, scores: jax.Array, mask: jax.Array, labels: jax.Array
+    logits: jax.Array,
+    scores: jax.Array,
+    mask: jax.Array,
+    labels: jax.Array,
+    weight: jax.Array | float = 1.0,
+    taught: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The whole training loss: truncated L1 and focal on the map, focal on the score.
 
@@ -57,14 +68,18 @@ def discriminator_loss(
       scores: score logits (N,).
       mask: (N, H, W, 1), 1 where anomalous.
       labels: (N,), 1 where the image holds an anomaly.
+      weight: how much a position's loss on the map counts, broadcastable to (N, H, W, 1). As in
+        Božič et al., "Mixed supervision for surface-defect detection", Computers in Industry 2021,
+        it scales the loss and not the number of positions that the loss is averaged over.
+      taught: 1 where the map's target is known, 0 where the map is left alone; broadcastable too.
 
     Returns:
       The loss, and its terms by name.
     """
-    normal, anomalous = truncated_l1(logits, mask)
+    normal, anomalous = truncated_l1(logits, mask, weight=weight, taught=taught)
     terms = {
         'map_l1': normal + anomalous,
-        'map_focal': focal(logits, mask).mean(),
+        'map_focal': mean_where(weight * focal(logits, mask), taught),
         'score_focal': focal(scores, labels).mean(),
     }
     return sum(terms.values()), terms

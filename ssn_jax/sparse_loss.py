@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ssn_jax import losses
+from ssn_jax import losses, synthesis
 from ssn_jax.models import native
 from ssn_jax.models.features import feature_grid, upscale_pool
 from ssn_jax.models.layers import conv2d
@@ -37,20 +37,22 @@ def make_sparse_loss(
       noise_fn: `(generator, adapted, key) -> noise`, called with the K anomalous positions'
         adapted features (K, C).
     """
+    unsupervised = config.supervision.kind == 'none'
     fraction, deviation = masked_fraction(masks_fn)
 
-    def loss_fn(params, generator, batch_stats, batch, key, stop_map_gradient=True):
+    def loss_fn(params, generator, batch_stats, batch, key, stop_map_gradient=unsupervised):
         k_mask, k_noise = jax.random.split(key)
         layers = batch['layers']
         n, grid = 2 * len(layers[0]), feature_grid(layers)
-        mask = masks_fn(k_mask, n, grid)
+        placed = synthesis.place(masks_fn(k_mask, n, grid), batch)
+        mask = placed.noise
         # Five standard deviations of the mean over the batch's masks.
         capacity = int(mask.size * min(1.0, fraction + 5 * deviation / np.sqrt(n)))
 
         def run(capacity, params, generator):
             noise = functools.partial(noise_fn, generator, key=k_noise)
             return _loss(
-                config, params, batch_stats, layers, mask, noise, capacity, stop_map_gradient
+                config, params, batch_stats, layers, placed, noise, capacity, stop_map_gradient
             )
 
         return jax.lax.cond(
@@ -72,12 +74,12 @@ def masked_fraction(masks_fn: Callable, n: int = 256, size: int = 32) -> tuple[f
     return float(shares.mean()), float(shares.std())
 
 
-def _loss(config, params, batch_stats, layers, mask, noise_fn, capacity, stop_map_gradient):
-    """Loss, terms and running averages, with at most `capacity` anomalous positions."""
-    n, (height, width) = len(layers[0]), mask.shape[1:3]
+def _loss(config, params, batch_stats, layers, placed, noise_fn, capacity, stop_map_gradient):
+    """Loss, terms and running averages, with at most `capacity` noisy positions."""
+    n, (height, width) = len(layers[0]), placed.noise.shape[1:3]
     positions = n * height * width
-    flat = mask.reshape(-1)
-    # Anomalous positions of the doubled batch, and the same of the single one they stem from.
+    flat = placed.noise.reshape(-1)
+    # Noisy positions of the doubled batch, and the same of the single one they stem from.
     (where,) = jnp.nonzero(flat > 0, size=capacity, fill_value=0)
     source = where % positions
     valid = (jnp.arange(capacity) < flat.sum())[:, None]
@@ -92,7 +94,7 @@ def _loss(config, params, batch_stats, layers, mask, noise_fn, capacity, stop_ma
     else:
         adapted, stats['adaptor'] = _conv_adaptor(adaptor, batch_stats['adaptor'], layers)
 
-    # The noise, at the anomalous positions.
+    # The noise, at its positions.
     if config.noise.kind == 'learned' or not linear:
         if linear:
             rows = upscale_pool(layers).reshape(positions, -1)[source] @ weight + bias
@@ -102,7 +104,42 @@ def _loss(config, params, batch_stats, layers, mask, noise_fn, capacity, stop_ma
         rows = jnp.zeros((capacity, weight.shape[1]))
     noise = noise_fn(rows) * valid
 
-    # Segmentation head: clean positions once, anomalous ones on top.
+    # Classification head: a convolution of the features, clean ones once and noise on top.
+    cls = params['cls_head']
+    gap_cam = config.system == 'gap_cam'
+    kernel, score = cls['conv']['kernel'], cls['score']
+    k_features = kernel if gap_cam else kernel[:, :, :-1]
+    if not (gap_cam or config.adapt_cls_features):
+        once = native.convolve(layers, k_features)
+    elif linear:
+        once = native.convolve(layers, jnp.einsum('ab,debo->deao', weight, k_features))
+        once += native.convolve_constant(bias, k_features, (height, width))
+    else:
+        once = conv2d(adapted, k_features)
+    x = jnp.concatenate([once, once]) + cls['conv']['bias']
+    x += _convolve_sparse(noise, where, k_features, (2 * n, height, width))
+
+    def activate(x):
+        mean = x.mean((0, 1, 2))
+        variance = ((x - mean) ** 2).mean((0, 1, 2))
+        stats['cls_head'] = {'norm': _running(batch_stats['cls_head']['norm'], mean, variance)}
+        gain = cls['norm']['scale'] * jax.lax.rsqrt(variance + _EPSILON)
+        return jax.nn.relu(x * gain + (cls['norm']['bias'] - mean * gain))
+
+    def total_loss(logits, scores):
+        taught = placed.taught * (not gap_cam)
+        loss, terms = losses.discriminator_loss(
+            logits, scores, placed.target, placed.labels, placed.weight, taught
+        )
+        power = losses.mean_where(noise**2, valid)
+        terms |= losses.generator_terms(loss, power, config.noise.penalty)
+        return loss, (terms, stats)
+
+    if gap_cam:
+        logits = activate(x) @ score['kernel']
+        return total_loss(logits, logits.mean((1, 2))[:, 0] + score['bias'])
+
+    # Segmentation head: clean positions once, noisy ones on top.
     seg = params['seg_head']
     w_hidden, b_hidden = seg['hidden']['kernel'], seg['hidden']['bias']
     if linear:
@@ -125,34 +162,12 @@ def _loss(config, params, batch_stats, layers, mask, noise_fn, capacity, stop_ma
     change = (head(noisy) - both[where]) * valid
     logits = both.at[where].add(change).reshape(2 * n, height, width, 1)
 
-    # Classification head: the same split, and a true convolution of the map alone.
-    cls = params['cls_head']
-    kernel, b_conv = cls['conv']['kernel'], cls['conv']['bias']
-    k_features, k_map = kernel[:, :, :-1], kernel[:, :, -1:]
-    if not config.adapt_cls_features:
-        once = native.convolve(layers, k_features)
-    elif linear:
-        once = native.convolve(layers, jnp.einsum('ab,debo->deao', weight, k_features))
-        once += native.convolve_constant(bias, k_features, (height, width))
-    else:
-        once = conv2d(adapted, k_features)
-    x = jnp.concatenate([once, once]) + b_conv
+    # The map's share of the classification head, and its score.
     seen = jax.lax.stop_gradient(logits) if stop_map_gradient else logits
-    x += conv2d(seen, k_map)
-    x += _convolve_sparse(noise, where, k_features, (2 * n, height, width))
-    mean = x.mean((0, 1, 2))
-    variance = ((x - mean) ** 2).mean((0, 1, 2))
-    stats['cls_head'] = {'norm': _running(batch_stats['cls_head']['norm'], mean, variance)}
-    gain = cls['norm']['scale'] * jax.lax.rsqrt(variance + _EPSILON)
-    x = jax.nn.relu(x * gain + (cls['norm']['bias'] - mean * gain))
+    x = activate(x + conv2d(seen, kernel[:, :, -1:]))
     pooled = [x.max((1, 2)), x.mean((1, 2)), seen.max((1, 2)), seen.mean((1, 2))]
-    score = cls['score']
     scores = (jnp.concatenate(pooled, -1) @ score['kernel'] + score['bias'])[:, 0]
-
-    loss, terms = losses.discriminator_loss(logits, scores, mask, mask.max((1, 2, 3)))
-    power = losses.mean_where(noise**2, valid)
-    terms |= losses.generator_terms(loss, power, config.noise.penalty)
-    return loss, (terms, stats)
+    return total_loss(logits, scores)
 
 
 def _running(old, mean, variance):

@@ -1,8 +1,9 @@
 """Train steps: pure functions `(state, batch, key) -> (state, metrics)`.
 
 A batch is a dict; `batch['layers']` holds the frozen backbone's outputs (N, H_i, W_i, C_i) at
-their own grids. The two players of learned noise never share a gradient: each has its own
-`jax.grad` with the other's parameters held constant.
+their own grids (SimpleNet: the embedding), and what is known of defects is in the fields that
+`synthesis.place` describes. The two players of learned noise never share a gradient: each has its
+own `jax.grad` with the other's parameters held constant.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,8 @@ import optax
 from ssn_jax import losses, synthesis
 from ssn_jax.models import features as features_lib
 from ssn_jax.models.heads import NoiseGenerator
-from ssn_jax.models.supersimplenet import SuperSimpleNet
+from ssn_jax.models.simplenet import SimpleNet
+from ssn_jax.models.supersimplenet import GapCam, SuperSimpleNet
 from ssn_jax.sparse_loss import make_sparse_loss
 
 
@@ -42,8 +44,13 @@ class TrainState:
     generator_opt_state: optax.OptState
 
 
-def build_network(config: ml_collections.ConfigDict) -> SuperSimpleNet:
+def build_network(config: ml_collections.ConfigDict) -> SuperSimpleNet | GapCam | SimpleNet:
     """The trained network a config describes."""
+    match config.system:
+        case 'gap_cam':
+            return GapCam(config.adaptor)
+        case 'simplenet':
+            return SimpleNet(config.simplenet.embedding, config.simplenet.hidden)
     return SuperSimpleNet(config.adaptor, config.adapt_cls_features)
 
 
@@ -54,13 +61,19 @@ def discriminator_optimizer(config: ml_collections.ConfigDict) -> optax.Gradient
     the number of updates a player has had.
     """
     o = config.optimizer
-    return optax.multi_transform(
-        {
-            'adaptor': optax.adamw(o.adaptor_learning_rate, weight_decay=o.adaptor_weight_decay),
-            'heads': optax.adamw(o.heads_learning_rate, weight_decay=o.heads_weight_decay),
-        },
+    if o.heads_decay_in_gradient:
+        decay = optax.add_decayed_weights(o.heads_weight_decay)
+        heads = optax.chain(decay, optax.adam(o.heads_learning_rate))
+    else:
+        heads = optax.adamw(o.heads_learning_rate, weight_decay=o.heads_weight_decay)
+    adaptor = optax.adamw(o.adaptor_learning_rate, weight_decay=o.adaptor_weight_decay)
+    optimizer = optax.multi_transform(
+        {'adaptor': adaptor, 'heads': heads},
         lambda params: {part: 'adaptor' if part == 'adaptor' else 'heads' for part in params},
     )
+    if not o.clip_norm:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(o.clip_norm), optimizer)
 
 
 def generator_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
@@ -82,7 +95,9 @@ def learning_rate_factor(config: ml_collections.ConfigDict, steps_per_epoch: int
 
 
 def init_state(config: ml_collections.ConfigDict, key: jax.Array, channels: int) -> TrainState:
-    """A fresh state for features of `channels` channels."""
+    """A fresh state for backbone layers of `channels` channels together."""
+    if config.system == 'simplenet':
+        channels = config.simplenet.embedding
     k_network, k_generator = jax.random.split(key)
     grid = jnp.zeros((1, 8, 8, channels))
     variables = build_network(config).init(k_network, grid)
@@ -139,17 +154,18 @@ def make_loss(
     `sparse_loss.make_sparse_loss`, its equal at a fraction of the cost.
 
     Returns:
-      `loss(params, generator, batch_stats, batch, key, stop_map_gradient=True) -> (loss, (terms,
+      `loss(params, generator, batch_stats, batch, key, stop_map_gradient=...) -> (loss, (terms,
       batch_stats))`, where the loss is the discriminator's (L_D), and `terms` holds its parts, the
       noise's root mean square and the generator's loss L_G = -L_D + penalty * mean(noise^2).
       With `stop_map_gradient` the score's loss does not reach the noise and the segmentation head
-      through the map.
+      through the map; that is the default where no true defect teaches the score.
     """
+    unsupervised = config.supervision.kind == 'none'
     network = build_network(config)
     masks_fn = masks_fn or make_masks(config)
     noise_fn = noise_fn or make_noise(config)
 
-    def loss_fn(params, generator, batch_stats, batch, key, stop_map_gradient=True):
+    def loss_fn(params, generator, batch_stats, batch, key, stop_map_gradient=unsupervised):
         k_mask, k_noise = jax.random.split(key)
         features = features_lib.upscale_pool(batch['layers'])
         variables = {'params': params, 'batch_stats': batch_stats}
@@ -158,26 +174,68 @@ def make_loss(
         )
         adapted, features = synthesis.double(adapted), synthesis.double(features)
         n, height, width, _ = features.shape
-        mask = masks_fn(k_mask, n, (height, width))
-        noise = noise_fn(generator, adapted, k_noise)
-        labels = mask.max((1, 2, 3))
+        placed = synthesis.place(masks_fn(k_mask, n, (height, width)), batch)
+        noise = noise_fn(generator, adapted, k_noise) * placed.noise
         variables = {'params': params, 'batch_stats': {**batch_stats, **updates['batch_stats']}}
         (logits, scores), updates = network.apply(
             variables,
-            adapted + noise * mask,
-            features + noise * mask,
+            adapted + noise,
+            features + noise,
             train=True,
             stop_map_gradient=stop_map_gradient,
             method='discriminate',
             mutable=['batch_stats'],
         )
-        loss, terms = losses.discriminator_loss(logits, scores, mask, labels)
-        power = losses.mean_where(noise**2, mask)
+        loss, terms = losses.discriminator_loss(
+            logits,
+            scores,
+            placed.target,
+            placed.labels,
+            placed.weight,
+            placed.taught * (config.system != 'gap_cam'),
+        )
+        power = losses.mean_where(noise**2, placed.noise)
         terms |= losses.generator_terms(loss, power, config.noise.penalty)
         batch_stats = {**variables['batch_stats'], **updates['batch_stats']}
         return loss, (terms, batch_stats)
 
     return loss_fn
+
+
+def make_hinge_loss(config: ml_collections.ConfigDict, noise_fn: Callable | None = None):
+    """SimpleNet's loss; arguments and result as of `make_loss`.
+
+    Every position is a normal example, and once more with noise an anomalous one; the hinge at
+    0.5 is the truncated L1 (Liu et al., CVPR 2023, equation 7).
+    """
+    network = build_network(config)
+    noise_fn = noise_fn or make_noise(config)
+
+    def loss_fn(params, generator, batch_stats, batch, key):
+        variables = {'params': params, 'batch_stats': batch_stats}
+        clean = network.apply(variables, network.features(batch['layers']), method='adapt')
+        noise = noise_fn(generator, clean, key)
+        logits, updates = network.apply(
+            variables,
+            jnp.concatenate([clean, clean + noise]),
+            train=True,
+            method='discriminate',
+            mutable=['batch_stats'],
+        )
+        noisy = jnp.arange(len(logits)) >= len(clean)
+        normal, anomalous = losses.truncated_l1(logits, noisy[:, None, None, None])
+        terms = {'loss': normal + anomalous, 'normal': normal, 'anomalous': anomalous}
+        return terms['loss'], (terms, updates['batch_stats'])
+
+    return loss_fn
+
+
+def config_loss(config: ml_collections.ConfigDict) -> Callable:
+    """The loss that a config trains with, in its cheapest form."""
+    if config.system == 'simplenet':
+        return make_hinge_loss(config)
+    make = make_sparse_loss if config.sparse else make_loss
+    return make(config, make_masks(config), make_noise(config))
 
 
 def make_step(
@@ -189,9 +247,7 @@ def make_step(
     discriminator, then one of the generator (0: both on every step, each by its own gradient).
     `loss_fn` replaces the config's.
     """
-    if loss_fn is None:
-        make = make_sparse_loss if config.sparse else make_loss
-        loss_fn = make(config, make_masks(config), make_noise(config))
+    loss_fn = loss_fn or config_loss(config)
     factor_fn = learning_rate_factor(config, steps_per_epoch)
     d_optimizer, g_optimizer = discriminator_optimizer(config), generator_optimizer(config)
 
@@ -242,32 +298,26 @@ def make_step(
     return step
 
 
-def make_epoch(config: ml_collections.ConfigDict, images: int) -> tuple[Callable, int]:
+def make_epoch(config: ml_collections.ConfigDict, steps: int) -> Callable:
     """One epoch as one compiled call.
 
     Args:
       config: the run's config.
-      images: how many training images there are; the batch is never larger.
+      steps: how many an epoch makes.
 
     Returns:
-      `epoch(state, data, key) -> (state, metrics)`, which donates the state, draws batches
-      without replacement (what does not fill a batch is left out this time) and averages the
-      metrics; and the number of steps it makes.
+      `epoch(state, data, order, key) -> (state, metrics)`, which donates the state. `data` is a
+      batch of everything there is, `order` (steps, batch) says which of it each step sees; the
+      metrics are averaged.
     """
-    batch_size = min(config.batch_size, images)
-    steps = images // batch_size
     step = make_step(config, steps)
 
-    def epoch(state, data, key):
-        k_order, k_steps = jax.random.split(key)
-        order = jax.random.permutation(k_order, images)[: steps * batch_size]
-
+    def epoch(state, data, order, key):
         def body(state, inputs):
             indices, k = inputs
             return step(state, jax.tree.map(lambda x: x[indices], data), k)
 
-        keys = jax.random.split(k_steps, steps)
-        state, metrics = jax.lax.scan(body, state, (order.reshape(steps, batch_size), keys))
+        state, metrics = jax.lax.scan(body, state, (order, jax.random.split(key, steps)))
         return state, jax.tree.map(jnp.mean, metrics)
 
-    return jax.jit(epoch, donate_argnums=0), steps
+    return jax.jit(epoch, donate_argnums=0)

@@ -3,6 +3,8 @@
 Everything is a pure function of a key and runs inside jit, random scales included.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,6 +92,50 @@ def static_noise(key: jax.Array, shape: tuple[int, ...], std: float) -> jax.Arra
 def bounded_noise(raw: jax.Array, beta: float | None) -> jax.Array:
     """A generator's raw output (N, H, W, C) as noise: beta * tanh(raw), or raw without a bound."""
     return raw if beta is None else beta * jnp.tanh(raw)
+
+
+class Placement(NamedTuple):
+    """Where a doubled batch gets noise, and what it teaches.
+
+    Attributes:
+      noise: (2N, H, W, 1), 1 where noise is added.
+      target: (2N, H, W, 1), 1 where the map is to be anomalous.
+      weight: (2N, H, W, 1), how much a position's loss on the map counts.
+      taught: (2N, 1, 1, 1), 0 for an image whose map has no known target.
+      labels: (2N,), 1 for an image with a defect, true or synthetic.
+    """
+
+    noise: jax.Array
+    target: jax.Array
+    weight: jax.Array
+    taught: jax.Array
+    labels: jax.Array
+
+
+def place(drawn: jax.Array, batch: dict[str, jax.Array]) -> Placement:
+    """Brings random masks and what is known of the images together (Rolih et al., 2024, III-B).
+
+    Noise never falls on a true defect. Of a defective image without a mask any position may be
+    the defect: it gets no noise at all, and its map is not taught.
+
+    Args:
+      drawn: random masks for the doubled batch, (2N, H, W, 1).
+      batch: `label` (N,), `known` (N,) whether the mask is known, `mask` and `weight`
+        (N, H, W, 1). What is absent is that of normal images: label 0, known, empty, weight 1.
+    """
+    n = len(drawn) // 2
+    one = jnp.ones((n, *drawn.shape[1:]))
+    mask = double(batch.get('mask', 0 * one))
+    label = double(batch.get('label', jnp.zeros(n)))
+    known = double(batch.get('known', jnp.ones(n)))[:, None, None, None]
+    noise = drawn * known * (1 - mask)
+    return Placement(
+        noise=noise,
+        target=jnp.maximum(mask, noise),
+        weight=jnp.where(noise > 0, 1.0, double(batch.get('weight', one))),
+        taught=known,
+        labels=jnp.maximum(label, noise.max((1, 2, 3))),
+    )
 
 
 def double(x: jax.Array) -> jax.Array:

@@ -12,7 +12,18 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from ssn_jax import checkpoint, config as config_lib, data, evaluate, metrics, steps, weights
+from ssn_jax import (
+    checkpoint,
+    config as config_lib,
+    data,
+    decision,
+    evaluate,
+    metrics,
+    sampling,
+    steps,
+    supervision,
+    weights,
+)
 from ssn_jax.errors import UserError
 from ssn_jax.models import features as features_lib, resnet
 
@@ -20,7 +31,10 @@ from ssn_jax.models import features as features_lib, resnet
 def default_workdir(config: ml_collections.ConfigDict) -> pathlib.Path:
     """Where a run goes unless the user says otherwise."""
     where = 'embedded' if not config.data.root else config.data.name
-    return pathlib.Path('runs') / f'{config.name}-{where}-{config.data.category}-{config.seed}'
+    category = config.data.category
+    if config.data.name == 'folder':
+        category = pathlib.Path(config.data.root).resolve().name
+    return pathlib.Path('runs') / f'{config.name}-{where}-{category}-{config.seed}'
 
 
 def check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -90,7 +104,9 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
     """
     config_lib.validate(config)
     check_workdir(config, workdir)
-    dataset = data.load(config.data, config.image_size)
+    dataset = data.load(config.data, config.image_size, config.resize)
+    rest, held_out = supervision.hold_out(config, dataset.train)
+    split = supervision.training_split(config, rest)
     if dataset.embedded:
         logging.warning(
             'No --config.data.root: this run uses the embedded, procedurally drawn %s images. '
@@ -106,18 +122,29 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         write_atomically(workdir / 'config.json', config_lib.to_json(config))
+        if config.supervision.kind == 'masks':
+            files = json.dumps(supervision.masked_files(split), indent=2) + '\n'
+            write_atomically(workdir / 'masked_images.json', files)
     except OSError as e:
         raise UserError(
             f'{workdir} can not be written ({e.strerror}): choose another --workdir.'
         ) from None
 
-    state, log = train(config, workdir, dataset.train, backbone, backbone_variables)
-
     network = steps.build_network(config)
+    state, log = train(config, workdir, split, network, backbone, backbone_variables)
+
     predict = evaluate.make_predictor(backbone, network, config.eval_batch_size)
     variables = {'params': state.params, 'batch_stats': state.batch_stats}
     maps, scores = predict(backbone_variables, variables, dataset.test.images)
     values, reasons = evaluate.evaluate(maps, scores, dataset.test)
+
+    def scores_of(images):
+        return evaluate.predict_scores(predict, backbone_variables, variables, images=images)
+
+    chosen = decision.decide(config, scores_of, split, held_out)
+    if chosen['threshold'] is not None:
+        on_test = decision.rates(scores, dataset.test.labels, chosen['threshold'])
+        chosen |= {f'test_{name}': value for name, value in on_test.items()}
 
     results = {
         'config': config.name,
@@ -130,7 +157,11 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
         'weights': origin,
         'metrics': values,
         'undefined': reasons,
-        'train_images': len(dataset.train.labels),
+        'decision': chosen,
+        'supervision': config.supervision.kind,
+        'train_images': len(split.labels),
+        'train_defects': int(split.labels.sum()),
+        'train_masks': len(supervision.masked_files(split)),
         'test_images': len(dataset.test.labels),
         'parameters': count(backbone_variables['params']) + count(state.params),
         'train_seconds': round(sum(log.history()['seconds']), 1),
@@ -138,12 +169,16 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
         'seconds_per_epoch': round(float(np.median(log.history()['seconds'])), 2),
         'devices': f'{jax.local_device_count()} x {jax.devices()[0].device_kind}',
     }
+    if values['I-AUROC'] is not None:
+        # As the publication chose it: on the images that it is then measured on.
+        results['youden_on_test'] = metrics.youden(scores, dataset.test.labels)
     draw_figures(workdir / 'figures', results, dataset.test, maps, scores, log)
+    write_atomically(workdir / 'decision.json', json.dumps(chosen, indent=2) + '\n')
     write_atomically(workdir / 'results.json', json.dumps(results, indent=2) + '\n')
     return results
 
 
-def train(config, workdir, split, backbone, backbone_variables):
+def train(config, workdir, split, network, backbone, backbone_variables):
     """Runs the epochs that are missing; returns the final state and the log."""
     key = jax.random.key(config.seed)
     k_init, k_epochs = jax.random.split(key)
@@ -156,8 +191,9 @@ def train(config, workdir, split, backbone, backbone_variables):
     if done == config.epochs:
         return state, log
 
-    layers = features_lib.extract_layers(backbone, backbone_variables, split.images)
-    run_epoch, per_epoch = steps.make_epoch(config, len(split.images))
+    contents, next_order = training_data(config, split, network, backbone, backbone_variables)
+    per_epoch = len(next_order(0))
+    run_epoch = steps.make_epoch(config, per_epoch)
     logging.info('%d images, %d steps per epoch', len(split.images), per_epoch)
 
     progress = tqdm.tqdm(
@@ -166,14 +202,37 @@ def train(config, workdir, split, backbone, backbone_variables):
     for epoch in progress:
         began = time.time()
         k = jax.random.fold_in(k_epochs, epoch)
+        order = jax.device_put(next_order(epoch))
         with jax.transfer_guard('disallow'):
-            state, values = run_epoch(state, {'layers': layers}, k)
+            state, values = run_epoch(state, contents, order, k)
         values = {name: float(v) for name, v in sorted(jax.device_get(values).items())}
         log.append(epoch, values | {'seconds': time.time() - began})
         progress.set_postfix(loss=f'{values["loss"]:.4f}')
         if epoch % config.checkpoint.every == 0 or epoch == config.epochs:
             checkpoint.save(manager, epoch, state)
     return state, log
+
+
+def training_data(config, split, network, backbone, backbone_variables):
+    """Everything that is trained on, as one batch on the device, and `order(epoch)` into it."""
+    supervised = config.supervision.kind != 'none'
+    if supervised:
+        split = supervision.with_flips(split)
+    layers = features_lib.extract_layers(
+        backbone, backbone_variables, split.images, frozen=network.frozen
+    )
+    if not supervised:
+        total = len(split.labels)
+        return {'layers': layers}, lambda epoch: sampling.uniform_order(
+            config.seed, epoch, total, config.batch_size
+        )
+    grid = features_lib.feature_grid(layers)
+    known = jax.device_put(supervision.truth(config.supervision, split, grid))
+    defective = int(split.labels.sum())
+    normal = len(split.labels) - defective
+    return {'layers': layers, **known}, lambda epoch: sampling.balanced_order(
+        config.seed, epoch, normal, defective, config.batch_size
+    )
 
 
 def count(params: dict) -> int:
@@ -202,11 +261,12 @@ def draw_figures(folder, results, split, maps, scores, log) -> None:
     curves = {name: column for name, column in log.history().items() if name != 'seconds'}
     figures.loss_curves(folder / 'losses.png', curves, title)
     if results['metrics']['I-AUROC'] is not None:
-        figures.roc_curve(folder / 'roc.png', scores, split.labels, title)
+        figures.roc_curve(folder / 'roc.png', scores, split.labels, f'{title} · test split')
     if results['metrics']['AP-loc'] is not None:
         known = split.has_mask
         figures.pr_curve(folder / 'pixel_pr.png', maps[known], split.masks[known], title)
-    figures.score_histogram(folder / 'scores.png', scores, split.labels, title)
+    threshold = results['decision']['threshold']
+    figures.score_histogram(folder / 'scores.png', scores, split.labels, title, threshold)
 
 
 def format_table(results: dict) -> str:
@@ -217,5 +277,18 @@ def format_table(results: dict) -> str:
         shown = f'{100 * value:6.2f} %' if value is not None else results['undefined'][name]
         lines.append(f'  {name:12s} {shown}')
     embedded = ', embedded data' if results['embedded'] else ''
+    lines.append(f'  {decision_line(results["decision"])}')
     head = f'{results["config"]} on {results["data"]} {results["category"]}{embedded}'
     return '\n'.join([f'{head}, {results["epochs"]} epochs, seed {results["seed"]}', *lines])
+
+
+def decision_line(chosen: dict) -> str:
+    """The decision and what it does on the test split, in words."""
+    if chosen['threshold'] is None:
+        return f'no threshold: {chosen["undefined"]}'
+    text = f'defective from score {chosen["threshold"]:.4g} on'
+    text += f' ({chosen["method"]}, chosen on: {chosen["split"]})'
+    for name in ('tpr', 'fpr'):
+        value = chosen[f'test_{name}']
+        text += f', test {name.upper()} {"unknown" if value is None else f"{100 * value:.1f} %"}'
+    return text

@@ -56,6 +56,10 @@ _HEAD_NAMES = {
     'cls_head/conv': 'discriminator.dec_head.0',
     'cls_head/norm': 'discriminator.dec_head.1',
     'cls_head/score': 'discriminator.fc_score',
+    'adaptor': 'pre_projection.layers.0fc',  # SimpleNet's, as are the next three.
+    'discriminator/hidden': 'discriminator.body.block1.0',
+    'discriminator/norm': 'discriminator.body.block1.1',
+    'discriminator/out': 'discriminator.tail',
     'layer0': 'noise_generator.model.0',
     'layer1': 'noise_generator.model.2',
     'layer2': 'noise_generator.model.4',

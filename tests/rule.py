@@ -15,7 +15,8 @@ import numpy as np
 from ssn_jax import weights
 from ssn_jax.models import resnet
 from ssn_jax.models.heads import NoiseGenerator
-from ssn_jax.models.supersimplenet import SuperSimpleNet
+from ssn_jax.models.simplenet import SimpleNet
+from ssn_jax.models.supersimplenet import GapCam, SuperSimpleNet
 
 FOLDER = pathlib.Path(__file__).parent / 'reference'
 
@@ -59,7 +60,8 @@ def torch_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     if len(shape) == 4:
         return shape[3], shape[2], shape[0], shape[1]
     if len(shape) == 2:  # A linear layer, or a 1x1 convolution.
-        return shape[::-1] if 'fc_score' in name else (*shape[::-1], 1, 1)
+        linear = any(part in name for part in ('fc_score', '.0fc.', '.body.', '.tail.'))
+        return shape[::-1] if linear else (*shape[::-1], 1, 1)
     return shape
 
 
@@ -107,8 +109,8 @@ def backbone(name: str) -> dict:
     )
 
 
-def network(model: SuperSimpleNet, channels: int) -> dict:
-    """The rule's variables of adaptor and heads for features of `channels` channels."""
+def network(model: SuperSimpleNet | GapCam | SimpleNet, channels: int) -> dict:
+    """The rule's variables of a trained network for features of `channels` channels."""
     features = jax.ShapeDtypeStruct((1, 8, 8, channels), np.float32)
     template = jax.eval_shape(model.init, jax.random.key(0), features)
     return weights.port(

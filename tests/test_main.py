@@ -440,7 +440,7 @@ def test_a_hub_that_does_not_answer_is_given_up_soon(tmp_path):
 def check_run(workdir, config, epochs):
     """Checks everything that a finished run leaves; returns its results."""
     assert {p.name for p in workdir.iterdir()} == {
-        *('config.json', 'train.csv', 'checkpoints', 'results.json', 'figures')
+        *('config.json', 'train.csv', 'checkpoints', 'results.json', 'decision.json', 'figures')
     }
     assert config_lib.from_json(workdir / 'config.json') == config
     with (workdir / 'train.csv').open(newline='') as f:

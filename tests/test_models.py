@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import rule
 
-from ssn_jax import synthesis
+from ssn_jax import synthesis, weights
 from ssn_jax.models import features as features_lib, layers, resnet
 from ssn_jax.models.heads import NoiseGenerator
-from ssn_jax.models.supersimplenet import SuperSimpleNet
+from ssn_jax.models.simplenet import SimpleNet, adaptive_average, embed, unfold
+from ssn_jax.models.supersimplenet import GapCam, SuperSimpleNet
 
 TOLERANCE = 1e-4  # Relative to an array's largest value.
 
@@ -92,6 +93,66 @@ def test_model_matches_published_model(file, backbone, model):
     }.items():
         assert rule.relative_error(actual, expected[name]) < TOLERANCE, name
     assert count(rule.backbone(backbone)) + count(variables) == expected['params']
+
+
+def test_gap_cam_matches_published_model():
+    expected = rule.reference('model_gap_cam')
+    image, model = expected['image'], GapCam()
+    stages = resnet.BACKBONES['resnet18'].apply(rule.backbone('resnet18'), image)
+    features = model.features(model.frozen(stages[1:]))
+    raw_map, score = model.apply(rule.network(model, features.shape[-1]), features)
+    full = model.full_size_map(raw_map, image.shape[1:3])
+    for name, actual in {'raw_map': raw_map, 'score': score, 'anomaly_map': full}.items():
+        assert rule.relative_error(actual, expected[name]) < TOLERANCE, name
+
+
+def test_class_activation_map_explains_the_score():
+    """The map's mean and the bias are the score: nothing else speaks for a defect."""
+    model, features = GapCam(), rule.draw_input('cam', (2, 6, 7, 12))
+    variables = rule.network(model, 12)
+    raw_map, score = model.apply(variables, features)
+    bias = variables['params']['cls_head']['score']['bias']
+    np.testing.assert_allclose(raw_map.mean((1, 2, 3)) + bias, score, rtol=1e-5, atol=1e-6)
+
+
+def test_simplenet_matches_published_model():
+    expected = rule.reference('simplenet')
+    size = expected['embedding'].shape[-1]
+    shapes = dict(key.split(' ', 1) for key in expected['keys'])
+    hidden = int(shapes['discriminator.body.block1.0.bias'].strip('(,)'))
+    model = SimpleNet(size, hidden)
+    variables = rule.network(model, size)
+    ours = rule.by_torch_name(variables, weights.head_name)
+    shapes = {k: v for k, v in shapes.items() if not k.endswith('num_batches_tracked')}
+    assert {name: str(value.shape) for name, value in ours.items()} == shapes
+
+    features = model.features(model.frozen((expected['layer2'], expected['layer3'])))
+    patches, score = model.apply(variables, features)
+    full = model.full_size_map(patches, expected['anomaly_map'].shape[1:3])
+    for name, actual in {
+        'embedding': features,
+        'patch_scores': patches[..., 0],
+        'image_score': score,
+        'anomaly_map': full[..., 0],
+    }.items():
+        assert rule.relative_error(actual, expected[name]) < TOLERANCE, name
+
+
+@pytest.mark.parametrize('channels', [128, 256])
+def test_embedding_of_more_values_than_a_patch_has(channels):
+    """ResNet18's layer2 has 1152 values in a patch, fewer than the embedding's 1536."""
+    layers_ = (jnp.ones((1, 4, 4, channels)), jnp.ones((1, 2, 2, 2 * channels)))
+    embedding = embed(layers_, 1536)
+    assert embedding.shape == (1, 4, 4, 1536)
+    np.testing.assert_allclose(embedding[0, 1:3, 1:3, :768], 1.0, rtol=1e-6)
+
+
+def test_unfold_and_adaptive_average_by_hand():
+    x = np.arange(1.0, 5.0).reshape(1, 2, 2, 1)
+    np.testing.assert_array_equal(unfold(x)[0, 0, 0], [0, 0, 0, 0, 1, 2, 0, 3, 4])
+    # Windows 0..2, 1..4, 3..5 of five values.
+    np.testing.assert_allclose(adaptive_average(np.arange(5.0), 3), [0.5, 2.0, 3.5])
+    np.testing.assert_allclose(adaptive_average(np.arange(2.0), 4), [0, 0, 1, 1])
 
 
 def test_generator_matches_published_generator():

@@ -48,10 +48,13 @@ def test_convolution_of_a_constant_knows_the_border():
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def both_losses(adaptor, adapt_cls_features, kind, masks, seed, shape):
+def both_losses(
+    adaptor, adapt_cls_features, kind, masks, seed, shape, truth=None, system='supersimplenet'
+):
     """Values, terms, statistics and both players' gradients of the direct and the sparse form."""
     n, height, width = shape
     config = default_config()
+    config.system, config.supervision.kind = system, 'masks' if truth else 'none'
     config.adaptor, config.adapt_cls_features = adaptor, adapt_cls_features
     config.noise.kind, config.noise.std, config.noise.beta = kind, 0.3, 0.5
     keys = jax.random.split(jax.random.key(seed), 3)
@@ -68,7 +71,8 @@ def both_losses(adaptor, adapt_cls_features, kind, masks, seed, shape):
         # The same draws for both forms: the sparse one asks for anomalous positions only.
         draws = random
         if adapted.ndim == 2:
-            (where,) = jnp.nonzero(masks.reshape(-1) > 0, size=len(adapted), fill_value=0)
+            noisy = synthesis.place(masks, truth or {}).noise
+            (where,) = jnp.nonzero(noisy.reshape(-1) > 0, size=len(adapted), fill_value=0)
             draws = random.reshape(-1, random.shape[-1])[where]
         if kind == 'static':
             return 0.3 * draws[..., : sum(CHANNELS)]
@@ -78,8 +82,9 @@ def both_losses(adaptor, adapt_cls_features, kind, masks, seed, shape):
 
     def evaluate(loss_fn):
         def both(params, generator):
+            known = {'layers': layers, **(truth or {})}
             loss = functools.partial(
-                loss_fn, batch_stats=state.batch_stats, batch={'layers': layers}, key=keys[2]
+                loss_fn, batch_stats=state.batch_stats, batch=known, key=keys[2]
             )
             (_, (terms, stats)), d_grads = jax.value_and_grad(
                 lambda p: loss(p, generator), has_aux=True
@@ -127,6 +132,34 @@ def test_sparse_loss_equals_the_direct_one(adaptor, adapt_cls_features, kind):
         assert_equal_trees(expected, actual)
 
 
+@pytest.mark.parametrize('masks', [True, False])
+@pytest.mark.parametrize(
+    ('system', 'adaptor', 'adapt_cls_features', 'kind'),
+    [
+        ('supersimplenet', 'linear', False, 'static'),
+        ('supersimplenet', 'conv', True, 'learned'),
+        ('gap_cam', 'linear', True, 'static'),
+        ('gap_cam', 'conv', False, 'learned'),
+    ],
+)
+def test_sparse_loss_equals_the_direct_one_with_supervision(
+    system, adaptor, adapt_cls_features, kind, masks
+):
+    """A normal image, a defective one with its mask (if masks are there), and one without."""
+    drawn = synthesis.perlin_masks(jax.random.key(7), 6, (10, 14), 0.2, 0.1)
+    truth = {'label': jnp.array([0.0, 1.0, 1.0]), 'known': jnp.array([1.0, float(masks), 0.0])}
+    if masks:
+        truth['mask'] = jnp.zeros((3, 10, 14, 1)).at[1, 2:6, 3:9].set(1)
+        truth['weight'] = jax.random.uniform(jax.random.key(8), (3, 10, 14, 1), maxval=3.0)
+    placed = synthesis.place(drawn, truth)
+    assert 0 < placed.noise.mean() < drawn.mean()
+    direct, sparse = both_losses(
+        adaptor, adapt_cls_features, kind, drawn, 3, (3, 5, 7), truth, system
+    )
+    for expected, actual in zip(direct, sparse, strict=True):
+        assert_equal_trees(expected, actual)
+
+
 @pytest.mark.parametrize('share', [0.0, 1.0])
 def test_sparse_loss_is_exact_for_empty_and_full_masks(share):
     """A full mask exceeds the usual capacity: the second program has to take it.
@@ -147,9 +180,9 @@ def test_sparse_steps_learn():
     config.batch_size, config.epochs, config.noise.std = 4, 10, 1.0
     layers = make_layers(jax.random.key(0), 4, 8, 8)
     state = steps.init_state(config, jax.random.key(1), sum(CHANNELS))
-    epoch, _ = steps.make_epoch(config, 4)
+    epoch = steps.make_epoch(config, 1)
     losses = []
     for i in range(10):
-        state, metrics = epoch(state, {'layers': layers}, jax.random.key(i))
+        state, metrics = epoch(state, {'layers': layers}, np.arange(4)[None], jax.random.key(i))
         losses.append(float(metrics['loss']))
     assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])

@@ -87,6 +87,12 @@ def resize_mask(mask: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(mask, image_size[::-1], interpolation=cv2.INTER_NEAREST)
 
 
+def centre(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Cuts `size`, (height, width), out of the middle of an image or mask (H, W, ...)."""
+    top, left = ((n - m) // 2 for n, m in zip(image.shape, size, strict=False))
+    return image[top : top + size[0], left : left + size[1]]
+
+
 def _decode(encoded: bytes, file: Path | str, flags: int) -> np.ndarray:
     try:
         image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)

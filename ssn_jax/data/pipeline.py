@@ -77,14 +77,18 @@ class _Source:
     identity: list
 
 
-def load(data_config: ConfigDict, image_size: tuple[int, int]) -> Dataset:
+def load(
+    data_config: ConfigDict, image_size: tuple[int, int], resize: tuple[int, int] = (0, 0)
+) -> Dataset:
     """Loads a data set, preparing it first if this source was not prepared before.
 
     Args:
       data_config: fields `name` ('mvtec_ad', 'synthetic', 'ksdd2' or 'folder'), `root` (folder of
         the real data; empty: the embedded set), `category`, `cache` (folder of the prepared sets;
         empty: ssn_jax in the user's cache folder) and `seed` (of the embedded set).
-      image_size: (height, width) that images and masks are resized to.
+      image_size: (height, width) of images and masks.
+      resize: (height, width) they are resized to before `image_size` is cut out of their middle;
+        zeros: they are resized to `image_size`.
 
     Returns:
       The data set.
@@ -95,8 +99,8 @@ def load(data_config: ConfigDict, image_size: tuple[int, int]) -> Dataset:
     source = _source(data_config)
     prepared = _prepare(source, _cache_folder(data_config.cache))
     return Dataset(
-        train=_read(source.name, prepared, 'train', image_size),
-        test=_read(source.name, prepared, 'test', image_size),
+        train=_read(source.name, prepared, 'train', image_size, resize),
+        test=_read(source.name, prepared, 'test', image_size, resize),
         name=source.name,
         category=source.category,
         embedded=source.name == 'synthetic',
@@ -218,7 +222,9 @@ def _builder(name: str, folder: Path, records: Iterable[Record] = ()):
     return classes[name](records=records, data_dir=folder)
 
 
-def _read(name: str, prepared: Path, split: str, image_size: tuple[int, int]) -> Split:
+def _read(
+    name: str, prepared: Path, split: str, image_size: tuple[int, int], resize: tuple[int, int]
+) -> Split:
     """Decodes and resizes one split of a prepared set."""
     from tensorflow_datasets import decode
 
@@ -226,10 +232,13 @@ def _read(name: str, prepared: Path, split: str, image_size: tuple[int, int]) ->
     source = _builder(name, prepared).as_data_source(split, decoders=skip)
     examples = sorted(source, key=lambda e: (e['defect'], e['file']))
 
+    size = resize if any(resize) else image_size
+
     def arrays(example: dict) -> tuple[np.ndarray, np.ndarray]:
         file = example['file'].decode()
-        image = images.resize(images.decode(example['image'], file), image_size)
-        return image, images.resize_mask(images.decode_mask(example['mask'], file), image_size)
+        image = images.resize(images.decode(example['image'], file), size)
+        mask = images.resize_mask(images.decode_mask(example['mask'], file), size)
+        return images.centre(image, image_size), images.centre(mask, image_size)
 
     with ThreadPoolExecutor() as pool:  # OpenCV releases the interpreter's lock
         pairs = list(pool.map(arrays, examples))

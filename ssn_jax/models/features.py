@@ -1,5 +1,6 @@
 """From images to the feature grid that the adaptor and the heads work on."""
 
+from collections.abc import Callable
 import functools
 
 from flax import linen as nn
@@ -18,7 +19,11 @@ def normalise(images: jax.Array) -> jax.Array:
 
 
 def extract_layers(
-    backbone: nn.Module, variables: dict, images: np.ndarray, batch_size: int = 16
+    backbone: nn.Module,
+    variables: dict,
+    images: np.ndarray,
+    batch_size: int = 16,
+    frozen: Callable = lambda layers: layers,
 ) -> tuple[jax.Array, ...]:
     """Frozen features of a whole split, computed once and left on the device.
 
@@ -27,12 +32,13 @@ def extract_layers(
       variables: its parameters and statistics.
       images: uint8 RGB (N, H, W, 3).
       batch_size: images at a time.
+      frozen: what to keep of the layers, as the network says.
 
     Returns:
-      layer2 and layer3 (N, H_i, W_i, C_i) at their own grids: an eighth of the feature grid's
-      memory.
+      layer2 and layer3 (N, H_i, W_i, C_i) at their own grids, an eighth of the feature grid's
+      memory; or what `frozen` makes of them.
     """
-    run = jax.jit(lambda v, x: backbone.apply(v, normalise(x))[1:])
+    run = jax.jit(lambda v, x: frozen(backbone.apply(v, normalise(x))[1:]))
     parts = []
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
@@ -118,26 +124,38 @@ def upscale_pool(layers: tuple[jax.Array, ...], scale: int = 2) -> jax.Array:
 
 
 @functools.cache
-def blur_matrix(size: int, sigma: float = 4.0, taps: int = 25) -> np.ndarray:
-    """A Gaussian blur along one axis with reflected edges, as a matrix (size, size)."""
+def blur_matrix(
+    size: int, sigma: float = 4.0, taps: int = 25, repeat_edge: bool = False
+) -> np.ndarray:
+    """A Gaussian blur along one axis with reflected edges, as a matrix (size, size).
+
+    With `repeat_edge` the mirror lies beyond the last sample (SciPy's reflect) and not on it.
+    """
     offset = np.arange(taps) - taps // 2
     weights = np.exp(-0.5 * (offset / sigma) ** 2)
     weights /= weights.sum()
     matrix = np.zeros((size, size))
-    period = max(2 * (size - 1), 1)
+    period = 2 * size if repeat_edge else max(2 * (size - 1), 1)
     for d, w in zip(offset, weights, strict=True):
         reflected = np.abs(np.arange(size) + d) % period
-        reflected = np.minimum(reflected, period - reflected) if size > 1 else reflected * 0
+        reflected = np.minimum(reflected, period - repeat_edge - reflected)
+        reflected = reflected if size > 1 else reflected * 0
         np.add.at(matrix, (np.arange(size), reflected), w)
     return matrix.astype(np.float32)
 
 
-def full_size_map(raw: jax.Array, size: tuple[int, int]) -> jax.Array:
+def full_size_map(
+    raw: jax.Array, size: tuple[int, int], taps: int = 25, repeat_edge: bool = False
+) -> jax.Array:
     """The map for people: raw logits (N, h, w, 1) to logits (N, *size, 1).
 
-    Bilinear (align_corners=False) to image size, then a Gaussian blur of sigma 4 pixels (25 taps,
-    reflected edges); a sigmoid makes a probability of it. Both steps are one matrix an axis.
+    Bilinear (align_corners=False) to image size, then a Gaussian blur of sigma 4 pixels (see
+    `blur_matrix`);
+    reflected edges, see `blur_matrix`); a sigmoid makes a probability of it. Both steps are one matrix an
+    axis.
     """
-    rows = blur_matrix(size[0]) @ resize_matrix(raw.shape[1], size[0], False)
-    columns = blur_matrix(size[1]) @ resize_matrix(raw.shape[2], size[1], False)
+    rows, columns = (
+        blur_matrix(m, taps=taps, repeat_edge=repeat_edge) @ resize_matrix(n, m, False)
+        for n, m in zip(raw.shape[1:3], size, strict=True)
+    )
     return apply_separable(rows, columns, raw)

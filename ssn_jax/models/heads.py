@@ -57,6 +57,41 @@ class ClassificationHead(nn.Module):
         return Dense(1, name='score')(jnp.concatenate(pooled, -1))[:, 0]
 
 
+class CamHead(nn.Module):
+    """Adapted features (N, H, W, C) -> class activation map (N, H, W, 1), image logits (N,).
+
+    The score is linear in the averages of the activations A_k, so the same weights say what each
+    position contributes to it: score = w·mean(A) + b, map = Σ w_k A_k (Zhou et al., "Learning deep
+    features for discriminative localization", CVPR 2016).
+    """
+
+    hidden: int = 128
+
+    @nn.compact
+    def __call__(self, adapted: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
+        x = Conv(self.hidden, 5, name='conv')(adapted)
+        x = nn.relu(BatchNorm(use_running_average=not train, name='norm')(x))
+        score = Dense(1, name='score')
+        positions = score(x)
+        return positions - score.variables['params']['bias'], positions.mean((1, 2))[:, 0]
+
+
+class HingeDiscriminator(nn.Module):
+    """SimpleNet's discriminator with its sign turned: (N, H, W, C) -> anomaly logits (N, H, W, 1).
+
+    Liu et al., "SimpleNet: a simple network for image anomaly detection and localization", CVPR
+    2023, section 3.4.
+    """
+
+    hidden: int = 1024
+
+    @nn.compact
+    def __call__(self, projected: jax.Array, train: bool = False) -> jax.Array:
+        x = Dense(self.hidden, name='hidden')(projected)
+        x = BatchNorm(use_running_average=not train, name='norm')(x)
+        return -Dense(1, use_bias=False, name='out')(nn.leaky_relu(x, 0.2))
+
+
 class NoiseGenerator(nn.Module):
     """Three 1x1 convolutions C + Z -> C/2 -> C/2 -> C: (N, H, W, C), (N, H, W, Z) -> raw noise.
 

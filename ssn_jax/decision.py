@@ -1,0 +1,66 @@
+"""From scores to a decision: the threshold of a run, and on which images it was chosen."""
+
+from collections.abc import Callable
+import math
+
+import ml_collections
+import numpy as np
+
+from ssn_jax import metrics
+from ssn_jax.data import Split
+
+
+def decide(
+    config: ml_collections.ConfigDict,
+    scores_of: Callable[[np.ndarray], np.ndarray],
+    trained: Split,
+    held_out: Split,
+) -> dict:
+    """Chooses the threshold from which on an image is called defective; never on the test split.
+
+    A run that has seen defects takes the largest TPR - FPR (Youden). One that has not takes the
+    smallest threshold that keeps false alarms to `config.decision.fpr`.
+
+    Args:
+      config: the run's.
+      scores_of: score logits (N,) of images (N, H, W, 3).
+      trained: the images that were trained on.
+      held_out: the images that were kept aside for this; if there are none, the threshold is
+        chosen on `trained`, which flatters it, and `split` says so.
+
+    Returns:
+      threshold (a logit, as the scores), probability (its sigmoid), tpr and fpr on these images
+      (None where unknown), method, split and images (their number). Without finite scores
+      threshold is None and `undefined` says why.
+    """
+    name, split = ('held out', held_out) if len(held_out.labels) else ('train', trained)
+    images, labels = split.images, split.labels > 0
+    youden = config.supervision.kind != 'none'
+    if not youden:
+        images, labels = images[~labels], labels[~labels]
+        name += ' (normal)'
+    where = {'split': name, 'images': len(images)}
+    where['method'] = 'Youden' if youden else f'false-positive rate at most {config.decision.fpr}'
+    scores = scores_of(images)
+    try:
+        if youden:
+            found = metrics.youden(scores, labels)
+        else:
+            found = {'tpr': None} | metrics.threshold_at_fpr(scores, config.decision.fpr)
+    except ValueError as e:
+        return {'threshold': None, 'undefined': str(e)} | where
+    return found | {'probability': sigmoid(found['threshold'])} | where
+
+
+def rates(scores: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str, float | None]:
+    """True- and false-positive rate of scores (N,) and labels (N,); None where a class is empty."""
+    called, defective = scores >= threshold, labels > 0
+    return {
+        name: float(called[members].mean()) if members.any() else None
+        for name, members in (('tpr', defective), ('fpr', ~defective))
+    }
+
+
+def sigmoid(x: float) -> float:
+    """The probability of a logit."""
+    return 1 / (1 + math.exp(-min(max(x, -60.0), 60.0)))

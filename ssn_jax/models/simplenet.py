@@ -1,0 +1,111 @@
+"""SimpleNet: one projection and one discriminator on patches of the backbone's layers.
+
+Liu et al., "SimpleNet: a simple network for image anomaly detection and localization", CVPR 2023.
+"""
+
+import functools
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ssn_jax.models import features as features_lib
+from ssn_jax.models.heads import HingeDiscriminator
+from ssn_jax.models.layers import Dense
+
+
+def unfold(x: jax.Array, size: int = 3) -> jax.Array:
+    """The size x size patch around every position, zero padding, in PyTorch's order.
+
+    Args:
+      x: (N, H, W, C).
+      size: odd.
+
+    Returns:
+      (N, H, W, C * size^2), channels slowest, then the patch's rows, then its columns.
+    """
+    half, (height, width) = size // 2, x.shape[1:3]
+    padded = jnp.pad(x, ((0, 0), (half, half), (half, half), (0, 0)))
+    shifts = [(i, j) for i in range(size) for j in range(size)]
+    patches = [padded[:, i : i + height, j : j + width] for i, j in shifts]
+    return jnp.stack(patches, -1).reshape(*x.shape[:3], -1)
+
+
+@functools.cache
+def _windows(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which entries each window holds, and their weights: (longest, size_out) twice."""
+    i = np.arange(size_out)
+    start, end = i * size_in // size_out, -(-(i + 1) * size_in // size_out)
+    places = start + np.arange((end - start).max())[:, None]
+    weights = (places < end) / (end - start)
+    return np.minimum(places, size_in - 1), weights.astype(np.float32)
+
+
+def adaptive_average(x: jax.Array, size: int) -> jax.Array:
+    """Averages the last axis of x (..., D) over `size` windows of nearly equal length.
+
+    Window i spans floor(i D / size) to ceil((i + 1) D / size), as PyTorch's adaptive pooling.
+    """
+    places, weights = _windows(x.shape[-1], size)
+    return sum(x[..., p] * w for p, w in zip(places, weights, strict=True))
+
+
+def embed(layers: tuple[jax.Array, ...], size: int) -> jax.Array:
+    """SimpleNet's embedding of every position of the finest layer (section 3.1).
+
+    Args:
+      layers: outputs of the backbone (N, H_i, W_i, C_i), finest first.
+      size: channels E of the embedding.
+
+    Returns:
+      (N, H_0, W_0, E): each layer's 3x3 patches averaged to E values, brought to the first
+      layer's grid (averaging and resizing commute), and all layers' values averaged to E.
+    """
+    grid = layers[0].shape[1:3]
+    parts = [features_lib.resize(adaptive_average(unfold(x), size), grid) for x in layers]
+    return adaptive_average(jnp.concatenate(parts, -1), size)
+
+
+class SimpleNet(nn.Module):
+    """Projection and discriminator, on the embedding.
+
+    Attributes:
+      embedding: channels of the embedding and of its projection.
+      hidden: width of the discriminator.
+    """
+
+    embedding: int = 1536
+    hidden: int = 1024
+
+    def setup(self):
+        self.adaptor = Dense(self.embedding)
+        self.discriminator = HingeDiscriminator(self.hidden)
+
+    @nn.nowrap
+    def frozen(self, layers: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """The embedding: linear in the layers and smaller than their patches."""
+        return (embed(layers, self.embedding),)
+
+    @staticmethod
+    def features(frozen: tuple[jax.Array, ...]) -> jax.Array:
+        """(N, H, W, E)."""
+        return frozen[0]
+
+    @staticmethod
+    def full_size_map(raw: jax.Array, size: tuple[int, int]) -> jax.Array:
+        """Raw logits (N, h, w, 1) to (N, *size, 1), blurred as SciPy's gaussian_filter does."""
+        return features_lib.full_size_map(raw, size, taps=33, repeat_edge=True)
+
+    def __call__(self, features: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Evaluates embeddings (N, H, W, E): anomaly logits (N, H, W, 1), their maximum (N,)."""
+        logits = self.discriminate(self.adapt(features))
+        return logits, logits.max((1, 2, 3))
+
+    def adapt(self, features: jax.Array) -> jax.Array:
+        """Embeddings (N, H, W, E) -> projected ones (N, H, W, E)."""
+        return self.adaptor(features)
+
+    def discriminate(self, projected: jax.Array, train: bool = False) -> jax.Array:
+        """Projected embeddings (N, H, W, E) -> anomaly logits (N, H, W, 1)."""
+        return self.discriminator(projected, train)
