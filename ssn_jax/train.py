@@ -107,6 +107,12 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
     dataset = data.load(config.data, config.image_size, config.resize)
     rest, held_out = supervision.hold_out(config, dataset.train)
     split = supervision.training_split(config, rest)
+    if config.supervision.kind != 'none':
+        logging.info(
+            'Supervision: %d defective training images, %d of them with their mask',
+            split.labels.sum(),
+            len(supervision.masked_files(split)),
+        )
     if dataset.embedded:
         logging.warning(
             'No --config.data.root: this run uses the embedded, procedurally drawn %s images. '

@@ -356,10 +356,81 @@ def unknown_backbone(c):
     return 'resnet19', 'resnet18'
 
 
+def _as_folder(c):
+    c.config.data.name, c.config.data.root = 'folder', str(c.category)
+
+
+@bad_input
+def folder_without_train_good(c):
+    _as_folder(c)
+    (c.category / 'train/good').rename(c.category / 'train/fine')
+    return c.category / 'train/good', 'normal images'
+
+
+@bad_input
+def folder_of_loose_images(c):
+    c.config.data.name, c.config.data.root = 'folder', str(c.category / 'train/good')
+    return c.category / 'train/good/train/good', 'normal images'
+
+
+@bad_input
+def folder_with_duplicate_names(c):
+    _as_folder(c)
+    _write(c.category / 'train/square/0.png', np.zeros((*SIZE, 3), np.uint8))
+    return 'duplicate name', 'train/square/0.png', 'ground_truth/square/0_mask.png'
+
+
+@bad_input
+def folder_with_a_mask_of_other_size(c):
+    _as_folder(c)
+    _write(c.category / 'train/square/a.png', np.zeros((*SIZE, 3), np.uint8))
+    file = c.category / 'ground_truth/square/a_mask.png'
+    _write(file, np.ones((60, 64), np.uint8))
+    return file, '60x64', '64x64'
+
+
+@bad_input
+def labels_without_a_defect_in_training(c):
+    _as_folder(c)
+    c.config.supervision.kind = 'labels'
+    return 'no defective image', 'train/DEFECT', '--config.supervision.kind'
+
+
+@bad_input
+def masks_without_a_defect_in_training(c):
+    c.config.supervision.kind = 'masks'
+    return 'no defective image', '--config.supervision.kind'
+
+
+@bad_input
+def more_masks_than_there_are(c):
+    _as_folder(c)
+    c.config.supervision.update(kind='masks', mask_count=2)
+    _write(c.category / 'train/square/a.png', np.zeros((*SIZE, 3), np.uint8))
+    return '--config.supervision.mask_count=2', 'only 0'
+
+
+@bad_input
+def everything_held_out(c):
+    c.config.decision.holdout = 0.99
+    return '--config.decision.holdout=0.99', 'normal'
+
+
 @pytest.mark.parametrize(
     ('field', 'value'),
     [
         ('epochs', 0),
+        ('system', 'ssn'),
+        ('supervision.kind', 'mask'),
+        ('supervision.mask_fraction', 1.5),
+        ('supervision.mask_fraction', -0.1),
+        ('supervision.mask_fraction', float('nan')),
+        ('supervision.mask_count', -2),
+        ('supervision.dilation', 4),
+        ('optimizer.clip_norm', -1.0),
+        ('decision.holdout', 1.0),
+        ('decision.fpr', 2.0),
+        ('resize', (32, 300)),
         ('seed', -1),
         ('image_size', ('a', 'b')),
         ('image_size', (64,)),

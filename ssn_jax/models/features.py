@@ -137,9 +137,8 @@ def blur_matrix(
     matrix = np.zeros((size, size))
     period = 2 * size if repeat_edge else max(2 * (size - 1), 1)
     for d, w in zip(offset, weights, strict=True):
-        reflected = np.abs(np.arange(size) + d) % period
+        reflected = (np.arange(size) + d) % period
         reflected = np.minimum(reflected, period - repeat_edge - reflected)
-        reflected = reflected if size > 1 else reflected * 0
         np.add.at(matrix, (np.arange(size), reflected), w)
     return matrix.astype(np.float32)
 
@@ -150,9 +149,7 @@ def full_size_map(
     """The map for people: raw logits (N, h, w, 1) to logits (N, *size, 1).
 
     Bilinear (align_corners=False) to image size, then a Gaussian blur of sigma 4 pixels (see
-    `blur_matrix`);
-    reflected edges, see `blur_matrix`); a sigmoid makes a probability of it. Both steps are one matrix an
-    axis.
+    `blur_matrix`); a sigmoid makes a probability of it. Both steps are one matrix an axis.
     """
     rows, columns = (
         blur_matrix(m, taps=taps, repeat_edge=repeat_edge) @ resize_matrix(n, m, False)

@@ -1,0 +1,124 @@
+"""Every regime and system through the whole main job, on a tiny set with defects in training."""
+
+import json
+import pathlib
+import runpy
+
+import cv2
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from ssn_jax import checkpoint, config as config_lib, metrics, steps, train
+from ssn_jax.errors import UserError
+
+CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
+SIZE = (64, 48)
+
+
+def write_ksdd2(root, masks_everywhere=False):
+    """10 training and 6 test images; every third has a bright block, the rest is noise."""
+    rng = np.random.default_rng(0)
+    for split, count in (('train', 10), ('test', 6)):
+        (root / split).mkdir(parents=True)
+        for i in range(count):
+            image = rng.integers(90, 110, (*SIZE, 3)).astype(np.uint8)
+            mask = np.zeros(SIZE, np.uint8)
+            if i % 3 == 0:
+                mask[10 + i : 26 + i, 8:30] = 255
+                image[mask > 0] += 100
+                if masks_everywhere and split == 'train':
+                    mask[:] = 255
+            assert cv2.imwrite(str(root / split / f'{i}.png'), image)
+            assert cv2.imwrite(str(root / split / f'{i}_GT.png'), mask)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('systems')
+    tiny.write_weights(folder / 'w.safetensors')
+    write_ksdd2(folder / 'data')
+    write_ksdd2(folder / 'everywhere', masks_everywhere=True)
+    return folder
+
+
+def config_of(name, folder, data='data'):
+    """A config of configs/, made tiny."""
+    config = runpy.run_path(str(CONFIGS / f'{name}.py'))['get_config']()
+    config.epochs, config.batch_size, config.image_size = 2, 8, SIZE
+    config.backbone.update(name='resnet18', weights=str(folder / 'w.safetensors'))
+    config.data.update(name='ksdd2', root=str(folder / data), cache=str(folder / 'cache'))
+    if config.system == 'simplenet':
+        config.resize = (72, 56)
+        config.simplenet.update(embedding=96, hidden=32)
+    return config
+
+
+def check(results, workdir, config):
+    """What every run leaves, and what belongs to its supervision."""
+    assert results == json.loads((workdir / 'results.json').read_text())
+    assert list(results['metrics']) == list(metrics.METRICS)
+    assert all(0 <= value <= 1 for value in results['metrics'].values())
+    assert results['decision'] == json.loads((workdir / 'decision.json').read_text())
+    assert results['youden_on_test'].keys() == {'threshold', 'tpr', 'fpr'}
+    supervised = config.supervision.kind != 'none'
+    assert results['train_images'] == (10 if supervised else 6)
+    assert results['train_defects'] == (4 if supervised else 0)
+    assert results['decision']['split'] == ('train' if supervised else 'train (normal)')
+    assert f'{results["decision"]["threshold"]:.4g}' in train.format_table(results)
+    for figure in ('overlays', 'losses', 'roc', 'pixel_pr', 'scores'):
+        assert (workdir / 'figures' / f'{figure}.png').stat().st_size > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name, fraction', [('supervised', 1.0), ('mixed', 0.5), ('mixed', 0.0)])
+def test_supersimplenet_with_masks(name, fraction, folder, tmp_path):
+    config = config_of(name, folder)
+    config.supervision.mask_fraction = fraction
+    results = train.train_and_evaluate(config, tmp_path)
+    check(results, tmp_path, config)
+    files = json.loads((tmp_path / 'masked_images.json').read_text())
+    assert len(files) == results['train_masks'] == 4 * fraction
+    assert set(files) <= {f'train/{i}.png' for i in (0, 3, 6, 9)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['simplenet', 'mod1_a'])
+def test_unsupervised_systems_leave_defects_out_of_training(name, folder, tmp_path):
+    config = config_of(name, folder)
+    check(train.train_and_evaluate(config, tmp_path), tmp_path, config)
+
+
+def state_of(workdir):
+    """The last state of a run."""
+    config = config_lib.from_json(workdir / 'config.json')
+    template = steps.init_state(config, jax.random.key(0), 384)
+    return checkpoint.restore(checkpoint.open_manager(workdir, 1), template)[1]
+
+
+@pytest.mark.slow
+def test_a_weak_run_does_not_know_where_its_defects_are(folder, tmp_path):
+    """Training masks that are positive everywhere: the same labels, and the same bits."""
+    results = {}
+    for data in ('data', 'everywhere'):
+        config = config_of('mod3', folder, data)
+        results[data] = train.train_and_evaluate(config, tmp_path / data)
+    check(results['data'], tmp_path / 'data', config)
+    assert not (tmp_path / 'data' / 'masked_images.json').exists()
+    for name in ('metrics', 'decision', 'youden_on_test'):
+        assert results['data'][name] == results['everywhere'][name]
+    one, other = (jax.tree.leaves(state_of(tmp_path / data)) for data in results)
+    assert len(one) > 20
+    assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize(
+    'name, kind', [('mod3', 'masks'), ('simplenet', 'labels'), ('simplenet', 'masks')]
+)
+def test_a_system_refuses_supervision_that_it_can_not_use(name, kind, folder, tmp_path):
+    config = config_of(name, folder)
+    config.supervision.kind = kind
+    with pytest.raises(UserError, match=r'supervision\.kind'):
+        train.train_and_evaluate(config, tmp_path)
+    assert not list(tmp_path.iterdir())
