@@ -13,9 +13,8 @@ import ml_collections
 import numpy as np
 
 from ssn_jax import sampling
-from ssn_jax.data import Split
+from ssn_jax.data import Split, images
 from ssn_jax.errors import UserError
-from ssn_jax.models.features import resize_matrix
 
 
 def take(split: Split, indices: np.ndarray) -> Split:
@@ -148,8 +147,8 @@ def truth(
             distance_weights(mask, settings.distance_weight, settings.distance_power)
             for mask in dilated
         ]
-        arrays['mask'] = _resize(np.stack(dilated), grid) >= 0.5
-        arrays['weight'] = _resize(np.stack(weights), grid)
+        arrays['mask'] = _resize(dilated, grid) >= 0.5
+        arrays['weight'] = _resize(weights, grid)
     return {name: value.astype(np.float32) for name, value in arrays.items()}
 
 
@@ -170,6 +169,8 @@ def distance_weights(mask: np.ndarray, weight: float = 3.0, power: float = 2.0) 
     weights = np.ones(mask.shape, np.float32)
     mask = mask.astype(np.uint8)
     count, regions = cv2.connectedComponents(mask, connectivity=8)
+    if count == 1:  # The background alone.
+        return weights
     distance = cv2.distanceTransform(mask, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     # Where a region fills the image there is no edge to measure from: OpenCV says infinity.
     distance = np.minimum(distance, sum(mask.shape))
@@ -179,7 +180,6 @@ def distance_weights(mask: np.ndarray, weight: float = 3.0, power: float = 2.0) 
     return weights
 
 
-def _resize(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes x (N, H, W) bilinearly to (N, *size, 1)."""
-    rows, columns = (resize_matrix(n, m, False) for n, m in zip(x.shape[1:], size, strict=True))
-    return (rows @ x.astype(np.float32) @ columns.T)[..., None]
+def _resize(x: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """Resizes N arrays (H, W) bilinearly to (N, *size, 1)."""
+    return np.stack([images.resize(y.astype(np.float32), size) for y in x])[..., None]

@@ -122,3 +122,17 @@ def test_a_system_refuses_supervision_that_it_can_not_use(name, kind, folder, tm
     with pytest.raises(UserError, match=r'supervision\.kind'):
         train.train_and_evaluate(config, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_maps_of_two_runs_side_by_side(folder, tmp_path):
+    compare = runpy.run_path(str(CONFIGS.parent / 'scripts' / 'compare.py'))['compare']
+    for name in ('mod3', 'simplenet'):
+        config = config_of(name, folder)
+        config.epochs, config.resize = 1, (0, 0)
+        train.train_and_evaluate(config, tmp_path / name)
+    output = tmp_path / 'compare.png'
+    compare([tmp_path / 'mod3', tmp_path / 'simplenet'], output, 2)
+    assert cv2.imread(str(output)) is not None
+    with pytest.raises(UserError, match='is no run'):
+        compare([tmp_path], output, 2)
