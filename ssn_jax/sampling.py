@@ -15,7 +15,7 @@ def uniform_order(seed: int, epoch: int, images: int, batch_size: int) -> np.nda
 
     Args:
       seed: the run's.
-      epoch: its number.
+      epoch: its number, from 0 on.
       images: how many there are.
       batch_size: images a step; no more than there are.
 
@@ -36,7 +36,7 @@ def balanced_order(
 
     Args:
       seed: the run's.
-      epoch: its number, from 0 or 1 on.
+      epoch: its number, from 0 on.
       normal: how many normal images there are, indices 0..normal - 1.
       defective: how many defective ones follow them, each variant (flip) counted.
       batch_size: images a step; no more than an epoch has.

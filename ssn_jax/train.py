@@ -208,7 +208,7 @@ def train(config, workdir, split, network, backbone, backbone_variables):
     for epoch in progress:
         began = time.time()
         k = jax.random.fold_in(k_epochs, epoch)
-        order = jax.device_put(next_order(epoch))
+        order = jax.device_put(next_order(epoch - 1))
         with jax.transfer_guard('disallow'):
             state, values = run_epoch(state, contents, order, k)
         values = {name: float(v) for name, v in sorted(jax.device_get(values).items())}

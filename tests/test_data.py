@@ -393,6 +393,11 @@ FOLDER_MISTAKES = {
 }
 
 KSDD2_MISTAKES = {
+    'two images of a name': (add('train/10.bmp'), 'train/10.png: duplicate name, 10.bmp'),
+    'two masks of a name': (
+        add('train/10_GT.bmp', half_mask()),
+        'train/10_GT.png: duplicate name, 10_GT.bmp',
+    ),
     'no mask': (unlink('train/10_GT.png'), 'train/10.png: has no mask'),
     'no test images': (unlink('test/20.png', 'test/20_GT.png'), 'test: holds no images'),
     'broken mask': (truncate('train/11_GT.png'), 'train/11_GT.png: does not decode'),
@@ -526,3 +531,17 @@ def test_real_originals(load, real, tmp_path):
     assert dataset.train.images.shape == (3, 256, 256, 3)
     assert (dataset.train.images[0] == images.resize(bottle, (256, 256))).all()
     assert dataset.test.masks.any()
+
+
+def test_an_image_is_cut_out_of_the_middle(load, tmp_path):
+    """Resized to 12 x 10 and cut to 6 x 4: rows 3 to 8, columns 3 to 6, of the mask too."""
+    make_category(tmp_path / 'root/nut')
+    image = np.arange(12 * 10 * 3, dtype=np.uint8).reshape(12, 10, 3)
+    write(tmp_path / 'root/nut/test/dent/000.png', image)
+    config = ml_collections.ConfigDict(
+        {'name': 'mvtec_ad', 'root': str(tmp_path / 'root'), 'category': 'nut', 'seed': 0}
+        | {'cache': str(tmp_path / 'cache')}
+    )
+    split = data.load(config, (6, 4), SIZE).test
+    np.testing.assert_array_equal(split.images[0], image[3:9, 3:7, ::-1])
+    np.testing.assert_array_equal(split.masks[0], half_mask(value=1)[3:9, 3:7])

@@ -316,6 +316,57 @@ def test_noise_does_not_teach_the_adaptor_through_the_generator():
     assert not np.any(grad)
 
 
+# Optimisers
+
+
+def test_a_gradient_is_clipped_as_a_whole():
+    config = game('static')
+    config.optimizer.clip_norm = 0.5
+    optimizer, plain = steps.discriminator_optimizer(config), game('static')
+    params = {'adaptor': jnp.ones(2), 'seg_head': jnp.ones(3)}
+    grads = {'adaptor': jnp.array([3.0, 0.0]), 'seg_head': jnp.array([0.0, 4.0, 0.0])}
+    _, opt_state = optimizer.update(grads, optimizer.init(params), params)
+    # The norm of both parts together is 5: a tenth is left.
+    np.testing.assert_allclose(gradient_used(opt_state), [0.3, 0, 0, 0.4, 0], rtol=1e-5)
+    optimizer = steps.discriminator_optimizer(plain)
+    _, opt_state = optimizer.update(grads, optimizer.init(params), params)
+    np.testing.assert_allclose(gradient_used(opt_state), [3, 0, 0, 4, 0], rtol=1e-5)
+
+
+def test_decay_in_the_gradient_reaches_the_heads_alone():
+    """SimpleNet's Adam: the gradient is g + decay * p; its projection's AdamW sees g."""
+    config = game('static')
+    config.optimizer.update(heads_decay_in_gradient=True, heads_weight_decay=0.1)
+    optimizer = steps.discriminator_optimizer(config)
+    params = {'adaptor': jnp.array([2.0]), 'discriminator': jnp.array([3.0])}
+    grads = {'adaptor': jnp.array([1.0]), 'discriminator': jnp.array([-0.3])}
+    updates, opt_state = optimizer.update(grads, optimizer.init(params), params)
+    np.testing.assert_allclose(gradient_used(opt_state), [1, 0], atol=1e-6)
+    assert float(updates['adaptor'][0]) == pytest.approx(-1e-4 * (1 + 0.01 * 2), rel=1e-4)
+
+
+# SimpleNet
+
+
+def test_hinge_loss_by_hand():
+    """Without noise both copies are alike: relu(0.5 + x) + relu(0.5 - x), on average."""
+    config = default_config()
+    config.system, config.noise.std = 'simplenet', 0.0
+    config.simplenet.update(embedding=6, hidden=5)
+    state = steps.init_state(config, jax.random.key(0), 99)
+    embedding = rule.draw_input('embedding', (2, 3, 4, 6))
+    arguments = {}, state.batch_stats, {'layers': (embedding,)}, jax.random.key(1)
+    loss, (terms, _) = steps.config_loss(config)(state.params, *arguments)
+    x = embedding @ state.params['adaptor']['kernel'] + state.params['adaptor']['bias']
+    parts = state.params['discriminator']
+    x = x @ parts['hidden']['kernel']
+    x = (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5)
+    x = -np.where(x > 0, x, 0.2 * x) @ parts['out']['kernel']
+    expected = np.maximum(0.5 + x, 0).mean() + np.maximum(0.5 - x, 0).mean()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-4)
+    assert float(terms['normal'] + terms['anomalous']) == pytest.approx(float(loss))
+
+
 # Learning rates and epochs
 
 

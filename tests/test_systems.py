@@ -3,6 +3,7 @@
 import json
 import pathlib
 import runpy
+import shutil
 
 import cv2
 import jax
@@ -122,6 +123,23 @@ def test_a_system_refuses_supervision_that_it_can_not_use(name, kind, folder, tm
     with pytest.raises(UserError, match=r'supervision\.kind'):
         train.train_and_evaluate(config, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_folder_without_masks_has_no_pixel_metrics(folder, tmp_path):
+    root = tmp_path / 'photos'
+    for split in ('train', 'test'):
+        for file in sorted((folder / 'data' / split).glob('?.png')):
+            kind = 'good' if int(file.stem) % 3 else 'broken'
+            (root / split / kind).mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, root / split / kind)
+    config = config_of('mixed', folder)
+    config.data.update(name='folder', root=str(root))
+    results = train.train_and_evaluate(config, tmp_path / 'run')
+    absent = {name for name, value in results['metrics'].items() if value is None}
+    assert absent == {'P-AUROC', 'AP-loc', 'AUPRO'} == set(results['undefined'])
+    assert (results['train_defects'], results['train_masks']) == (4, 0)
+    assert 'no defective image has a mask' in train.format_table(results)
 
 
 @pytest.mark.slow

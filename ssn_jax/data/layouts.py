@@ -92,12 +92,16 @@ def ksdd2(root: Path) -> list[Record]:
       The records, with `defect` None: an image is defective when its mask is not empty.
 
     Raises:
-      UserError: a split has no images, or an image has no mask.
+      UserError: a split has no images, an image has no mask, or two files claim the same name.
     """
     _folders(root)
     records = []
     for split in SPLITS:
-        files = {path.stem: path for path in _images(root / split)}
+        files = {}
+        for path in _images(root / split):
+            if path.stem in files:
+                raise UserError(f'{path}: duplicate name, {files[path.stem].name}; remove one')
+            files[path.stem] = path
         # The official archive holds a stray "NAME_GT (copy).png": no image has _GT in its name.
         names = [name for name in files if '_GT' not in name]
         if not names:
