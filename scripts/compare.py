@@ -49,15 +49,11 @@ def compare(workdirs: list[pathlib.Path], output: pathlib.Path, count: int) -> N
     """Draws `count` defective test images and every run's map of them into `output`."""
     configs = [config_lib.from_json(workdir / 'config.json') for workdir in workdirs]
 
-    def shown(config):
-        identity = config_lib.identity(config)
-        fields = ('name', 'root', 'category', 'seed')
-        return [identity[f'data.{field}'] for field in fields] + [config.image_size, config.resize]
-
-    for workdir, config in zip(workdirs, configs, strict=True):
-        if shown(config) != shown(configs[0]):
+    datasets = [data.load(config.data, config.image_size, config.resize) for config in configs]
+    dataset = datasets[0]
+    for workdir, other in zip(workdirs, datasets, strict=True):
+        if not np.array_equal(other.test.images, dataset.test.images):
             raise UserError(f'{workdir} and {workdirs[0]} differ in data set or image size.')
-    dataset = data.load(configs[0].data, configs[0].image_size, configs[0].resize)
     defective = np.flatnonzero(dataset.test.labels)
     if not len(defective):
         raise UserError('the test split holds no defective image to compare maps of.')
