@@ -73,7 +73,7 @@ def check(results, workdir, config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name, fraction', [('supervised', 1.0), ('mixed', 0.5), ('mixed', 0.0)])
+@pytest.mark.parametrize('name, fraction', [('supervised', 1.0), ('mixed', 0.5)])
 def test_supersimplenet_with_masks(name, fraction, folder, tmp_path):
     config = config_of(name, folder)
     config.supervision.mask_fraction = fraction
