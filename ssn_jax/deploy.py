@@ -1,0 +1,232 @@
+"""The trained network as one fast, exact function of images.
+
+Everything between the backbone and the first non-linearity is linear, and linear maps of channels
+commute with upscaling and pooling, which are linear maps of positions. So `fuse`, without training
+anything anew, folds each BatchNorm into the convolution before it, ImageNet's standard deviation
+into the first convolution, and the adaptor into what follows it; `predict` applies the resulting
+weights at the backbone's own grids (`models/native.py`). Both are pure functions of arrays. The
+direct form, `resnet.ResNet` and `SuperSimpleNet`, remains the reference that tests compare with.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ssn_jax.models import features as features_lib, native
+from ssn_jax.models.layers import conv2d
+
+_EPSILON, _SLOPE = 1e-5, 0.2
+
+# Hidden channels of the segmentation head at a time, on a CPU: at the feature grid, these of one
+# image (64 * 64 * 64 * 4 B = 1 MiB) stay in the cache between upscaling, LeakyReLU and product.
+_CHUNK = 64
+
+
+def fuse(backbone_variables: dict, variables: dict, config) -> dict:
+    """Trained variables to the arrays that `predict` takes.
+
+    Args:
+      backbone_variables: parameters and statistics of a `resnet.ResNet`.
+      variables: parameters and statistics of a `SuperSimpleNet`.
+      config: the run's config, or the network: what has `adaptor` and `adapt_cls_features`.
+
+    Returns:
+      A tree of float32 arrays on the host. Kernels are (k, k, C, D) or (C, D), biases (D,).
+    """
+    # Products of weights are formed in float64: folding adds no rounding to that of `predict`.
+    variables = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(variables))
+    params, stats = variables['params'], variables['batch_stats']
+    adaptor, seg, cls = params['adaptor'], params['seg_head'], params['cls_head']
+    fused = {'backbone': fuse_backbone(backbone_variables)}
+
+    hidden = _fold(seg['hidden'], seg['norm'], stats['seg_head']['norm'])
+    conv = _fold(cls['conv'], cls['norm'], stats['cls_head']['norm'])
+    features = conv['kernel'][:, :, :-1]
+    if config.adaptor == 'linear':
+        weight, bias = adaptor['projection']['kernel'], adaptor['projection']['bias']
+        hidden['bias'] += bias @ hidden['kernel']
+        hidden['kernel'] = weight @ hidden['kernel']
+        if config.adapt_cls_features:
+            # Near the border fewer taps meet the bias: no constant, so it stays by itself.
+            fused['adaptor_bias'] = np.tensordot(bias, features, (0, 2))[:, :, None]
+            features = np.moveaxis(np.tensordot(weight, features, (1, 2)), 0, 2)
+    else:
+        fused['adaptor'] = _fold(adaptor['conv'], adaptor['norm'], stats['adaptor']['norm'])
+    # A ReLU lies between the backbone and what Scenario B's adaptor passes on.
+    nonlinear = config.adaptor != 'linear' and config.adapt_cls_features
+    fused['adapted_features' if nonlinear else 'features'] = features
+    fused |= {
+        'hidden': hidden,
+        'out': seg['out']['kernel'][:, 0],
+        'map': {'kernel': conv['kernel'][:, :, -1:], 'bias': conv['bias']},
+        'score': cls['score'],
+    }
+    return jax.tree.map(np.float32, fused)
+
+
+def fuse_backbone(variables: dict) -> dict:
+    """A ResNet's variables with BatchNorm and ImageNet's standard deviation folded in.
+
+    Returns:
+      'stem', and 'stages', lists of blocks: their 'convs' and, if the shortcut has one, its
+      'downsample'.
+    """
+    variables = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(variables))
+    params, stats = variables['params'], variables['batch_stats']
+
+    def fold(of, statistics, conv, norm):
+        return _fold(of[conv], of[norm], statistics[norm])
+
+    stem = fold(params, stats, 'conv1', 'bn1')
+    stem['kernel'] /= 255.0 * np.array(features_lib.IMAGENET_STD)[:, None]
+    stages = [[], [], []]
+    for name in sorted(n for n in params if n.startswith('layer')):
+        of, statistics = params[name], stats[name]
+        names = [f'{i}' for i in (1, 2, 3) if f'conv{i}' in of]
+        block = {'convs': [fold(of, statistics, f'conv{i}', f'bn{i}') for i in names]}
+        if 'downsample_0' in of:
+            block['downsample'] = fold(of, statistics, 'downsample_0', 'downsample_1')
+        stages[int(name[5]) - 1].append(block)
+    return jax.tree.map(np.float32, {'stem': stem, 'stages': stages})
+
+
+def _fold(conv, norm, stats):
+    """A convolution without or with bias, and the BatchNorm after it, as one convolution."""
+    gain = norm['scale'] / np.sqrt(stats['var'] + _EPSILON)
+    bias = norm['bias'] + (conv.get('bias', 0.0) - stats['mean']) * gain
+    return {'kernel': conv['kernel'] * gain, 'bias': bias}
+
+
+def predict(
+    fused: dict, images: jax.Array, image_size: tuple[int, int] | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Score and map of images, float32 or in the precision of `fused`.
+
+    Args:
+      fused: as `fuse` returns it.
+      images: RGB (N, H, W, 3) in 0..255, uint8 or float.
+      image_size: the model's (height, width); images of another size are resized to it.
+
+    Returns:
+      Score logits (N,) and full-size anomaly logits (N, *image_size), both float32.
+    """
+    images = resize_images(images, image_size or images.shape[1:3])
+    layers = backbone(fused['backbone'], images)[1:]
+    scores, logits = heads(fused, layers)
+    full = features_lib.full_size_map(logits[..., None], images.shape[1:3])
+    return scores, full[..., 0]
+
+
+def resize_images(images: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Images (N, H, W, 3) in 0..255, resized bilinearly to float32 (N, *size, 3).
+
+    As OpenCV's INTER_LINEAR. For uint8 images OpenCV computes with 11-bit weights and rounds to
+    whole levels; here uint8 images are rounded too, so that both differ by one level at most.
+    """
+    if images.shape[1:3] == tuple(size):
+        return images.astype(jnp.float32)
+    resized = features_lib.resize(images.astype(jnp.float32), size)
+    return jnp.floor(resized + 0.5) if images.dtype == jnp.uint8 else resized
+
+
+def backbone(fused: dict, images: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The three stages of a ResNet on images (N, H, W, 3) in 0..255, by `fuse_backbone`'s arrays.
+
+    Shapes as of `resnet.ResNet`.
+    """
+    # The mean is subtracted before the zero padding; the standard deviation is in the kernel.
+    x = images - 255.0 * np.array(features_lib.IMAGENET_MEAN, np.float32)
+    x = jax.nn.relu(_conv(fused['stem'], x.astype(fused['stem']['kernel'].dtype), 2))
+    x = jax.lax.reduce_window(
+        x, -np.array(np.inf, x.dtype), jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1),
+        ((0, 0), (1, 1), (1, 1), (0, 0)),
+    )  # fmt: skip
+    outputs = []
+    for blocks in fused['stages']:
+        for i, block in enumerate(blocks):
+            stride = 2 if outputs and i == 0 else 1
+            x = _block(block, x, stride)
+        outputs.append(x)
+    return tuple(outputs)
+
+
+def _block(block, x, stride):
+    """A residual block; its first 3x3 convolution carries the stride."""
+    y, left = x, stride
+    for i, conv in enumerate(block['convs']):
+        size = conv['kernel'].shape[0]
+        y = _conv(conv, y, left if size == 3 else 1)
+        left = 1 if size == 3 else left
+        y = jax.nn.relu(y) if i + 1 < len(block['convs']) else y
+    if 'downsample' in block:
+        x = _conv(block['downsample'], x, stride)
+    return jax.nn.relu(x + y)
+
+
+def _conv(conv, x, stride=1):
+    """A convolution with 'kernel' (k, k, C, D) and 'bias' (D,), zero padding."""
+    half = conv['kernel'].shape[0] // 2
+    y = jax.lax.conv_general_dilated(
+        x,
+        conv['kernel'],
+        (stride, stride),
+        ((half, half), (half, half)),
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )
+    return y + conv['bias']
+
+
+def heads(fused: dict, layers: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    """Scores (N,) and anomaly logits (N, H, W) on the feature grid, float32.
+
+    Args:
+      fused: as `fuse` returns it.
+      layers: layer2 and layer3 (N, H_i, W_i, C_i).
+    """
+    grid = features_lib.feature_grid(layers)
+    hidden, out = fused['hidden'], fused['out']
+    if 'adaptor' in fused:
+        x = native.convolve(layers, fused['adaptor']['kernel']) + fused['adaptor']['bias']
+        adapted = jax.nn.relu(x)
+        logits = jax.nn.leaky_relu(adapted @ hidden['kernel'] + hidden['bias'], _SLOPE) @ out
+    else:
+        logits = _linear_logits(layers, hidden, out)
+    if 'adapted_features' in fused:
+        x = conv2d(adapted, fused['adapted_features'])
+    else:
+        x = native.convolve(layers, fused['features'])
+    x += conv2d(logits[..., None].astype(x.dtype), fused['map']['kernel']) + fused['map']['bias']
+    if 'adaptor_bias' in fused:
+        x += native.convolve_constant(jnp.ones(1, x.dtype), fused['adaptor_bias'], grid)
+    x = jax.nn.relu(x)
+    pooled = [
+        x.max((1, 2)),
+        x.mean((1, 2)),
+        logits.max((1, 2))[:, None],
+        logits.mean((1, 2))[:, None],
+    ]
+    scores = jnp.concatenate(pooled, -1) @ fused['score']['kernel'] + fused['score']['bias']
+    return scores[:, 0], logits
+
+
+def _linear_logits(layers, hidden, out):
+    """The segmentation head (N, H, W) on layers whose adaptor is part of its kernel.
+
+    On a CPU in chunks of hidden channels, so that upscaled ones never leave the cache.
+    """
+    kernel, bias = hidden['kernel'], hidden['bias']
+    if jax.default_backend() != 'cpu' or len(bias) % _CHUNK:
+        return jax.nn.leaky_relu(native.project(layers, kernel) + bias, _SLOPE) @ out
+
+    def add(total, chunk):
+        kernel, bias, out = chunk
+        x = native.project(layers, kernel) + bias
+        return total + jax.nn.leaky_relu(x, _SLOPE) @ out, None
+
+    chunks = (
+        kernel.reshape(len(kernel), -1, _CHUNK).transpose(1, 0, 2),
+        bias.reshape(-1, _CHUNK),
+        out.reshape(-1, _CHUNK),
+    )
+    shape = (len(layers[0]), *features_lib.feature_grid(layers))
+    return jax.lax.scan(add, jnp.zeros(shape, bias.dtype), chunks)[0]
