@@ -31,7 +31,9 @@ def fuse(backbone_variables: dict, variables: dict, config) -> dict:
       config: the run's config, or the network: what has `adaptor` and `adapt_cls_features`.
 
     Returns:
-      A tree of float32 arrays on the host. Kernels are (k, k, C, D) or (C, D), biases (D,).
+      A tree of float32 arrays on the host. Kernels are (k, k, C, D), biases (D,); those that meet
+      the layers are arranged as `native.convolve_arranged` takes them, and the hidden channels of
+      the segmentation head lie in chunks on a leading axis.
     """
     # Products of weights are formed in float64: folding adds no rounding to that of `predict`.
     variables = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(variables))
@@ -39,25 +41,29 @@ def fuse(backbone_variables: dict, variables: dict, config) -> dict:
     adaptor, seg, cls = params['adaptor'], params['seg_head'], params['cls_head']
     fused = {'backbone': fuse_backbone(backbone_variables)}
 
+    channels = [stage[-1]['convs'][-1]['bias'].size for stage in fused['backbone']['stages'][1:]]
     hidden = _fold(seg['hidden'], seg['norm'], stats['seg_head']['norm'])
     conv = _fold(cls['conv'], cls['norm'], stats['cls_head']['norm'])
     features = conv['kernel'][:, :, :-1]
     if config.adaptor == 'linear':
         weight, bias = adaptor['projection']['kernel'], adaptor['projection']['bias']
         hidden['bias'] += bias @ hidden['kernel']
-        hidden['kernel'] = weight @ hidden['kernel']
+        hidden['kernel'] = native.arrange((weight @ hidden['kernel'])[None, None], channels)
         if config.adapt_cls_features:
             # Near the border fewer taps meet the bias: no constant, so it stays by itself.
-            fused['adaptor_bias'] = np.tensordot(bias, features, (0, 2))[:, :, None]
+            fused['cls_constant'] = np.tensordot(bias, features, (0, 2))[:, :, None]
             features = np.moveaxis(np.tensordot(weight, features, (1, 2)), 0, 2)
     else:
         fused['adaptor'] = _fold(adaptor['conv'], adaptor['norm'], stats['adaptor']['norm'])
-    # A ReLU lies between the backbone and what Scenario B's adaptor passes on.
-    nonlinear = config.adaptor != 'linear' and config.adapt_cls_features
-    fused['adapted_features' if nonlinear else 'features'] = features
+        fused['adaptor']['kernel'] = native.arrange(fused['adaptor']['kernel'], channels)
+        # What the adaptor passes on is not linear in the layers.
+        if config.adapt_cls_features:
+            fused['cls_adapted'] = features
+    if 'cls_adapted' not in fused:
+        fused['cls'] = native.arrange(features, channels)
+    hidden['out'] = seg['out']['kernel'][:, 0]
     fused |= {
-        'hidden': hidden,
-        'out': seg['out']['kernel'][:, 0],
+        'hidden': jax.tree.map(_split, hidden),
         'map': {'kernel': conv['kernel'][:, :, -1:], 'bias': conv['bias']},
         'score': cls['score'],
     }
@@ -88,6 +94,11 @@ def fuse_backbone(variables: dict) -> dict:
             block['downsample'] = fold(of, statistics, 'downsample_0', 'downsample_1')
         stages[int(name[5]) - 1].append(block)
     return jax.tree.map(np.float32, {'stem': stem, 'stages': stages})
+
+
+def _split(x):
+    """(..., D) in chunks of its last axis: (D / chunk, ..., chunk)."""
+    return np.moveaxis(x.reshape(*x.shape[:-1], -1, _CHUNK), -2, 0)
 
 
 def _fold(conv, norm, stats):
@@ -177,56 +188,53 @@ def _conv(conv, x, stride=1):
 
 
 def heads(fused: dict, layers: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-    """Scores (N,) and anomaly logits (N, H, W) on the feature grid, float32.
+    """Scores (N,) and anomaly logits (N, H, W) on the feature grid.
+
+    On a CPU image by image: what one image needs stays in the cache.
 
     Args:
       fused: as `fuse` returns it.
       layers: layer2 and layer3 (N, H_i, W_i, C_i).
     """
+    if jax.default_backend() != 'cpu' or len(layers[0]) == 1:
+        return _heads(fused, layers)
+
+    def one(layers):
+        score, logits = _heads(fused, jax.tree.map(lambda x: x[None], layers))
+        return score[0], logits[0]
+
+    return jax.lax.map(one, layers)
+
+
+def _heads(fused, layers):
     grid = features_lib.feature_grid(layers)
-    hidden, out = fused['hidden'], fused['out']
     if 'adaptor' in fused:
-        x = native.convolve(layers, fused['adaptor']['kernel']) + fused['adaptor']['bias']
-        adapted = jax.nn.relu(x)
-        logits = jax.nn.leaky_relu(adapted @ hidden['kernel'] + hidden['bias'], _SLOPE) @ out
+        adapted = native.convolve_arranged(layers, fused['adaptor']['kernel'])
+        adapted = jax.nn.relu(adapted + fused['adaptor']['bias'])
+
+    # The segmentation head in chunks of hidden channels, added up.
+    def add(logits, chunk):
+        kernel = chunk['kernel']
+        x = adapted @ kernel if 'adaptor' in fused else native.convolve_arranged(layers, kernel)
+        return logits + jax.nn.leaky_relu(x + chunk['bias'], _SLOPE) @ chunk['out'], None
+
+    hidden = fused['hidden']
+    if jax.default_backend() != 'cpu':  # A large device does them all at once.
+        hidden = jax.tree.map(
+            lambda x: jnp.moveaxis(x, 0, -2).reshape(1, *x.shape[1:-1], -1), hidden
+        )
+    logits = jnp.zeros((len(layers[0]), *grid), layers[0].dtype)
+    logits, _ = jax.lax.scan(add, logits, hidden)
+    of_map = logits[..., None]
+
+    if 'cls_adapted' in fused:
+        x = conv2d(adapted, fused['cls_adapted'])
     else:
-        logits = _linear_logits(layers, hidden, out)
-    if 'adapted_features' in fused:
-        x = conv2d(adapted, fused['adapted_features'])
-    else:
-        x = native.convolve(layers, fused['features'])
-    x += conv2d(logits[..., None].astype(x.dtype), fused['map']['kernel']) + fused['map']['bias']
-    if 'adaptor_bias' in fused:
-        x += native.convolve_constant(jnp.ones(1, x.dtype), fused['adaptor_bias'], grid)
+        x = native.convolve_arranged(layers, fused['cls'])
+    x += conv2d(of_map, fused['map']['kernel']) + fused['map']['bias']
+    if 'cls_constant' in fused:
+        x += native.convolve_constant(jnp.ones(1, x.dtype), fused['cls_constant'], grid)
     x = jax.nn.relu(x)
-    pooled = [
-        x.max((1, 2)),
-        x.mean((1, 2)),
-        logits.max((1, 2))[:, None],
-        logits.mean((1, 2))[:, None],
-    ]
+    pooled = [x.max((1, 2)), x.mean((1, 2)), of_map.max((1, 2)), of_map.mean((1, 2))]
     scores = jnp.concatenate(pooled, -1) @ fused['score']['kernel'] + fused['score']['bias']
     return scores[:, 0], logits
-
-
-def _linear_logits(layers, hidden, out):
-    """The segmentation head (N, H, W) on layers whose adaptor is part of its kernel.
-
-    On a CPU in chunks of hidden channels, so that upscaled ones never leave the cache.
-    """
-    kernel, bias = hidden['kernel'], hidden['bias']
-    if jax.default_backend() != 'cpu' or len(bias) % _CHUNK:
-        return jax.nn.leaky_relu(native.project(layers, kernel) + bias, _SLOPE) @ out
-
-    def add(total, chunk):
-        kernel, bias, out = chunk
-        x = native.project(layers, kernel) + bias
-        return total + jax.nn.leaky_relu(x, _SLOPE) @ out, None
-
-    chunks = (
-        kernel.reshape(len(kernel), -1, _CHUNK).transpose(1, 0, 2),
-        bias.reshape(-1, _CHUNK),
-        out.reshape(-1, _CHUNK),
-    )
-    shape = (len(layers[0]), *features_lib.feature_grid(layers))
-    return jax.lax.scan(add, jnp.zeros(shape, bias.dtype), chunks)[0]
