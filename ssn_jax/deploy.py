@@ -8,6 +8,8 @@ weights at the backbone's own grids (`models/native.py`). Both are pure function
 direct form, `resnet.ResNet` and `SuperSimpleNet`, remains the reference that tests compare with.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +103,11 @@ def _split(x):
     return np.moveaxis(x.reshape(*x.shape[:-1], -1, _CHUNK), -2, 0)
 
 
+def _merge(x):
+    """The chunks of `_split` as one."""
+    return jnp.moveaxis(x, 0, -2).reshape(1, *x.shape[1:-1], -1)
+
+
 def _fold(conv, norm, stats):
     """A convolution without or with bias, and the BatchNorm after it, as one convolution."""
     gain = norm['scale'] / np.sqrt(stats['var'] + _EPSILON)
@@ -109,30 +116,87 @@ def _fold(conv, norm, stats):
 
 
 def predict(
-    fused: dict, images: jax.Array, image_size: tuple[int, int] | None = None
+    fused: dict,
+    images: jax.Array,
+    image_size: tuple[int, int] | None = None,
+    for_cache: bool | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Score and map of images, float32 or in the precision of `fused`.
+    """Score and map of images, computed in the precision of `fused`.
 
     Args:
       fused: as `fuse` returns it.
       images: RGB (N, H, W, 3) in 0..255, uint8 or float.
       image_size: the model's (height, width); images of another size are resized to it.
+      for_cache: see `heads`.
 
     Returns:
       Score logits (N,) and full-size anomaly logits (N, *image_size), both float32.
     """
     images = resize_images(images, image_size or images.shape[1:3])
     layers = backbone(fused['backbone'], images)[1:]
-    scores, logits = heads(fused, layers)
+    scores, logits = heads(fused, layers, for_cache)
     full = features_lib.full_size_map(logits[..., None], images.shape[1:3])
     return scores, full[..., 0]
+
+
+def make_predictor(
+    fused: dict,
+    batch_size: int,
+    image_size: tuple[int, int],
+    input_size: tuple[int, int] | None = None,
+    dtype: jax.typing.DTypeLike = jnp.uint8,
+) -> Callable[[np.ndarray], tuple[jax.Array, jax.Array]]:
+    """Compiles `predict` for one batch shape; the arrays of `fused` go to the device once.
+
+    Args:
+      fused: as `fuse` returns it, or `cast` to another precision.
+      batch_size: images per call.
+      image_size: the model's (height, width).
+      input_size: the images' own (height, width) if it is another one.
+      dtype: the images' type.
+
+    Returns:
+      images (batch_size, *input_size, 3) -> scores (batch_size,), maps (batch_size, *image_size).
+    """
+    fused = jax.device_put(fused)
+    images = jax.ShapeDtypeStruct((batch_size, *(input_size or image_size), 3), dtype)
+    compiled = jax.jit(predict, static_argnums=2).lower(fused, images, image_size).compile()
+    return lambda images: compiled(fused, images)
+
+
+def cast(fused: dict, dtype: jax.typing.DTypeLike) -> dict:
+    """The arrays of `fused` in another precision; `predict` then computes in it."""
+    return jax.tree.map(lambda x: x.astype(dtype), fused)
+
+
+def deviation(
+    fused: dict,
+    images: np.ndarray,
+    image_size: tuple[int, int] | None = None,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+) -> dict[str, float]:
+    """What another precision than float32 changes, on images (N, H, W, 3).
+
+    Returns:
+      'score' and 'map': the largest difference of logits, divided by the standard deviation of
+      the float32 logits (of a score over images, of the map over all pixels).
+    """
+    run = jax.jit(predict, static_argnums=2)
+    exact, rounded = (
+        jax.device_get(run(f, images, image_size)) for f in (fused, cast(fused, dtype))
+    )
+    return {
+        name: float(np.abs(a - b).max() / a.std())
+        for name, a, b in zip(('score', 'map'), exact, rounded, strict=True)
+    }
 
 
 def resize_images(images: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Images (N, H, W, 3) in 0..255, resized bilinearly to float32 (N, *size, 3).
 
-    As OpenCV's INTER_LINEAR. For uint8 images OpenCV computes with 11-bit weights and rounds to
-    whole levels; here uint8 images are rounded too, so that both differ by one level at most.
+    As OpenCV's INTER_LINEAR. For uint8 images OpenCV computes with weights of 11 bits and rounds
+    to whole levels; here uint8 images are rounded too, and differ from OpenCV's by one level at
+    most (by none when sizes are halved, in an eighth of the pixels otherwise).
     """
     if images.shape[1:3] == tuple(size):
         return images.astype(jnp.float32)
@@ -187,16 +251,21 @@ def _conv(conv, x, stride=1):
     return y + conv['bias']
 
 
-def heads(fused: dict, layers: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-    """Scores (N,) and anomaly logits (N, H, W) on the feature grid.
-
-    On a CPU image by image: what one image needs stays in the cache.
+def heads(
+    fused: dict, layers: tuple[jax.Array, ...], for_cache: bool | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Scores (N,) and anomaly logits (N, H, W) on the feature grid, float32.
 
     Args:
       fused: as `fuse` returns it.
       layers: layer2 and layer3 (N, H_i, W_i, C_i).
+      for_cache: whether to go image by image and in chunks of hidden channels, so that what is
+        computed is still in the cache where it is used; by default on a CPU.
     """
-    if jax.default_backend() != 'cpu' or len(layers[0]) == 1:
+    for_cache = jax.default_backend() == 'cpu' if for_cache is None else for_cache
+    if not for_cache:  # All hidden channels are one chunk.
+        return _heads(fused | {'hidden': jax.tree.map(_merge, fused['hidden'])}, layers)
+    if len(layers[0]) == 1:
         return _heads(fused, layers)
 
     def one(layers):
@@ -216,25 +285,21 @@ def _heads(fused, layers):
     def add(logits, chunk):
         kernel = chunk['kernel']
         x = adapted @ kernel if 'adaptor' in fused else native.convolve_arranged(layers, kernel)
-        return logits + jax.nn.leaky_relu(x + chunk['bias'], _SLOPE) @ chunk['out'], None
+        x = jax.nn.leaky_relu(x + chunk['bias'], _SLOPE)
+        return logits + jnp.matmul(x, chunk['out'], preferred_element_type=jnp.float32), None
 
-    hidden = fused['hidden']
-    if jax.default_backend() != 'cpu':  # A large device does them all at once.
-        hidden = jax.tree.map(
-            lambda x: jnp.moveaxis(x, 0, -2).reshape(1, *x.shape[1:-1], -1), hidden
-        )
-    logits = jnp.zeros((len(layers[0]), *grid), layers[0].dtype)
-    logits, _ = jax.lax.scan(add, logits, hidden)
+    logits = jnp.zeros((len(layers[0]), *grid))
+    logits, _ = jax.lax.scan(add, logits, fused['hidden'])
     of_map = logits[..., None]
 
     if 'cls_adapted' in fused:
         x = conv2d(adapted, fused['cls_adapted'])
     else:
         x = native.convolve_arranged(layers, fused['cls'])
-    x += conv2d(of_map, fused['map']['kernel']) + fused['map']['bias']
+    x += conv2d(of_map.astype(x.dtype), fused['map']['kernel']) + fused['map']['bias']
     if 'cls_constant' in fused:
         x += native.convolve_constant(jnp.ones(1, x.dtype), fused['cls_constant'], grid)
-    x = jax.nn.relu(x)
+    x = jax.nn.relu(x).astype(jnp.float32)
     pooled = [x.max((1, 2)), x.mean((1, 2)), of_map.max((1, 2)), of_map.mean((1, 2))]
     scores = jnp.concatenate(pooled, -1) @ fused['score']['kernel'] + fused['score']['bias']
     return scores[:, 0], logits

@@ -6,9 +6,8 @@ from flax import linen as nn
 import jax
 import numpy as np
 
-from ssn_jax import metrics
+from ssn_jax import deploy, metrics
 from ssn_jax.data import Split
-from ssn_jax.models import features as features_lib
 
 
 def make_predictor(
@@ -17,8 +16,8 @@ def make_predictor(
     """Compiled prediction, data-parallel with `jax.pmap` over all local devices.
 
     Args:
-      backbone: the frozen feature extractor.
-      network: maps a feature grid to anomaly logits and score logits.
+      backbone: the frozen feature extractor; its variables say all that is needed of it.
+      network: the trained network, whose attributes say how its variables are used.
       batch_size: images per device and call.
 
     Returns:
@@ -26,16 +25,14 @@ def make_predictor(
       full-size anomaly logits (N, H, W) and score logits (N,), float32 on the host. The last
       batch is padded; the padding is cut off again.
     """
+    del backbone
     devices = jax.local_device_count()
-
-    def forward(backbone_variables, variables, images):
-        layers = backbone.apply(backbone_variables, features_lib.normalise(images))[1:]
-        logits, scores = network.apply(variables, features_lib.upscale_pool(layers))
-        return features_lib.full_size_map(logits, images.shape[1:3])[..., 0], scores
-
-    parallel = jax.pmap(forward, in_axes=(None, None, 0))
+    parallel = jax.pmap(deploy.predict)
+    replicate = jax.pmap(lambda fused, _: fused, in_axes=(None, 0))
 
     def predict(backbone_variables, variables, images):
+        fused = deploy.fuse(backbone_variables, variables, network)
+        fused = replicate(fused, np.arange(devices))
         # A small split on many devices needs no batch larger than its share.
         per_device = min(batch_size, -(-len(images) // devices))
         chunk = per_device * devices
@@ -45,7 +42,7 @@ def make_predictor(
             padded = np.zeros((chunk, *part.shape[1:]), part.dtype)
             padded[: len(part)] = part
             sharded = padded.reshape(devices, per_device, *part.shape[1:])
-            m, s = jax.device_get(parallel(backbone_variables, variables, sharded))
+            s, m = jax.device_get(parallel(fused, sharded))
             maps.append(m.reshape(chunk, *m.shape[2:])[: len(part)])
             scores.append(s.reshape(chunk)[: len(part)])
         return np.concatenate(maps), np.concatenate(scores)
