@@ -79,7 +79,7 @@ def compile_jax(form: str, config, variables: tuple[dict, dict], images: np.ndar
     """A form's call on images of this shape, and what XLA knows of it."""
     network = steps.build_network(config)
     if form == 'fused':
-        held, run = deploy.fuse(*variables, network), deploy.predict
+        held, run = deploy.prepare(deploy.fuse(*variables, network)), deploy.predict
     else:
         held, backbone = variables, resnet.BACKBONES[config.backbone.name]
 

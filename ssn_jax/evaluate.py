@@ -32,7 +32,7 @@ def make_predictor(
 
     def predict(backbone_variables, variables, images):
         fused = deploy.fuse(backbone_variables, variables, network)
-        fused = replicate(fused, np.arange(devices))
+        fused = replicate(deploy.prepare(fused), np.arange(devices))
         # A small split on many devices needs no batch larger than its share.
         per_device = min(batch_size, -(-len(images) // devices))
         chunk = per_device * devices
