@@ -51,7 +51,9 @@ def check(backbone, adaptor, adapted, n, size, seed, dtype=np.uint8):
     assert all(x.dtype == np.float32 for x in jax.tree.leaves(fused))
     actual = deploy.make_predictor(fused, n, size, dtype=dtype)(images)
     assert [x.shape for x in actual] == [(n,), (n, *size)]
-    assert rule.relative_error(actual[0], expected[0]) < TOLERANCE
+    # A score is a sum of 258 terms that may cancel: near 0 its error is that of the terms.
+    score = np.asarray(expected[0])
+    assert np.abs(actual[0] - score).max() < TOLERANCE * max(1.0, np.abs(score).max())
     assert rule.relative_error(actual[1], expected[1]) < TOLERANCE
 
 
