@@ -57,6 +57,7 @@ def check(backbone, adaptor, adapted, n, size, seed, dtype=np.uint8):
     assert rule.relative_error(actual[1], expected[1]) < TOLERANCE
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(
     adaptor=st.sampled_from(['linear', 'conv']),
