@@ -6,9 +6,10 @@ from flax import linen as nn
 import jax
 import numpy as np
 
-from ssn_jax import metrics
+from ssn_jax import deploy, metrics
 from ssn_jax.data import Split
 from ssn_jax.models import features as features_lib
+from ssn_jax.models.supersimplenet import SuperSimpleNet
 
 
 def make_predictor(
@@ -18,7 +19,8 @@ def make_predictor(
 
     Args:
       backbone: the frozen feature extractor.
-      network: maps its features to anomaly logits and score logits.
+      network: the trained network. A SuperSimpleNet is evaluated in its fused form
+        (`deploy.py`), the others as they are written.
       batch_size: images per device and call.
 
     Returns:
@@ -27,15 +29,22 @@ def make_predictor(
       batch is padded; the padding is cut off again.
     """
     devices = jax.local_device_count()
+    fused = isinstance(network, SuperSimpleNet)
 
-    def forward(backbone_variables, variables, images):
+    def direct(variables, images):
+        backbone_variables, trained = variables
         layers = backbone.apply(backbone_variables, features_lib.normalise(images))[1:]
-        logits, scores = network.apply(variables, network.features(network.frozen(layers)))
-        return network.full_size_map(logits, images.shape[1:3])[..., 0], scores
+        logits, scores = network.apply(trained, network.features(network.frozen(layers)))
+        return scores, network.full_size_map(logits, images.shape[1:3])[..., 0]
 
-    parallel = jax.pmap(forward, in_axes=(None, None, 0))
+    parallel = jax.pmap(deploy.predict if fused else direct)
+    replicate = jax.pmap(lambda arrays, _: arrays, in_axes=(None, 0))
 
     def predict(backbone_variables, variables, images):
+        arrays = backbone_variables, variables
+        if fused:
+            arrays = deploy.prepare(deploy.fuse(*arrays, network))
+        arrays = replicate(arrays, np.arange(devices))
         # A small split on many devices needs no batch larger than its share.
         per_device = min(batch_size, -(-len(images) // devices))
         chunk = per_device * devices
@@ -45,7 +54,7 @@ def make_predictor(
             padded = np.zeros((chunk, *part.shape[1:]), part.dtype)
             padded[: len(part)] = part
             sharded = padded.reshape(devices, per_device, *part.shape[1:])
-            m, s = jax.device_get(parallel(backbone_variables, variables, sharded))
+            s, m = jax.device_get(parallel(arrays, sharded))
             maps.append(m.reshape(chunk, *m.shape[2:])[: len(part)])
             scores.append(s.reshape(chunk)[: len(part)])
         return np.concatenate(maps), np.concatenate(scores)

@@ -6,6 +6,8 @@ weights meet 4 and 16 times fewer positions, exactly. A k x k convolution is k^2
 upscaled with shifted matrices; rows and columns that the shift brings in from outside are zero.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,29 +40,61 @@ def convolve(layers: tuple[jax.Array, ...], kernel: jax.Array, scale: int = 2) -
     Returns:
       (N, H, W, D).
     """
+    return convolve_arranged(layers, arrange(kernel, [x.shape[-1] for x in layers]), scale)
+
+
+def arrange(kernel: jax.Array, channels: Sequence[int]) -> tuple[jax.Array, ...]:
+    """A kernel (k, k, sum of C_i, D) as `convolve_arranged` takes it.
+
+    Returns:
+      Per layer (k, C_i, k * D): column tap, channel, row tap and D.
+    """
     size, features = kernel.shape[0], kernel.shape[-1]
-    grid = feature_grid(layers, scale)
-    n, start, rows, parts = len(layers[0]), 0, [], []
-    for x in layers:
+    parts, start = [], 0
+    for n in channels:
+        part = kernel[:, :, start : start + n].transpose(1, 2, 0, 3)
+        parts.append(part.reshape(size, n, size * features))
+        start += n
+    return tuple(parts)
+
+
+def convolve_arranged(
+    layers: tuple[jax.Array, ...], kernels: tuple[jax.Array, ...], scale: int = 2
+) -> jax.Array:
+    """`convolve` with a kernel that was brought into the order of the products before.
+
+    With columns in front of rows, every intermediate result lies in memory as the next product
+    reads it: (column tap and column, image, row and row tap, D).
+
+    Args:
+      layers: outputs of the backbone (N, H_i, W_i, C_i), finest first.
+      kernels: per layer (k, C_i, k * D), see `arrange`.
+      scale: how many times finer than the first layer the grid is.
+
+    Returns:
+      (N, H, W, D).
+    """
+    n, (height, width) = len(layers[0]), feature_grid(layers, scale)
+    rows, parts = [], []
+    for x, kernel in zip(layers, kernels, strict=True):
         h, w, channels = x.shape[1:]
-        k = kernel[:, :, start : start + channels]
-        start += channels
-        # Per native position the products with all k^2 taps, ordered (row tap, column tap, D).
-        y = x.reshape(n, h, w, channels) @ k.transpose(2, 0, 1, 3).reshape(channels, -1)
-        y = y.reshape(n, h, w, size, size, features).transpose(0, 3, 1, 4, 2, 5)
-        y = y.reshape(n, size * h, size * w, features)
-        parts.append(jnp.matmul(shifted_matrix(w, grid[1], size), y))
-        rows.append(shifted_matrix(h, grid[0], size))
+        size = len(kernel)
+        x = x.transpose(2, 0, 1, 3).reshape(-1, channels)
+        # One product per column tap: XLA's batched product is slower on a CPU.
+        y = jnp.stack([x @ k for k in kernel]).reshape(size * w, -1)
+        columns = shifted_matrix(w, width, size).transpose(1, 0, 2).reshape(width, -1)
+        parts.append((columns.astype(y.dtype) @ y).reshape(width, n, h * size, -1))
+        rows.append(shifted_matrix(h, height, size).transpose(1, 2, 0).reshape(height, -1))
     # All layers meet in one product over rows.
-    y = jnp.concatenate(parts, 1).reshape(n, -1, grid[1] * features)
-    return jnp.matmul(np.concatenate(rows, 1), y).reshape(n, *grid, features)
+    y = jnp.matmul(np.concatenate(rows, 1).astype(x.dtype), jnp.concatenate(parts, 2))
+    return y.transpose(1, 2, 0, 3)
 
 
 def shifted_matrix(size_in: int, size_out: int, taps: int) -> np.ndarray:
-    """`grid_matrix` read at each tap's offset, side by side: (size_out, taps * size_in)."""
+    """`grid_matrix` read at each tap's offset: (taps, size_out, size_in)."""
     matrix, half = grid_matrix(size_in, size_out), taps // 2
     padded = np.pad(matrix, ((half, half), (0, 0)))
-    return np.concatenate([padded[i : i + size_out] for i in range(taps)], 1)
+    return np.stack([padded[i : i + size_out] for i in range(taps)])
 
 
 def convolve_constant(value: jax.Array, kernel: jax.Array, grid: tuple[int, int]) -> jax.Array:

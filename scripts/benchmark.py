@@ -1,0 +1,254 @@
+"""Measures inference, config by config: `python scripts/benchmark.py --against torch,openvino`.
+
+Direct and fused form of every config with random weights (speed does not depend on them), on
+embedded images, copies from and to the host included. All that is compared runs in this process,
+by turns; a ratio is the median over the turns. Each form's outputs are checked against the direct
+one's before they are timed.
+
+- params: backbone and network, in millions. GFLOP: of one image, counted by XLA.
+- batch 1: median and 95th percentile, in ms. batch 16: images per second.
+- MB: arguments, results and temporaries of a call of batch 1, as XLA plans them.
+- first: seconds from trained variables to the first result, compilation included.
+"""
+
+import importlib.util
+import json
+import pathlib
+import sys
+import time
+
+from absl import app, flags
+import cv2
+import jax
+import numpy as np
+
+from ssn_jax import deploy, steps
+from ssn_jax.data import synthetic
+from ssn_jax.errors import UserError
+from ssn_jax.models import features as features_lib, resnet
+
+CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
+
+# Published on a P100: ms at batch 1, images per second, MB.
+PUBLISHED = {
+    'baseline': {'ms': 25.58, 'images_per_s': 96.72},
+    'mod1_a': {'ms': 7.78, 'images_per_s': 398.47, 'mb': 52.43},
+    'mod1_b': {'ms': 8.36},
+}
+BATCHES = (1, 16)
+
+_CONFIGS = flags.DEFINE_list(
+    'configs', 'baseline,mod1_a,mod1_b,mod2', 'Names of configs/*.py to measure.'
+)
+_AGAINST = flags.DEFINE_list('against', '', 'Other implementations: torch, openvino.')
+_TURNS = flags.DEFINE_integer('turns', 15, 'How often each form runs at batch 1; at 16 half.')
+_JSON = flags.DEFINE_bool('json', False, 'Print one JSON document instead of the table.')
+_DIRECT = flags.DEFINE_bool('direct', True, 'Measure the direct form too.')
+
+
+def load_config(name: str):
+    """The config configs/NAME.py."""
+    path = CONFIGS / f'{name}.py'
+    if not path.is_file():
+        known = ', '.join(sorted(p.stem for p in CONFIGS.glob('*.py')))
+        raise UserError(f'no config {name!r}: --configs takes names of {known}.')
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def embedded_images(n: int, size: tuple[int, int]) -> np.ndarray:
+    """Procedurally drawn bottles, uint8 (n, *size, 3)."""
+    drawn = [synthetic.draw('bottle', 'good', np.random.default_rng(i))[0] for i in range(n)]
+    return np.stack([cv2.resize(x, size[::-1]) for x in drawn])
+
+
+def random_variables(config) -> tuple[dict, dict]:
+    """Variables of backbone and network as initialised."""
+    backbone, network = resnet.BACKBONES[config.backbone.name], steps.build_network(config)
+    channels = sum(resnet.CHANNELS[config.backbone.name][1:])
+    keys = jax.random.split(jax.random.key(config.seed))
+    return (
+        jax.jit(backbone.init)(keys[0], np.zeros((1, 64, 64, 3), np.float32)),
+        jax.jit(network.init)(keys[1], np.zeros((1, 8, 8, channels), np.float32)),
+    )
+
+
+def compile_jax(form: str, config, variables: tuple[dict, dict], images: np.ndarray):
+    """A form's call on images of this shape, and what XLA knows of it."""
+    network = steps.build_network(config)
+    if form == 'fused':
+        held, run = deploy.prepare(deploy.fuse(*variables, network)), deploy.predict
+    else:
+        held, backbone = variables, resnet.BACKBONES[config.backbone.name]
+
+        def run(held, images, for_cache=None):
+            layers = backbone.apply(held[0], features_lib.normalise(images))[1:]
+            logits, scores = network.apply(held[1], features_lib.upscale_pool(layers))
+            return scores, features_lib.full_size_map(logits, images.shape[1:3])[..., 0]
+
+    held = jax.device_put(held)
+    compiled = jax.jit(run).lower(held, images).compile()
+    # XLA counts the body of a loop once: the form without loops is counted.
+    counted = jax.jit(lambda h, x: run(h, x, for_cache=False)).lower(held, images).cost_analysis()
+    memory = compiled.memory_analysis()
+    sizes = ('argument_size_in_bytes', 'output_size_in_bytes', 'temp_size_in_bytes')
+    facts = {
+        'gflop': counted['flops'] / len(images) / 1e9,
+        'mb': sum(getattr(memory, s) for s in sizes) / 1e6 if memory else None,
+    }
+    return lambda x: jax.device_get(compiled(held, x)), facts
+
+
+def compile_torch(config, variables: tuple[dict, dict], images: np.ndarray):
+    """The same arithmetic in PyTorch: channels last, inference mode, eager."""
+    torch, module = _torch_module(config, variables)
+
+    def call(x):
+        with torch.inference_mode():
+            return [y.numpy() for y in module(torch.from_numpy(x))]
+
+    return call
+
+
+def compile_openvino(config, variables: tuple[dict, dict], images: np.ndarray):
+    """The graph of the PyTorch module, compiled by OpenVINO for latency, in float32."""
+    torch, module = _torch_module(config, variables)
+    import openvino
+
+    with torch.inference_mode():
+        model = openvino.convert_model(module, example_input=torch.from_numpy(images))
+    model.reshape(list(images.shape))
+    options = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': 'f32'}
+    compiled = openvino.compile_model(model, 'CPU', options)
+    return lambda x: [compiled([x])[i] for i in range(2)]
+
+
+def _torch_module(config, variables):
+    import torch
+    import torch_model
+
+    network = steps.build_network(config)
+    size = tuple(config.image_size)
+    return torch, torch_model.build(config.backbone.name, *variables, network, size)
+
+
+OTHERS = {'torch': compile_torch, 'openvino': compile_openvino}
+
+
+def take_turns(calls: dict, images: np.ndarray, turns: int) -> dict[str, np.ndarray]:
+    """Seconds of every call on `images`, (turns,) each; all run in every turn."""
+    seconds = {name: [] for name in calls}
+    for _ in range(turns):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call(images)
+            seconds[name].append(time.perf_counter() - began)
+    return {name: np.array(s) for name, s in seconds.items()}
+
+
+def check_outputs(name: str, actual, expected) -> None:
+    """Raises ValueError if a form computes something else; what is timed must be the same."""
+    for a, b in zip(actual, expected, strict=True):
+        error = np.abs(a - b).max() / np.abs(b).max()
+        if not error < 1e-3:
+            raise ValueError(f'{name} deviates from the fused form by {error:.1e}')
+
+
+def measure(name: str, against: list[str], turns: int, direct: bool) -> dict:
+    """Everything about one config."""
+    config = load_config(name)
+    variables = random_variables(config)
+    count = sum(x.size for v in variables for x in jax.tree.leaves(v['params']))
+    forms = (['direct'] if direct else []) + ['fused']
+    result = {'config': name, 'params': count, 'forms': {f: {} for f in forms + against}}
+    for batch in BATCHES:
+        images, calls, expected = embedded_images(batch, tuple(config.image_size)), {}, None
+        for form in reversed(list(result['forms'])):
+            row, began = result['forms'][form], time.perf_counter()
+            if form in OTHERS:
+                calls[form], facts = OTHERS[form](config, variables, images), {}
+            else:
+                calls[form], facts = compile_jax(form, config, variables, images)
+            output = calls[form](images)
+            if batch == 1:
+                row |= facts | {'first_s': time.perf_counter() - began}
+            expected = expected or output
+            check_outputs(form, output, expected)
+        times = take_turns(calls, images, turns if batch == 1 else max(7, turns // 2))
+        for form, seconds in times.items():
+            row = result['forms'][form]
+            if batch == 1:
+                row['ms'] = float(1e3 * np.median(seconds))
+                row['ms_p95'] = float(1e3 * np.percentile(seconds, 95))
+            else:
+                row['images_per_s'] = float(batch / np.median(seconds))
+            row[f'fused_is_faster_{batch}'] = float(np.median(seconds / times['fused']))
+    return result
+
+
+def format_table(results: list[dict]) -> str:
+    """The results for people."""
+    head = ('params', 'GFLOP', 'batch 1', '95 %', 'batch 16', 'MB', 'first', 'fused is faster')
+    lines = [
+        f'{"config":10s}{"form":10s}' + ''.join(f'{h:>9s}' for h in head[:-1]) + f'  {head[-1]}'
+    ]
+    for r in results:
+        rows = r['forms'] | {'P100': PUBLISHED.get(r['config'], {})}
+        for form, row in rows.items():
+            shown = [
+                (r['params'] / 1e6, '.1f') if form != 'P100' else (None, ''),
+                (row.get('gflop'), '.1f'),
+                (row.get('ms'), '.2f'),
+                (row.get('ms_p95'), '.2f'),
+                (row.get('images_per_s'), '.2f'),
+                (row.get('mb'), '.1f'),
+                (row.get('first_s'), '.1f'),
+            ]
+            line = f'{r["config"]:10s}{form:10s}'
+            line += ''.join(f'{"-":>9s}' if v is None else f'{v:9{f}}' for v, f in shown)
+            ratios = [row.get(f'fused_is_faster_{b}') for b in BATCHES]
+            line += '' if None in ratios else '  ' + ' / '.join(f'{x:.2f}x' for x in ratios)
+            lines.append(line)
+    return '\n'.join(lines)
+
+
+def run(argv: list[str]) -> None:
+    """Measures and prints for parsed flags."""
+    if len(argv) > 1:
+        raise UserError(f'unexpected argument {argv[1]!r}: flags start with --.')
+    if _TURNS.value < 7:
+        raise UserError(f'--turns={_TURNS.value} is too few for a median: 7 or more.')
+    for other in _AGAINST.value:
+        if other not in OTHERS:
+            raise UserError(f'--against={other} is unknown: it takes {", ".join(OTHERS)}.')
+        for package in {'torch', other}:
+            if importlib.util.find_spec(package) is None:
+                raise UserError(f"--against={other} needs {package}: pip install -e '.[bench]'.")
+    for name in _CONFIGS.value:
+        load_config(name)
+    results = []
+    for name in _CONFIGS.value:
+        results.append(measure(name, _AGAINST.value, _TURNS.value, _DIRECT.value))
+        if not _JSON.value:
+            lines = format_table(results[-1:]).splitlines()
+            print('\n'.join(lines if len(results) == 1 else lines[1:]), flush=True)
+    if _JSON.value:
+        device = f'{jax.device_count()} x {jax.devices()[0].device_kind}'
+        print(json.dumps({'device': device, 'published': PUBLISHED, 'results': results}, indent=2))
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as e:
+        raise UserError(f'{" ".join(str(e).split())} (--help lists the flags).') from None
+
+
+if __name__ == '__main__':
+    try:
+        app.run(run, flags_parser=_parse)
+    except UserError as e:
+        print(f'error: {e}', file=sys.stderr)
+        sys.exit(1)

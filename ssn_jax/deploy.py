@@ -1,0 +1,371 @@
+"""The trained network as one fast, exact function of images.
+
+Everything between the backbone and the first non-linearity is linear, and linear maps of channels
+commute with upscaling and pooling, which are linear maps of positions. So `fuse`, without training
+anything anew, folds each BatchNorm into the convolution before it, ImageNet's standard deviation
+into the first convolution, and the adaptor into what follows it; `predict` applies the resulting
+weights at the backbone's own grids (`models/native.py`). Both are pure functions of arrays. The
+direct form, `resnet.ResNet` and `SuperSimpleNet`, remains the reference that tests compare with.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ssn_jax.models import features as features_lib, native
+from ssn_jax.models.layers import conv2d
+
+_EPSILON, _SLOPE = 1e-5, 0.2
+
+# Hidden channels of the segmentation head at a time, on a CPU: at the feature grid, these of one
+# image (64 * 64 * 64 * 4 B = 1 MiB) stay in the cache between upscaling, LeakyReLU and product.
+_CHUNK = 64
+
+
+def fuse(backbone_variables: dict, variables: dict, config) -> dict:
+    """Trained variables to the arrays that `predict` takes.
+
+    Args:
+      backbone_variables: parameters and statistics of a `resnet.ResNet`.
+      variables: parameters and statistics of a `SuperSimpleNet`.
+      config: the run's config, or the network: what has `adaptor` and `adapt_cls_features`.
+
+    Returns:
+      A tree of float32 arrays on the host. Kernels are (k, k, C, D), biases (D,); those that meet
+      the layers are arranged as `native.convolve_arranged` takes them, and the hidden channels of
+      the segmentation head lie in chunks on a leading axis.
+    """
+    # Products of weights are formed in float64: folding adds no rounding to that of `predict`.
+    variables = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(variables))
+    params, stats = variables['params'], variables['batch_stats']
+    adaptor, seg, cls = params['adaptor'], params['seg_head'], params['cls_head']
+    fused = {'backbone': fuse_backbone(backbone_variables)}
+
+    channels = [stage[-1]['convs'][-1]['bias'].size for stage in fused['backbone']['stages'][1:]]
+    hidden = _fold(seg['hidden'], seg['norm'], stats['seg_head']['norm'])
+    conv = _fold(cls['conv'], cls['norm'], stats['cls_head']['norm'])
+    features = conv['kernel'][:, :, :-1]
+    if config.adaptor == 'linear':
+        weight, bias = adaptor['projection']['kernel'], adaptor['projection']['bias']
+        hidden['bias'] += bias @ hidden['kernel']
+        hidden['kernel'] = native.arrange((weight @ hidden['kernel'])[None, None], channels)
+        if config.adapt_cls_features:
+            # Near the border fewer taps meet the bias: no constant, so it stays by itself.
+            fused['cls_constant'] = np.tensordot(bias, features, (0, 2))[:, :, None]
+            features = np.moveaxis(np.tensordot(weight, features, (1, 2)), 0, 2)
+    else:
+        fused['adaptor'] = _fold(adaptor['conv'], adaptor['norm'], stats['adaptor']['norm'])
+        fused['adaptor']['kernel'] = native.arrange(fused['adaptor']['kernel'], channels)
+        # What the adaptor passes on is not linear in the layers.
+        if config.adapt_cls_features:
+            fused['cls_adapted'] = features
+    if 'cls_adapted' not in fused:
+        fused['cls'] = native.arrange(features, channels)
+    hidden['out'] = seg['out']['kernel'][:, 0]
+    fused |= {
+        'hidden': jax.tree.map(_split, hidden),
+        'map': {'kernel': conv['kernel'][:, :, -1:], 'bias': conv['bias']},
+        'score': cls['score'],
+    }
+    return jax.tree.map(np.float32, fused)
+
+
+def fuse_backbone(variables: dict) -> dict:
+    """A ResNet's variables with BatchNorm and ImageNet's standard deviation folded in.
+
+    Returns:
+      'stem', and 'stages', lists of blocks: their 'convs' and, if the shortcut has one, its
+      'downsample'.
+    """
+    variables = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(variables))
+    params, stats = variables['params'], variables['batch_stats']
+
+    def fold(of, statistics, conv, norm):
+        return _fold(of[conv], of[norm], statistics[norm])
+
+    stem = fold(params, stats, 'conv1', 'bn1')
+    stem['kernel'] /= 255.0 * np.array(features_lib.IMAGENET_STD)[:, None]
+    stages = [[], [], []]
+    for name in sorted(n for n in params if n.startswith('layer')):
+        of, statistics = params[name], stats[name]
+        names = [f'{i}' for i in (1, 2, 3) if f'conv{i}' in of]
+        block = {'convs': [fold(of, statistics, f'conv{i}', f'bn{i}') for i in names]}
+        if 'downsample_0' in of:
+            block['downsample'] = fold(of, statistics, 'downsample_0', 'downsample_1')
+        stages[int(name[5]) - 1].append(block)
+    return jax.tree.map(np.float32, {'stem': stem, 'stages': stages})
+
+
+def _split(x):
+    """(..., D) in chunks of its last axis: (D / chunk, ..., chunk)."""
+    return np.moveaxis(x.reshape(*x.shape[:-1], -1, _CHUNK), -2, 0)
+
+
+def _merge(x):
+    """The chunks of `_split` as one."""
+    return jnp.moveaxis(x, 0, -2).reshape(1, *x.shape[1:-1], -1)
+
+
+def _fold(conv, norm, stats):
+    """A convolution without or with bias, and the BatchNorm after it, as one convolution."""
+    gain = norm['scale'] / np.sqrt(stats['var'] + _EPSILON)
+    bias = norm['bias'] + (conv.get('bias', 0.0) - stats['mean']) * gain
+    return {'kernel': conv['kernel'] * gain, 'bias': bias}
+
+
+def predict(
+    fused: dict,
+    images: jax.Array,
+    image_size: tuple[int, int] | None = None,
+    for_cache: bool | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Score and map of images, computed in the precision of `fused`.
+
+    Args:
+      fused: as `fuse` returns it.
+      images: RGB (N, H, W, 3) in 0..255, uint8 or float.
+      image_size: the model's (height, width); images of another size are resized to it.
+      for_cache: see `heads`.
+
+    Returns:
+      Score logits (N,) and full-size anomaly logits (N, *image_size), both float32.
+    """
+    images = resize_images(images, image_size or images.shape[1:3])
+    layers = backbone(fused['backbone'], images)[1:]
+    scores, logits = heads(fused, layers, for_cache)
+    full = features_lib.full_size_map(logits[..., None], images.shape[1:3])
+    return scores, full[..., 0]
+
+
+def make_predictor(
+    fused: dict,
+    batch_size: int,
+    image_size: tuple[int, int],
+    input_size: tuple[int, int] | None = None,
+    dtype: jax.typing.DTypeLike = jnp.uint8,
+) -> Callable[[np.ndarray], tuple[jax.Array, jax.Array]]:
+    """Compiles `predict` for one batch shape; the arrays of `fused` go to the device once.
+
+    Args:
+      fused: as `fuse` returns it, or `cast` to another precision.
+      batch_size: images per call.
+      image_size: the model's (height, width).
+      input_size: the images' own (height, width) if it is another one.
+      dtype: the images' type.
+
+    Returns:
+      images (batch_size, *input_size, 3) -> scores (batch_size,), maps (batch_size, *image_size).
+    """
+    fused = jax.device_put(prepare(fused))
+    images = jax.ShapeDtypeStruct((batch_size, *(input_size or image_size), 3), dtype)
+    compiled = jax.jit(predict, static_argnums=2).lower(fused, images, image_size).compile()
+    return lambda images: compiled(fused, images)
+
+
+def cast(fused: dict, dtype: jax.typing.DTypeLike) -> dict:
+    """The arrays of `fused` in another precision; `predict` then computes in it."""
+    return jax.tree.map(lambda x: x.astype(dtype), fused)
+
+
+def deviation(
+    fused: dict,
+    images: np.ndarray,
+    image_size: tuple[int, int] | None = None,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+) -> dict[str, float]:
+    """What another precision than float32 changes, on images (N, H, W, 3).
+
+    Returns:
+      'score' and 'map': the largest difference of logits, divided by the standard deviation of
+      the float32 logits (of a score over images, of the map over all pixels).
+    """
+    run = jax.jit(predict, static_argnums=2)
+    exact, rounded = (
+        jax.device_get(run(f, images, image_size)) for f in (fused, cast(fused, dtype))
+    )
+    return {
+        name: float(np.abs(a - b).max() / a.std())
+        for name, a, b in zip(('score', 'map'), exact, rounded, strict=True)
+    }
+
+
+def resize_images(images: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Images (N, H, W, 3) in 0..255, resized bilinearly to float32 (N, *size, 3).
+
+    As OpenCV's INTER_LINEAR. For uint8 images OpenCV computes with weights of 11 bits and rounds
+    to whole levels; here uint8 images are rounded too, and differ from OpenCV's by one level at
+    most (by none when sizes are halved, in an eighth of the pixels otherwise).
+    """
+    if images.shape[1:3] == tuple(size):
+        return images.astype(jnp.float32)
+    resized = features_lib.resize(images.astype(jnp.float32), size)
+    return jnp.floor(resized + 0.5) if images.dtype == jnp.uint8 else resized
+
+
+def backbone(fused: dict, images: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The three stages of a ResNet on images (N, H, W, 3) in 0..255, by `fuse_backbone`'s arrays.
+
+    Shapes as of `resnet.ResNet`.
+    """
+    # The mean is subtracted before the zero padding; the standard deviation is in the kernel.
+    x = images - 255.0 * np.array(features_lib.IMAGENET_MEAN, np.float32)
+    x = jax.nn.relu(_conv(fused['stem'], x.astype(fused['stem']['kernel'].dtype), 2))
+    x = jax.lax.reduce_window(
+        x, -np.array(np.inf, x.dtype), jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1),
+        ((0, 0), (1, 1), (1, 1), (0, 0)),
+    )  # fmt: skip
+    outputs = []
+    for blocks in fused['stages']:
+        for i, block in enumerate(blocks):
+            stride = 2 if outputs and i == 0 else 1
+            x = _block(block, x, stride)
+        outputs.append(x)
+    return tuple(outputs)
+
+
+def _block(block, x, stride):
+    """A residual block; its first 3x3 convolution carries the stride."""
+    y = x
+    for i, conv in enumerate(block['convs']):
+        if i:
+            y = jax.nn.relu(y)
+        y = _conv(conv, y, stride if i == _strided(block) else 1)
+    if 'downsample' in block:
+        x = _conv(block['downsample'], x, stride)
+    return jax.nn.relu(x + y)
+
+
+def _strided(block):
+    """Which of a block's convolutions carries its stride: the first that is not 1x1."""
+    return next(i for i, conv in enumerate(block['convs']) if len(conv['kernel']) > 1)
+
+
+def _conv(conv, x, stride=1):
+    """A convolution with 'kernel' (k, k, C, D), or (16, C, D), and 'bias' (D,), zero padding."""
+    kernel = conv['kernel']
+    if kernel.ndim == 3:
+        y = _winograd(x, kernel)
+    elif len(kernel) == 1:
+        y = x[:, ::stride, ::stride] @ kernel[0, 0]
+    else:
+        pad = len(kernel) // 2, len(kernel) // 2
+        y = jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), (pad, pad), dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+        )
+    return y + conv['bias']
+
+
+def prepare(fused: dict) -> dict:
+    """Brings `fuse`'s arrays into the form that is fastest where they will be used.
+
+    On a CPU, in float32, the backbone's 3x3 convolutions of stride 1 become Winograd's: 16
+    products for 4 outputs instead of 36 (Lavin and Gray, "Fast algorithms for convolutional neural
+    networks", CVPR 2016, F(2x2, 3x3)). Other devices choose such algorithms by themselves.
+    """
+    if jax.default_backend() != 'cpu' or fused['score']['bias'].dtype != np.float32:
+        return fused
+
+    def transform(stage, block):
+        kernels = [conv['kernel'] for conv in block['convs']]
+        strided = _strided(block) if stage and 'downsample' in block else None
+        convs = [
+            conv | {'kernel': _winograd_kernel(k)} if len(k) == 3 and i != strided else conv
+            for i, (conv, k) in enumerate(zip(block['convs'], kernels, strict=True))
+        ]
+        return block | {'convs': convs}
+
+    stages = [
+        [transform(s, b) for b in stage] for s, stage in enumerate(fused['backbone']['stages'])
+    ]
+    return fused | {'backbone': fused['backbone'] | {'stages': stages}}
+
+
+def _winograd_kernel(kernel):
+    """A kernel (3, 3, C, D) for `_winograd`: (16, C, D)."""
+    g = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+    # As one matrix product, which NumPy does far faster than an einsum.
+    transformed = np.kron(g, g) @ np.asarray(kernel, np.float64).reshape(9, -1)
+    return transformed.reshape(16, *kernel.shape[2:]).astype(np.float32)
+
+
+def _winograd(x, kernel):
+    """The 3x3 convolution of x (N, H, W, C), zero padding, by products of 2x2 output tiles."""
+    if len(x) > 1:  # Image by image the tiles stay in the cache.
+        return jax.lax.map(lambda image: _winograd(image[None], kernel)[0], x)
+    n, h, w, channels = x.shape
+    rows, columns = (h + 1) // 2, (w + 1) // 2
+    x = jnp.pad(x, ((0, 0), (1, 1 + h % 2), (1, 1 + w % 2), (0, 0)))
+
+    def inputs(d):
+        return d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]
+
+    def outputs(m):
+        return m[0] + m[1] + m[2], m[1] - m[2] - m[3]
+
+    tiles = [
+        column
+        for row in inputs([x[:, i : i + 2 * rows - 1 : 2] for i in range(4)])
+        for column in inputs([row[:, :, j : j + 2 * columns - 1 : 2] for j in range(4)])
+    ]
+    # XLA's batched product is slower on a CPU than 16 single ones.
+    m = [t.reshape(-1, channels) @ k for t, k in zip(tiles, kernel, strict=True)]
+    m = [outputs(y) for y in zip(*(outputs(m[j::4]) for j in range(4)), strict=True)]
+    y = jnp.stack([jnp.stack(row, 1) for row in m], 0)
+    y = y.reshape(2, n, rows, columns, 2, -1).transpose(1, 2, 0, 3, 4, 5)
+    return y.reshape(n, 2 * rows, 2 * columns, -1)[:, :h, :w]
+
+
+def heads(
+    fused: dict, layers: tuple[jax.Array, ...], for_cache: bool | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Scores (N,) and anomaly logits (N, H, W) on the feature grid, float32.
+
+    Args:
+      fused: as `fuse` returns it.
+      layers: layer2 and layer3 (N, H_i, W_i, C_i).
+      for_cache: whether to go image by image and in chunks of hidden channels, so that what is
+        computed is still in the cache where it is used; by default on a CPU.
+    """
+    for_cache = jax.default_backend() == 'cpu' if for_cache is None else for_cache
+    if not for_cache:  # All hidden channels are one chunk.
+        return _heads(fused | {'hidden': jax.tree.map(_merge, fused['hidden'])}, layers)
+    if len(layers[0]) == 1:
+        return _heads(fused, layers)
+
+    def one(layers):
+        score, logits = _heads(fused, jax.tree.map(lambda x: x[None], layers))
+        return score[0], logits[0]
+
+    return jax.lax.map(one, layers)
+
+
+def _heads(fused, layers):
+    grid = features_lib.feature_grid(layers)
+    if 'adaptor' in fused:
+        adapted = native.convolve_arranged(layers, fused['adaptor']['kernel'])
+        adapted = jax.nn.relu(adapted + fused['adaptor']['bias'])
+
+    # The segmentation head in chunks of hidden channels, added up.
+    def add(logits, chunk):
+        kernel = chunk['kernel']
+        x = adapted @ kernel if 'adaptor' in fused else native.convolve_arranged(layers, kernel)
+        x = jax.nn.leaky_relu(x + chunk['bias'], _SLOPE)
+        return logits + jnp.matmul(x, chunk['out'], preferred_element_type=jnp.float32), None
+
+    logits = jnp.zeros((len(layers[0]), *grid))
+    logits, _ = jax.lax.scan(add, logits, fused['hidden'])
+    of_map = logits[..., None]
+
+    if 'cls_adapted' in fused:
+        x = conv2d(adapted, fused['cls_adapted'])
+    else:
+        x = native.convolve_arranged(layers, fused['cls'])
+    x += conv2d(of_map.astype(x.dtype), fused['map']['kernel']) + fused['map']['bias']
+    if 'cls_constant' in fused:
+        x += native.convolve_constant(jnp.ones(1, x.dtype), fused['cls_constant'], grid)
+    x = jax.nn.relu(x).astype(jnp.float32)
+    pooled = [x.max((1, 2)), x.mean((1, 2)), of_map.max((1, 2)), of_map.mean((1, 2))]
+    scores = jnp.concatenate(pooled, -1) @ fused['score']['kernel'] + fused['score']['bias']
+    return scores[:, 0], logits

@@ -1,0 +1,155 @@
+"""The fused predictor against the direct form, and what it adds: resizing and other precisions."""
+
+import cv2
+from hypothesis import given, settings, strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rule
+
+from ssn_jax import deploy
+from ssn_jax.models import features as features_lib, native, resnet
+from ssn_jax.models.supersimplenet import SuperSimpleNet
+
+TOLERANCE = 1e-5  # Relative to an array's largest value.
+
+
+def shake(variables, rng):
+    """Variables of the same shapes whose every value is another one, variances positive."""
+    return jax.tree.map(
+        lambda x: (x * rng.uniform(0.5, 1.5, x.shape)).astype(np.float32), variables
+    )
+
+
+def models(backbone, adaptor, adapted, seed=0):
+    """A backbone and a network with random weights, and the arrays of both, fused."""
+    rng = np.random.default_rng(seed)
+    network = SuperSimpleNet(adaptor, adapted)
+    backbone_variables = shake(rule.backbone(backbone), rng)
+    variables = shake(rule.network(network, sum(resnet.CHANNELS[backbone][1:])), rng)
+    return backbone_variables, network, variables
+
+
+def random_images(seed, n, size):
+    return np.random.default_rng(seed).integers(0, 256, (n, *size, 3), dtype=np.uint8)
+
+
+def direct(backbone, backbone_variables, network, variables, images):
+    """Score and map, straight through backbone, heads and blur."""
+    x = features_lib.normalise(images)
+    layers = jax.jit(resnet.BACKBONES[backbone].apply)(backbone_variables, x)[1:]
+    logits, scores = network.apply(variables, features_lib.upscale_pool(layers))
+    return scores, features_lib.full_size_map(logits, images.shape[1:3])[..., 0]
+
+
+def check(backbone, adaptor, adapted, n, size, seed, dtype=np.uint8):
+    backbone_variables, network, variables = models(backbone, adaptor, adapted, seed)
+    images = random_images(seed, n, size).astype(dtype)
+    expected = direct(backbone, backbone_variables, network, variables, images)
+    fused = deploy.fuse(backbone_variables, variables, network)
+    assert all(x.dtype == np.float32 for x in jax.tree.leaves(fused))
+    actual = deploy.make_predictor(fused, n, size, dtype=dtype)(images)
+    assert [x.shape for x in actual] == [(n,), (n, *size)]
+    # A score is a sum of 258 terms that may cancel: near 0 its error is that of the terms.
+    score = np.asarray(expected[0])
+    assert np.abs(actual[0] - score).max() < TOLERANCE * max(1.0, np.abs(score).max())
+    assert rule.relative_error(actual[1], expected[1]) < TOLERANCE
+
+
+@pytest.mark.slow
+@settings(max_examples=6, deadline=None)
+@given(
+    adaptor=st.sampled_from(['linear', 'conv']),
+    adapted=st.booleans(),
+    n=st.integers(1, 3),
+    size=st.tuples(st.integers(17, 100), st.integers(17, 100)),
+    seed=st.integers(0, 2**32 - 1),
+    dtype=st.sampled_from([np.uint8, np.float32]),
+)
+def test_fused_is_direct(adaptor, adapted, n, size, seed, dtype):
+    check('resnet18', adaptor, adapted, n, size, seed, dtype)
+
+
+@pytest.mark.parametrize('adapted', [False, True])
+def test_fused_is_direct_with_bottlenecks(adapted):
+    check('wide_resnet50_2', 'linear', adapted, 1, (40, 65), 0)
+
+
+@pytest.mark.parametrize('adaptor', ['linear', 'conv'])
+def test_the_form_for_accelerators_is_the_same(monkeypatch, adaptor):
+    """On a GPU no chunks, no loop over images, and XLA's own convolution."""
+    backbone_variables, network, variables = models('resnet18', adaptor, True)
+    images = random_images(0, 2, (48, 33))
+    fused = deploy.fuse(backbone_variables, variables, network)
+    expected = deploy.predict(fused, images, for_cache=True)
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    for a, b in zip(deploy.predict(fused, images), expected, strict=True):
+        assert rule.relative_error(a, b) < TOLERANCE
+
+
+def test_every_image_is_on_its_own():
+    """Batch 1 gives what the same image gives in a batch."""
+    backbone_variables, network, variables = models('resnet18', 'linear', False)
+    fused = deploy.fuse(backbone_variables, variables, network)
+    images = random_images(0, 3, (32, 48))
+    together = deploy.predict(fused, images)
+    for i in range(3):
+        for a, b in zip(deploy.predict(fused, images[i : i + 1]), together, strict=True):
+            assert rule.relative_error(a[0], b[i]) < TOLERANCE
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    target=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    seed=st.integers(0, 99),
+)
+def test_images_are_resized_as_by_opencv(size, target, seed):
+    """Float images to rounding errors; uint8 ones to the one level by which OpenCV's rounds."""
+    images = random_images(seed, 1, size)
+    for dtype, tolerance in ((np.float32, 0.01), (np.uint8, 1)):
+        image = images[0].astype(dtype)
+        expected = cv2.resize(image, target[::-1], interpolation=cv2.INTER_LINEAR)
+        actual = deploy.resize_images(jnp.asarray(image[None]), target)[0]
+        assert actual.dtype == jnp.float32
+        difference = np.abs(np.asarray(actual) - expected.reshape(actual.shape))
+        assert difference.max() <= tolerance
+
+
+def test_other_sizes_than_the_models_are_resized_first():
+    backbone_variables, network, variables = models('resnet18', 'linear', False)
+    fused = deploy.fuse(backbone_variables, variables, network)
+    images = random_images(0, 2, (90, 51)).astype(np.float32)
+    resized = np.stack([cv2.resize(x, (40, 48), interpolation=cv2.INTER_LINEAR) for x in images])
+    predict = deploy.make_predictor(fused, 2, (48, 40), (90, 51), np.float32)
+    for a, b in zip(predict(images), deploy.predict(fused, resized), strict=True):
+        assert rule.relative_error(a, b) < 1e-4
+
+
+def test_bfloat16_computes_in_it_and_its_deviation_is_reported():
+    backbone_variables, network, variables = models('resnet18', 'linear', False)
+    fused = deploy.fuse(backbone_variables, variables, network)
+    images = random_images(0, 3, (48, 40))
+    layers = deploy.backbone(deploy.cast(fused, jnp.bfloat16)['backbone'], images)
+    assert {x.dtype for x in layers} == {jnp.dtype(jnp.bfloat16)}
+    scores, maps = deploy.predict(deploy.cast(fused, jnp.bfloat16), images)
+    assert scores.dtype == maps.dtype == jnp.float32
+    reported = deploy.deviation(fused, images)
+    exact = deploy.predict(fused, images)
+    for name, a, b in zip(('score', 'map'), exact, (scores, maps), strict=True):
+        expected = np.abs(np.asarray(a) - np.asarray(b)).max() / np.asarray(a).std()
+        assert reported[name] == pytest.approx(expected, rel=0.3)
+        assert 1e-4 < reported[name]
+    assert deploy.deviation(fused, images, dtype=jnp.float32) == {'score': 0, 'map': 0}
+
+
+def test_convolve_arranged_is_convolve():
+    layers = (rule.draw_input('l2', (2, 4, 5, 3)), rule.draw_input('l3', (2, 2, 3, 4)))
+    kernel = rule.draw_input('kernel', (5, 5, 7, 6))
+    expected = features_lib.upscale_pool(layers)
+    expected = jax.lax.conv_general_dilated(
+        expected, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    )
+    arranged = native.arrange(kernel, (3, 4))
+    assert rule.relative_error(native.convolve_arranged(layers, arranged), expected) < TOLERANCE
