@@ -17,7 +17,7 @@ import pathlib
 import sys
 import time
 
-from absl import app, flags
+from absl import app, flags, logging
 import cv2
 import jax
 import numpy as np
@@ -248,6 +248,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 if __name__ == '__main__':
     try:
+        logging.set_verbosity(logging.WARNING)
         app.run(run, flags_parser=_parse)
     except UserError as e:
         print(f'error: {e}', file=sys.stderr)
