@@ -570,7 +570,7 @@ def test_a_run_leaves_everything_and_its_rerun_only_evaluates(case):
 @pytest.mark.slow
 def test_the_embedded_set_without_network_says_so(case, call, capsys, caplog, monkeypatch):
     def offline(name):
-        raise UserError(f'no network for {name}.')
+        raise weights.HubError(f'no network for {name}.')
 
     monkeypatch.setattr(weights, 'download', offline)
     defect = list(synthetic._COUNTS['screw']['test'])[-1]

@@ -244,3 +244,14 @@ def test_real_weights_give_sensible_features():
         assert (layer.max((0, 1, 2)) > 0).all()  # No channel is dead.
         assert 0.15 < layer.std() < 0.4
         assert layer.max() < 10
+
+
+def test_a_wrong_digest_stops_the_embedded_set_too(monkeypatch):
+    """Random weights stand in for absent ones, never for tampered ones."""
+
+    def tampered(name):
+        raise UserError(f'{name} has another SHA-256.')
+
+    monkeypatch.setattr(weights, 'download', tampered)
+    with pytest.raises(UserError, match='another SHA-256'):
+        weights.load_backbone('resnet18', '', allow_random=True)
