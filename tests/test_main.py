@@ -20,7 +20,6 @@ import safetensors.numpy
 
 from ssn_jax import config as config_lib, main, metrics, weights
 from ssn_jax.data import synthetic
-from ssn_jax.errors import UserError
 from ssn_jax.models import resnet
 
 REPO = Path(__file__).parents[1]
