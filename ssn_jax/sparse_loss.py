@@ -6,8 +6,8 @@ with less work:
 - weights meet the frozen features at the backbone's own grids (`models/native.py`);
 - both copies of the doubled batch share their clean part, which is computed once;
 - noise is drawn, generated and projected only where its mask is 1, about an eighth of the
-  positions. The number of those is random and shapes are not, so there are two programs: one for
-  as many positions as a batch practically never exceeds, and one for all of them.
+  positions. The number of those is random and shapes are not, so there are a few programs for
+  different numbers, the last one for all positions, and each batch takes the smallest that fits.
 """
 
 from collections.abc import Callable
@@ -24,6 +24,7 @@ from ssn_jax.models.features import feature_grid, upscale_pool
 from ssn_jax.models.layers import conv2d
 
 _EPSILON, _MOMENTUM, _SLOPE = 1e-5, 0.9, 0.2
+_SURPLUS = np.array([-0.5, 0.5, 1.5, 3.0, np.inf])
 
 
 def make_sparse_loss(
@@ -46,8 +47,9 @@ def make_sparse_loss(
         n, grid = 2 * len(layers[0]), feature_grid(layers)
         placed = synthesis.place(masks_fn(k_mask, n, grid), batch)
         mask = placed.noise
-        # Five standard deviations of the mean over the batch's masks.
-        capacity = int(mask.size * min(1.0, fraction + 5 * deviation / np.sqrt(n)))
+        # By how many standard deviations a batch's masks cover more than they do on average.
+        shares = fraction + deviation / np.sqrt(n) * _SURPLUS
+        capacities = sorted({int(mask.size * share) for share in np.minimum(shares, 1.0)})
 
         def run(capacity, params, generator):
             noise = functools.partial(noise_fn, generator, key=k_noise)
@@ -55,13 +57,9 @@ def make_sparse_loss(
                 config, params, batch_stats, layers, placed, noise, capacity, stop_map_gradient
             )
 
-        return jax.lax.cond(
-            mask.sum() <= capacity,
-            lambda p, g: run(capacity, p, g),
-            lambda p, g: run(mask.size, p, g),
-            params,
-            generator,
-        )
+        fitting = jnp.searchsorted(np.array(capacities[:-1]), mask.sum())
+        branches = [functools.partial(run, capacity) for capacity in capacities]
+        return jax.lax.switch(fitting, branches, params, generator)
 
     return loss_fn
 
