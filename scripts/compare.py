@@ -38,8 +38,7 @@ def predict_maps(workdir: pathlib.Path, config, images: np.ndarray, embedded: bo
     if not epoch:
         raise UserError(f'{workdir} holds no checkpoint yet: let the run get to its first one.')
     variables, _ = weights.load_backbone(config.backbone.name, config.backbone.weights, embedded)
-    backbone = resnet.BACKBONES[config.backbone.name]
-    predict = evaluate.make_predictor(backbone, steps.build_network(config), config.eval_batch_size)
+    predict = evaluate.make_predictor(steps.build_network(config), config.eval_batch_size)
     trained = {'params': state.params, 'batch_stats': state.batch_stats}
     maps, _ = predict(variables, trained, images)
     return 1 / (1 + np.exp(-np.clip(maps, -60, 60)))

@@ -3,18 +3,20 @@
 Everything between the backbone and the first non-linearity is linear, and linear maps of channels
 commute with upscaling and pooling, which are linear maps of positions. So `fuse`, without training
 anything anew, folds each BatchNorm into the convolution before it, ImageNet's standard deviation
-into the first convolution, and the adaptor into what follows it; `predict` applies the resulting
-weights at the backbone's own grids (`models/native.py`). Both are pure functions of arrays. The
-direct form, `resnet.ResNet` and `SuperSimpleNet`, remains the reference that tests compare with.
+into the first convolution, and adaptor, embedding and projection into what follows them; `predict`
+applies the resulting weights at the backbone's own grids (`models/native.py`). Both are pure
+functions of arrays. The direct form, `resnet.ResNet` and the networks of `models/`, remains the
+reference that tests compare with.
 """
 
 from collections.abc import Callable
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssn_jax.models import features as features_lib, native
+from ssn_jax.models import features as features_lib, native, simplenet
 from ssn_jax.models.layers import conv2d
 
 _EPSILON, _SLOPE = 1e-5, 0.2
@@ -24,52 +26,80 @@ _EPSILON, _SLOPE = 1e-5, 0.2
 _CHUNK = 64
 
 
-def fuse(backbone_variables: dict, variables: dict, config) -> dict:
+def fuse(backbone_variables: dict, variables: dict, network: nn.Module) -> dict:
     """Trained variables to the arrays that `predict` takes.
 
     Args:
       backbone_variables: parameters and statistics of a `resnet.ResNet`.
-      variables: parameters and statistics of a `SuperSimpleNet`.
-      config: the run's config, or the network: what has `adaptor` and `adapt_cls_features`.
+      variables: parameters and statistics of the network.
+      network: a `SuperSimpleNet`, `GapCam` or `SimpleNet`.
 
     Returns:
-      A tree of float32 arrays on the host. Kernels are (k, k, C, D), biases (D,); those that meet
-      the layers are arranged as `native.convolve_arranged` takes them, and the hidden channels of
-      the segmentation head lie in chunks on a leading axis.
+      A tree of float32 arrays on the host; which keys it has says how `heads` goes on. Kernels are
+      (k, k, C, D), biases (D,); those that meet the layers are arranged as
+      `native.convolve_arranged` takes them, and the hidden channels of the segmentation head lie in
+      chunks on a leading axis.
     """
     # Products of weights are formed in float64: folding adds no rounding to that of `predict`.
     variables = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(variables))
-    params, stats = variables['params'], variables['batch_stats']
-    adaptor, seg, cls = params['adaptor'], params['seg_head'], params['cls_head']
     fused = {'backbone': fuse_backbone(backbone_variables)}
-
     channels = [stage[-1]['convs'][-1]['bias'].size for stage in fused['backbone']['stages'][1:]]
-    hidden = _fold(seg['hidden'], seg['norm'], stats['seg_head']['norm'])
+    fuse_heads = _fuse_simplenet if 'discriminator' in variables['params'] else _fuse_heads
+    fused |= fuse_heads(variables['params'], variables['batch_stats'], network, channels)
+    return jax.tree.map(np.float32, fused)
+
+
+def _fuse_heads(params, stats, network, channels):
+    """SuperSimpleNet's or GAP+CAM's adaptor and heads, for `_heads`."""
+    adaptor, cls, fused = params['adaptor'], params['cls_head'], {}
+    linear, gap_cam = network.adaptor == 'linear', 'seg_head' not in params
+    adapted = gap_cam or network.adapt_cls_features
     conv = _fold(cls['conv'], cls['norm'], stats['cls_head']['norm'])
-    features = conv['kernel'][:, :, :-1]
-    if config.adaptor == 'linear':
+    features = conv['kernel'] if gap_cam else conv['kernel'][:, :, :-1]
+    if linear:
         weight, bias = adaptor['projection']['kernel'], adaptor['projection']['bias']
-        hidden['bias'] += bias @ hidden['kernel']
-        hidden['kernel'] = native.arrange((weight @ hidden['kernel'])[None, None], channels)
-        if config.adapt_cls_features:
+        if adapted:
             # Near the border fewer taps meet the bias: no constant, so it stays by itself.
             fused['cls_constant'] = np.tensordot(bias, features, (0, 2))[:, :, None]
             features = np.moveaxis(np.tensordot(weight, features, (1, 2)), 0, 2)
     else:
         fused['adaptor'] = _fold(adaptor['conv'], adaptor['norm'], stats['adaptor']['norm'])
         fused['adaptor']['kernel'] = native.arrange(fused['adaptor']['kernel'], channels)
-        # What the adaptor passes on is not linear in the layers.
-        if config.adapt_cls_features:
-            fused['cls_adapted'] = features
-    if 'cls_adapted' not in fused:
+    # What Scenario B's adaptor passes on is not linear in the layers.
+    if adapted and not linear:
+        fused['cls_adapted'] = features
+    else:
         fused['cls'] = native.arrange(features, channels)
+    fused |= {'cls_bias': conv['bias'], 'score': cls['score']}
+    if gap_cam:
+        return fused
+    seg = params['seg_head']
+    hidden = _fold(seg['hidden'], seg['norm'], stats['seg_head']['norm'])
+    if linear:
+        hidden['bias'] += bias @ hidden['kernel']
+        hidden['kernel'] = native.arrange((weight @ hidden['kernel'])[None, None], channels)
     hidden['out'] = seg['out']['kernel'][:, 0]
-    fused |= {
-        'hidden': jax.tree.map(_split, hidden),
-        'map': {'kernel': conv['kernel'][:, :, -1:], 'bias': conv['bias']},
-        'score': cls['score'],
-    }
-    return jax.tree.map(np.float32, fused)
+    return fused | {'hidden': jax.tree.map(_split, hidden), 'map': conv['kernel'][:, :, -1:]}
+
+
+def _fuse_simplenet(params, stats, network, channels):
+    """SimpleNet's embedding, projection and discriminator, for `_simplenet`.
+
+    The embedding is linear: a layer's patches (9 C_i values a position), averaged to E values,
+    and those of all layers to E again. So every layer meets one 3x3 convolution at its own grid.
+    """
+    discriminator, size = params['discriminator'], network.embedding
+    hidden = _fold(discriminator['hidden'], discriminator['norm'], stats['discriminator']['norm'])
+    adaptor = params['adaptor']
+    joined = np.asarray(simplenet.adaptive_average(np.eye(len(channels) * size), size), np.float64)
+    joined = joined @ adaptor['kernel'] @ hidden['kernel']
+    kernels = [
+        np.asarray(simplenet.adaptive_average(np.eye(9 * n), size), np.float64) @ part
+        for n, part in zip(channels, np.split(joined, len(channels)), strict=True)
+    ]
+    bias = hidden['bias'] + adaptor['bias'] @ hidden['kernel']
+    # The discriminator's output is high for what is normal, an anomaly logit is its opposite.
+    return {'patches': tuple(kernels), 'bias': bias, 'out': -discriminator['out']['kernel'][:, 0]}
 
 
 def fuse_backbone(variables: dict) -> dict:
@@ -135,8 +165,8 @@ def predict(
     images = resize_images(images, image_size or images.shape[1:3])
     layers = backbone(fused['backbone'], images)[1:]
     scores, logits = heads(fused, layers, for_cache)
-    full = features_lib.full_size_map(logits[..., None], images.shape[1:3])
-    return scores, full[..., 0]
+    smooth = simplenet.full_size_map if 'patches' in fused else features_lib.full_size_map
+    return scores, smooth(logits[..., None], images.shape[1:3])[..., 0]
 
 
 def make_predictor(
@@ -264,7 +294,7 @@ def prepare(fused: dict) -> dict:
     products for 4 outputs instead of 36 (Lavin and Gray, "Fast algorithms for convolutional neural
     networks", CVPR 2016, F(2x2, 3x3)). Other devices choose such algorithms by themselves.
     """
-    if jax.default_backend() != 'cpu' or fused['score']['bias'].dtype != np.float32:
+    if jax.default_backend() != 'cpu' or fused['backbone']['stem']['bias'].dtype != np.float32:
         return fused
 
     def transform(stage, block):
@@ -329,13 +359,14 @@ def heads(
         computed is still in the cache where it is used; by default on a CPU.
     """
     for_cache = jax.default_backend() == 'cpu' if for_cache is None else for_cache
-    if not for_cache:  # All hidden channels are one chunk.
-        return _heads(fused | {'hidden': jax.tree.map(_merge, fused['hidden'])}, layers)
-    if len(layers[0]) == 1:
-        return _heads(fused, layers)
+    run = _simplenet if 'patches' in fused else _heads
+    if not for_cache and 'hidden' in fused:  # All hidden channels are one chunk.
+        fused = fused | {'hidden': jax.tree.map(_merge, fused['hidden'])}
+    if not for_cache or len(layers[0]) == 1:
+        return run(fused, layers)
 
     def one(layers):
-        score, logits = _heads(fused, jax.tree.map(lambda x: x[None], layers))
+        score, logits = run(fused, jax.tree.map(lambda x: x[None], layers))
         return score[0], logits[0]
 
     return jax.lax.map(one, layers)
@@ -346,26 +377,40 @@ def _heads(fused, layers):
     if 'adaptor' in fused:
         adapted = native.convolve_arranged(layers, fused['adaptor']['kernel'])
         adapted = jax.nn.relu(adapted + fused['adaptor']['bias'])
-
-    # The segmentation head in chunks of hidden channels, added up.
-    def add(logits, chunk):
-        kernel = chunk['kernel']
-        x = adapted @ kernel if 'adaptor' in fused else native.convolve_arranged(layers, kernel)
-        x = jax.nn.leaky_relu(x + chunk['bias'], _SLOPE)
-        return logits + jnp.matmul(x, chunk['out'], preferred_element_type=jnp.float32), None
-
-    logits = jnp.zeros((len(layers[0]), *grid))
-    logits, _ = jax.lax.scan(add, logits, fused['hidden'])
-    of_map = logits[..., None]
-
     if 'cls_adapted' in fused:
         x = conv2d(adapted, fused['cls_adapted'])
     else:
         x = native.convolve_arranged(layers, fused['cls'])
-    x += conv2d(of_map.astype(x.dtype), fused['map']['kernel']) + fused['map']['bias']
+    x += fused['cls_bias']
     if 'cls_constant' in fused:
         x += native.convolve_constant(jnp.ones(1, x.dtype), fused['cls_constant'], grid)
+
+    if 'hidden' not in fused:  # GAP+CAM: the score is linear in the map's average.
+        positions = jax.nn.relu(x).astype(jnp.float32) @ fused['score']['kernel']
+        return positions.mean((1, 2))[:, 0] + fused['score']['bias'], positions[..., 0]
+
+    # The segmentation head in chunks of hidden channels, added up.
+    def add(logits, chunk):
+        kernel = chunk['kernel']
+        y = adapted @ kernel if 'adaptor' in fused else native.convolve_arranged(layers, kernel)
+        y = jax.nn.leaky_relu(y + chunk['bias'], _SLOPE)
+        return logits + jnp.matmul(y, chunk['out'], preferred_element_type=jnp.float32), None
+
+    logits = jnp.zeros((len(layers[0]), *grid))
+    logits, _ = jax.lax.scan(add, logits, fused['hidden'])
+    of_map = logits[..., None]
+    x += conv2d(of_map.astype(x.dtype), fused['map'])
     x = jax.nn.relu(x).astype(jnp.float32)
     pooled = [x.max((1, 2)), x.mean((1, 2)), of_map.max((1, 2)), of_map.mean((1, 2))]
     scores = jnp.concatenate(pooled, -1) @ fused['score']['kernel'] + fused['score']['bias']
     return scores[:, 0], logits
+
+
+def _simplenet(fused, layers):
+    grid = layers[0].shape[1:3]
+    x = fused['bias']
+    for layer, kernel in zip(layers, fused['patches'], strict=True):
+        x += features_lib.resize(simplenet.unfold(layer) @ kernel, grid).astype(kernel.dtype)
+    x = jax.nn.leaky_relu(x, _SLOPE)
+    logits = jnp.matmul(x, fused['out'], preferred_element_type=jnp.float32)
+    return logits.max((1, 2)), logits

@@ -8,19 +8,15 @@ import numpy as np
 
 from ssn_jax import deploy, metrics
 from ssn_jax.data import Split
-from ssn_jax.models import features as features_lib
-from ssn_jax.models.supersimplenet import SuperSimpleNet
 
 
 def make_predictor(
-    backbone: nn.Module, network: nn.Module, batch_size: int
+    network: nn.Module, batch_size: int
 ) -> Callable[[dict, dict, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """Compiled prediction, data-parallel with `jax.pmap` over all local devices.
 
     Args:
-      backbone: the frozen feature extractor.
-      network: the trained network. A SuperSimpleNet is evaluated in its fused form
-        (`deploy.py`), the others as they are written.
+      network: the trained network, evaluated in its fused form (`deploy.py`).
       batch_size: images per device and call.
 
     Returns:
@@ -29,22 +25,12 @@ def make_predictor(
       batch is padded; the padding is cut off again.
     """
     devices = jax.local_device_count()
-    fused = isinstance(network, SuperSimpleNet)
-
-    def direct(variables, images):
-        backbone_variables, trained = variables
-        layers = backbone.apply(backbone_variables, features_lib.normalise(images))[1:]
-        logits, scores = network.apply(trained, network.features(network.frozen(layers)))
-        return scores, network.full_size_map(logits, images.shape[1:3])[..., 0]
-
-    parallel = jax.pmap(deploy.predict if fused else direct)
+    parallel = jax.pmap(deploy.predict)
     replicate = jax.pmap(lambda arrays, _: arrays, in_axes=(None, 0))
 
     def predict(backbone_variables, variables, images):
-        arrays = backbone_variables, variables
-        if fused:
-            arrays = deploy.prepare(deploy.fuse(*arrays, network))
-        arrays = replicate(arrays, np.arange(devices))
+        fused = deploy.prepare(deploy.fuse(backbone_variables, variables, network))
+        arrays = replicate(fused, np.arange(devices))
         # A small split on many devices needs no batch larger than its share.
         per_device = min(batch_size, -(-len(images) // devices))
         chunk = per_device * devices

@@ -139,7 +139,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
     network = steps.build_network(config)
     state, log = train(config, workdir, split, network, backbone, backbone_variables)
 
-    predict = evaluate.make_predictor(backbone, network, config.eval_batch_size)
+    predict = evaluate.make_predictor(network, config.eval_batch_size)
     variables = {'params': state.params, 'batch_stats': state.batch_stats}
     maps, scores = predict(backbone_variables, variables, dataset.test.images)
     values, reasons = evaluate.evaluate(maps, scores, dataset.test)

@@ -10,9 +10,17 @@ import rule
 
 from ssn_jax import deploy
 from ssn_jax.models import features as features_lib, native, resnet
-from ssn_jax.models.supersimplenet import SuperSimpleNet
+from ssn_jax.models.simplenet import SimpleNet
+from ssn_jax.models.supersimplenet import GapCam, SuperSimpleNet
 
 TOLERANCE = 1e-5  # Relative to an array's largest value.
+SIMPLENET = SimpleNet(embedding=96, hidden=64)
+NETWORKS = [
+    *(SuperSimpleNet(adaptor, adapted) for adaptor in ('linear', 'conv') for adapted in (0, 1)),
+    GapCam('linear'),
+    GapCam('conv'),
+    SIMPLENET,
+]
 
 
 def shake(variables, rng):
@@ -22,13 +30,12 @@ def shake(variables, rng):
     )
 
 
-def models(backbone, adaptor, adapted, seed=0):
-    """A backbone and a network with random weights, and the arrays of both, fused."""
+def models(backbone, network, seed=0):
+    """A backbone and a network with random weights."""
     rng = np.random.default_rng(seed)
-    network = SuperSimpleNet(adaptor, adapted)
     backbone_variables = shake(rule.backbone(backbone), rng)
-    variables = shake(rule.network(network, sum(resnet.CHANNELS[backbone][1:])), rng)
-    return backbone_variables, network, variables
+    channels = getattr(network, 'embedding', sum(resnet.CHANNELS[backbone][1:]))
+    return backbone_variables, network, shake(rule.network(network, channels), rng)
 
 
 def random_images(seed, n, size):
@@ -39,12 +46,12 @@ def direct(backbone, backbone_variables, network, variables, images):
     """Score and map, straight through backbone, heads and blur."""
     x = features_lib.normalise(images)
     layers = jax.jit(resnet.BACKBONES[backbone].apply)(backbone_variables, x)[1:]
-    logits, scores = network.apply(variables, features_lib.upscale_pool(layers))
-    return scores, features_lib.full_size_map(logits, images.shape[1:3])[..., 0]
+    logits, scores = network.apply(variables, network.features(network.frozen(layers)))
+    return scores, network.full_size_map(logits, images.shape[1:3])[..., 0]
 
 
-def check(backbone, adaptor, adapted, n, size, seed, dtype=np.uint8):
-    backbone_variables, network, variables = models(backbone, adaptor, adapted, seed)
+def check(backbone, network, n, size, seed, dtype=np.uint8):
+    backbone_variables, network, variables = models(backbone, network, seed)
     images = random_images(seed, n, size).astype(dtype)
     expected = direct(backbone, backbone_variables, network, variables, images)
     fused = deploy.fuse(backbone_variables, variables, network)
@@ -60,26 +67,32 @@ def check(backbone, adaptor, adapted, n, size, seed, dtype=np.uint8):
 @pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(
-    adaptor=st.sampled_from(['linear', 'conv']),
-    adapted=st.booleans(),
+    network=st.sampled_from(NETWORKS),
     n=st.integers(1, 3),
     size=st.tuples(st.integers(17, 100), st.integers(17, 100)),
     seed=st.integers(0, 2**32 - 1),
     dtype=st.sampled_from([np.uint8, np.float32]),
 )
-def test_fused_is_direct(adaptor, adapted, n, size, seed, dtype):
-    check('resnet18', adaptor, adapted, n, size, seed, dtype)
+def test_fused_is_direct(network, n, size, seed, dtype):
+    check('resnet18', network, n, size, seed, dtype)
+
+
+@pytest.mark.parametrize('network', [GapCam('linear'), GapCam('conv'), SIMPLENET])
+def test_every_system_has_a_fused_form(network):
+    check('resnet18', network, 2, (49, 33), 0)
 
 
 @pytest.mark.parametrize('adapted', [False, True])
 def test_fused_is_direct_with_bottlenecks(adapted):
-    check('wide_resnet50_2', 'linear', adapted, 1, (40, 65), 0)
+    check('wide_resnet50_2', SuperSimpleNet('linear', adapted), 1, (40, 65), 0)
 
 
-@pytest.mark.parametrize('adaptor', ['linear', 'conv'])
-def test_the_form_for_accelerators_is_the_same(monkeypatch, adaptor):
+@pytest.mark.parametrize(
+    'network', [SuperSimpleNet('linear', True), SuperSimpleNet('conv', True), GapCam(), SIMPLENET]
+)
+def test_the_form_for_accelerators_is_the_same(monkeypatch, network):
     """On a GPU no chunks, no loop over images, and XLA's own convolution."""
-    backbone_variables, network, variables = models('resnet18', adaptor, True)
+    backbone_variables, network, variables = models('resnet18', network)
     images = random_images(0, 2, (48, 33))
     fused = deploy.fuse(backbone_variables, variables, network)
     expected = deploy.predict(fused, images, for_cache=True)
@@ -90,7 +103,7 @@ def test_the_form_for_accelerators_is_the_same(monkeypatch, adaptor):
 
 def test_every_image_is_on_its_own():
     """Batch 1 gives what the same image gives in a batch."""
-    backbone_variables, network, variables = models('resnet18', 'linear', False)
+    backbone_variables, network, variables = models('resnet18', SuperSimpleNet())
     fused = deploy.fuse(backbone_variables, variables, network)
     images = random_images(0, 3, (32, 48))
     together = deploy.predict(fused, images)
@@ -118,7 +131,7 @@ def test_images_are_resized_as_by_opencv(size, target, seed):
 
 
 def test_other_sizes_than_the_models_are_resized_first():
-    backbone_variables, network, variables = models('resnet18', 'linear', False)
+    backbone_variables, network, variables = models('resnet18', SuperSimpleNet())
     fused = deploy.fuse(backbone_variables, variables, network)
     images = random_images(0, 2, (90, 51)).astype(np.float32)
     resized = np.stack([cv2.resize(x, (40, 48), interpolation=cv2.INTER_LINEAR) for x in images])
@@ -128,7 +141,7 @@ def test_other_sizes_than_the_models_are_resized_first():
 
 
 def test_bfloat16_computes_in_it_and_its_deviation_is_reported():
-    backbone_variables, network, variables = models('resnet18', 'linear', False)
+    backbone_variables, network, variables = models('resnet18', SuperSimpleNet())
     fused = deploy.fuse(backbone_variables, variables, network)
     images = random_images(0, 3, (48, 40))
     layers = deploy.backbone(deploy.cast(fused, jnp.bfloat16)['backbone'], images)

@@ -35,7 +35,7 @@ def split(n):
 def predictions():
     """Devices, and maps and scores of every split, two images a device and call."""
     network = SuperSimpleNet()
-    predict = evaluate.make_predictor(resnet.BACKBONES['resnet18'], network, 2)
+    predict = evaluate.make_predictor(network, 2)
     backbone, variables = rule.backbone('resnet18'), rule.network(network, 384)
     arrays = {'devices': jax.local_device_count()}
     for n in SIZES:

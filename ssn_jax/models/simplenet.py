@@ -67,6 +67,11 @@ def embed(layers: tuple[jax.Array, ...], size: int) -> jax.Array:
     return adaptive_average(jnp.concatenate(parts, -1), size)
 
 
+def full_size_map(raw: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Raw logits (N, h, w, 1) to (N, *size, 1), blurred as SciPy's gaussian_filter does."""
+    return features_lib.full_size_map(raw, size, taps=33, repeat_edge=True)
+
+
 class SimpleNet(nn.Module):
     """Projection and discriminator, on the embedding.
 
@@ -77,6 +82,8 @@ class SimpleNet(nn.Module):
 
     embedding: int = 1536
     hidden: int = 1024
+
+    full_size_map = staticmethod(full_size_map)
 
     def setup(self):
         self.adaptor = Dense(self.embedding)
@@ -91,11 +98,6 @@ class SimpleNet(nn.Module):
     def features(frozen: tuple[jax.Array, ...]) -> jax.Array:
         """(N, H, W, E)."""
         return frozen[0]
-
-    @staticmethod
-    def full_size_map(raw: jax.Array, size: tuple[int, int]) -> jax.Array:
-        """Raw logits (N, h, w, 1) to (N, *size, 1), blurred as SciPy's gaussian_filter does."""
-        return features_lib.full_size_map(raw, size, taps=33, repeat_edge=True)
 
     def __call__(self, features: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Evaluates embeddings (N, H, W, E): anomaly logits (N, H, W, 1), their maximum (N,)."""
