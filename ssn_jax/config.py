@@ -58,7 +58,7 @@ def default_config() -> ml_collections.ConfigDict:
     perlin.empty = 0.5  # Probability of an empty mask.
 
     config.noise = noise = ml_collections.ConfigDict()
-    noise.kind = 'static'  # static (Gaussian) or learned (a generator).
+    noise.kind = 'static'  # static (Gaussian), learned (a generator) or shuffled (own features).
     noise.std = 0.015  # Standard deviation of static noise, in feature units.
     noise.bounded = True  # Learned: beta * tanh(raw); False: raw (v1).
     noise.beta = 0.1  # Learned: the bound, in feature units.
@@ -66,6 +66,10 @@ def default_config() -> ml_collections.ConfigDict:
     noise.penalty = 10.0  # Learned: weight of mean(noise^2) in the generator's loss.
     noise.discriminator_steps = 3  # Learned: per generator step; 0: both players on every step.
     noise.learning_rate = 1e-4  # Learned: the generator's, AdamW without weight decay.
+    noise.shuffle_groups = (
+        8  # Shuffled: channel groups, each from a place of its own.
+    )
+    noise.shuffle_strength = (0.3, 1.0)  # Shuffled: how far features move; drawn between the two.
 
     config.optimizer = optimizer = ml_collections.ConfigDict()
     optimizer.adaptor_learning_rate = 1e-4
@@ -151,7 +155,21 @@ def validate(config: ml_collections.ConfigDict) -> None:
     require(0 <= config.decision.fpr <= 1, 'decision.fpr', 'it is a rate in 0..1')
     require(config.adaptor in ('linear', 'conv'), 'adaptor', 'it is linear or conv')
     noises = ('static',) if config.system == 'simplenet' else ('static', 'learned')
-    require(config.noise.kind in noises, 'noise.kind', f'it is {" or ".join(noises)}')
+    if config.system != 'simplenet' and config.supervision.kind == 'none':
+        noises += ('shuffled',)  # What it mixes must be normal.
+    require(
+        config.noise.kind in noises,
+        'noise.kind',
+        f'with --config.system={config.system} and --config.supervision.kind='
+        f'{supervision.kind} it is {" or ".join(noises)}',
+    )
+    require(1 <= config.noise.shuffle_groups <= 64, 'noise.shuffle_groups', 'it is in 1..64')
+    strength = config.noise.shuffle_strength
+    require(
+        len(strength) == 2 and 0 < strength[0] <= strength[1] <= 1,
+        'noise.shuffle_strength',
+        'it is (least, most), rising in 0..1',
+    )
     for flag in ('noise.std', 'noise.beta', 'noise.penalty', 'noise.z_dim'):
         group, field = flag.split('.')
         value = config[group][field]

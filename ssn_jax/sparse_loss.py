@@ -24,7 +24,7 @@ from ssn_jax.models.features import feature_grid, upscale_pool
 from ssn_jax.models.layers import conv2d
 
 _EPSILON, _MOMENTUM, _SLOPE = 1e-5, 0.9, 0.2
-_SURPLUS = np.array([-0.5, 0.5, 1.5, 3.0, np.inf])
+_SURPLUS = np.array([-0.5, 1.0, 3.0, np.inf])
 
 
 def make_sparse_loss(
@@ -83,89 +83,165 @@ def _loss(config, params, batch_stats, layers, placed, noise_fn, capacity, stop_
     valid = (jnp.arange(capacity) < flat.sum())[:, None]
     # How many of a position's two copies are clean.
     clean = 2.0 - flat[:positions] - flat[positions:]
-    stats = {}
-
-    adaptor = params['adaptor']
     linear = config.adaptor == 'linear'
-    if linear:
-        weight, bias = adaptor['projection']['kernel'], adaptor['projection']['bias']
-    else:
-        adapted, stats['adaptor'] = _conv_adaptor(adaptor, batch_stats['adaptor'], layers)
+    once, hidden, adapted, stats = _features(config, params, batch_stats, layers)
 
     # The noise, at its positions.
-    if config.noise.kind == 'learned' or not linear:
-        if linear:
-            rows = upscale_pool(layers).reshape(positions, -1)[source] @ weight + bias
-        else:
-            rows = adapted.reshape(positions, -1)[source]
+    if linear and config.noise.kind == 'learned':
+        projection = params['adaptor']['projection']
+        rows = upscale_pool(layers).reshape(positions, -1)[source]
+        rows = rows @ projection['kernel'] + projection['bias']
+    elif linear:
+        rows = jnp.zeros((capacity, params['adaptor']['projection']['bias'].size))
     else:
-        rows = jnp.zeros((capacity, weight.shape[1]))
+        rows = adapted.reshape(positions, -1)[source]
     noise = noise_fn(rows) * valid
+    power = losses.mean_where(noise**2, valid)
+
+    def total_loss(logits, x):
+        loss, terms, more = _score(
+            config, params, batch_stats, placed, logits, x, stop_map_gradient
+        )
+        terms |= losses.generator_terms(loss, power, config.noise.penalty)
+        return loss, (terms, stats | more)
 
     # Classification head: a convolution of the features, clean ones once and noise on top.
-    cls = params['cls_head']
-    gap_cam = config.system == 'gap_cam'
-    kernel, score = cls['conv']['kernel'], cls['score']
-    k_features = kernel if gap_cam else kernel[:, :, :-1]
-    if not (gap_cam or config.adapt_cls_features):
-        once = native.convolve(layers, k_features)
-    elif linear:
-        once = native.convolve(layers, jnp.einsum('ab,debo->deao', weight, k_features))
-        once += native.convolve_constant(bias, k_features, (height, width))
-    else:
-        once = conv2d(adapted, k_features)
-    x = jnp.concatenate([once, once]) + cls['conv']['bias']
+    k_features = _feature_kernel(config, params)
+    x = jnp.concatenate([once, once])
     x += _convolve_sparse(noise, where, k_features, (2 * n, height, width))
-
-    def activate(x):
-        mean = x.mean((0, 1, 2))
-        variance = ((x - mean) ** 2).mean((0, 1, 2))
-        stats['cls_head'] = {'norm': _running(batch_stats['cls_head']['norm'], mean, variance)}
-        gain = cls['norm']['scale'] * jax.lax.rsqrt(variance + _EPSILON)
-        return jax.nn.relu(x * gain + (cls['norm']['bias'] - mean * gain))
-
-    def total_loss(logits, scores):
-        taught = placed.taught * (not gap_cam)
-        loss, terms = losses.discriminator_loss(
-            logits, scores, placed.target, placed.labels, placed.weight, taught
-        )
-        power = losses.mean_where(noise**2, valid)
-        terms |= losses.generator_terms(loss, power, config.noise.penalty)
-        return loss, (terms, stats)
-
-    if gap_cam:
-        logits = activate(x) @ score['kernel']
-        return total_loss(logits, logits.mean((1, 2))[:, 0] + score['bias'])
+    if hidden is None:
+        return total_loss(None, x)
 
     # Segmentation head: clean positions once, noisy ones on top.
     seg = params['seg_head']
-    w_hidden, b_hidden = seg['hidden']['kernel'], seg['hidden']['bias']
-    if linear:
-        hidden = native.project(layers, weight @ w_hidden) + (bias @ w_hidden + b_hidden)
-    else:
-        hidden = adapted @ w_hidden + b_hidden
     hidden = hidden.reshape(positions, -1)
-    noisy = hidden[source] + noise @ w_hidden
+    noisy = hidden[source] + noise @ seg['hidden']['kernel']
     total = 2 * positions
     mean = (clean @ hidden + valid[:, 0] @ noisy) / total
     variance = (clean @ (hidden - mean) ** 2 + valid[:, 0] @ (noisy - mean) ** 2) / total
     stats['seg_head'] = {'norm': _running(batch_stats['seg_head']['norm'], mean, variance)}
-    gain = seg['norm']['scale'] * jax.lax.rsqrt(variance + _EPSILON)
-    offset = seg['norm']['bias'] - mean * gain
+    gain, offset = _affine(seg['norm'], mean, variance)
 
     def head(x):
         return jax.nn.leaky_relu(x * gain + offset, _SLOPE) @ seg['out']['kernel']
 
     both = jnp.tile(head(hidden), (2, 1))
     change = (head(noisy) - both[where]) * valid
-    logits = both.at[where].add(change).reshape(2 * n, height, width, 1)
+    return total_loss(both.at[where].add(change).reshape(2 * n, height, width, 1), x)
 
-    # The map's share of the classification head, and its score.
-    seen = jax.lax.stop_gradient(logits) if stop_map_gradient else logits
-    x = activate(x + conv2d(seen, kernel[:, :, -1:]))
-    pooled = [x.max((1, 2)), x.mean((1, 2)), seen.max((1, 2)), seen.mean((1, 2))]
-    scores = (jnp.concatenate(pooled, -1) @ score['kernel'] + score['bias'])[:, 0]
-    return total_loss(logits, scores)
+
+def make_shuffled_loss(
+    config: ml_collections.ConfigDict, masks_fn: Callable, shuffle_fn: Callable
+) -> Callable:
+    """The loss with shuffled layers; arguments and result as of `steps.make_loss`.
+
+    Shuffled layers are layers: everything that is linear in them happens at their own grids.
+
+    Args:
+      config: the run's config.
+      masks_fn: `(key, n, size) -> masks`, (n, *size, 1).
+      shuffle_fn: `(key, layers, mask) -> layers`.
+    """
+
+    def loss_fn(params, generator, batch_stats, batch, key, stop_map_gradient=True):
+        del generator
+        k_mask, k_shuffle = jax.random.split(key)
+        layers = jax.tree.map(synthesis.double, batch['layers'])
+        placed = synthesis.place(masks_fn(k_mask, len(layers[0]), feature_grid(layers)), batch)
+        layers = shuffle_fn(k_shuffle, layers, placed.noise)
+        x, hidden, _, stats = _features(config, params, batch_stats, layers)
+        logits = None
+        if hidden is not None:
+            seg = params['seg_head']
+            normal, stats['seg_head'] = _batch_norm(seg, batch_stats['seg_head'], hidden)
+            logits = jax.nn.leaky_relu(normal, _SLOPE) @ seg['out']['kernel']
+        loss, terms, more = _score(
+            config, params, batch_stats, placed, logits, x, stop_map_gradient
+        )
+        return loss, (terms | {'loss': loss}, stats | more)
+
+    return loss_fn
+
+
+def _feature_kernel(config, params):
+    """The part of the classification head's 5x5 kernel that meets features."""
+    kernel = params['cls_head']['conv']['kernel']
+    return kernel if config.system == 'gap_cam' else kernel[:, :, :-1]
+
+
+def _features(config, params, batch_stats, layers):
+    """What of both heads is linear in the features (N, H, W, C), from the layers.
+
+    Returns:
+      The classification head's convolution of the features (N, H, W, D), the segmentation head's
+      hidden channels before BatchNorm (None for GAP+CAM), the adapted features where the adaptor
+      is not linear, and its running averages.
+    """
+    adaptor, k_features = params['adaptor'], _feature_kernel(config, params)
+    gap_cam, adapted, stats = config.system == 'gap_cam', None, {}
+    linear = config.adaptor == 'linear'
+    if linear:
+        weight, bias = adaptor['projection']['kernel'], adaptor['projection']['bias']
+    else:
+        x = native.convolve(layers, adaptor['conv']['kernel']) + adaptor['conv']['bias']
+        x, stats['adaptor'] = _batch_norm(adaptor, batch_stats['adaptor'], x)
+        adapted = jax.nn.relu(x)
+    if not (gap_cam or config.adapt_cls_features):
+        convolved = native.convolve(layers, k_features)
+    elif linear:
+        convolved = native.convolve(layers, jnp.einsum('ab,debo->deao', weight, k_features))
+        convolved += native.convolve_constant(bias, k_features, feature_grid(layers))
+    else:
+        convolved = conv2d(adapted, k_features)
+    if gap_cam:
+        return convolved, None, adapted, stats
+    w_hidden, b_hidden = (params['seg_head']['hidden'][name] for name in ('kernel', 'bias'))
+    if linear:
+        hidden = native.project(layers, weight @ w_hidden) + (bias @ w_hidden + b_hidden)
+    else:
+        hidden = adapted @ w_hidden + b_hidden
+    return convolved, hidden, adapted, stats
+
+
+def _score(config, params, batch_stats, placed, logits, x, stop_map_gradient):
+    """The rest of the classification head, from its convolution x of the features; the loss.
+
+    Returns:
+      The loss, its terms and the head's running averages.
+    """
+    cls, gap_cam = params['cls_head'], config.system == 'gap_cam'
+    score = cls['score']
+    x += cls['conv']['bias']
+    if not gap_cam:
+        seen = jax.lax.stop_gradient(logits) if stop_map_gradient else logits
+        x += conv2d(seen, cls['conv']['kernel'][:, :, -1:])
+    x, stats = _batch_norm(cls, batch_stats['cls_head'], x)
+    x = jax.nn.relu(x)
+    if gap_cam:
+        logits = x @ score['kernel']
+        scores = logits.mean((1, 2))[:, 0] + score['bias']
+    else:
+        pooled = [x.max((1, 2)), x.mean((1, 2)), seen.max((1, 2)), seen.mean((1, 2))]
+        scores = (jnp.concatenate(pooled, -1) @ score['kernel'] + score['bias'])[:, 0]
+    taught = placed.taught * (not gap_cam)
+    loss, terms = losses.discriminator_loss(
+        logits, scores, placed.target, placed.labels, placed.weight, taught
+    )
+    return loss, terms, {'cls_head': stats}
+
+
+def _batch_norm(part, batch_stats, x):
+    """BatchNorm `part['norm']` of x (N, H, W, C) by the batch's statistics; running averages."""
+    mean = x.mean((0, 1, 2))
+    variance = ((x - mean) ** 2).mean((0, 1, 2))
+    gain, offset = _affine(part['norm'], mean, variance)
+    return x * gain + offset, {'norm': _running(batch_stats['norm'], mean, variance)}
+
+
+def _affine(norm, mean, variance):
+    """BatchNorm as gain and offset."""
+    gain = norm['scale'] * jax.lax.rsqrt(variance + _EPSILON)
+    return gain, norm['bias'] - mean * gain
 
 
 def _running(old, mean, variance):
@@ -173,16 +249,6 @@ def _running(old, mean, variance):
         'mean': _MOMENTUM * old['mean'] + (1 - _MOMENTUM) * mean,
         'var': _MOMENTUM * old['var'] + (1 - _MOMENTUM) * variance,
     }
-
-
-def _conv_adaptor(params, batch_stats, layers):
-    """Scenario B's adaptor up to its non-linearity at native grids; its own batch statistics."""
-    x = native.convolve(layers, params['conv']['kernel']) + params['conv']['bias']
-    mean = x.mean((0, 1, 2))
-    variance = ((x - mean) ** 2).mean((0, 1, 2))
-    gain = params['norm']['scale'] * jax.lax.rsqrt(variance + _EPSILON)
-    adapted = jax.nn.relu(x * gain + (params['norm']['bias'] - mean * gain))
-    return adapted, {'norm': _running(batch_stats['norm'], mean, variance)}
 
 
 def _convolve_sparse(values, where, kernel, shape):

@@ -20,7 +20,7 @@ from ssn_jax.models import features as features_lib
 from ssn_jax.models.heads import NoiseGenerator
 from ssn_jax.models.simplenet import SimpleNet
 from ssn_jax.models.supersimplenet import GapCam, SuperSimpleNet
-from ssn_jax.sparse_loss import make_sparse_loss
+from ssn_jax.sparse_loss import make_shuffled_loss, make_sparse_loss
 
 
 @struct.dataclass
@@ -132,6 +132,18 @@ def make_noise(config: ml_collections.ConfigDict) -> Callable:
     return learned if settings.kind == 'learned' else static
 
 
+def make_shuffling(config: ml_collections.ConfigDict) -> Callable:
+    """`shuffle(key, layers, mask)`: the layers (N, H_i, W_i, C_i), shuffled where the mask is 1."""
+    noise = config.noise
+
+    def shuffle(key, layers, mask):
+        return synthesis.shuffle_layers(
+            key, layers, mask, noise.shuffle_groups, noise.shuffle_strength
+        )
+
+    return shuffle
+
+
 def make_masks(config: ml_collections.ConfigDict) -> Callable:
     """`masks(key, n, size)`: where anomalies are put, (n, *size, 1)."""
     perlin = config.perlin
@@ -163,29 +175,33 @@ def make_loss(
     unsupervised = config.supervision.kind == 'none'
     network = build_network(config)
     masks_fn = masks_fn or make_masks(config)
-    noise_fn = noise_fn or make_noise(config)
+    noise_fn, shuffle_fn = noise_fn or make_noise(config), make_shuffling(config)
 
     def loss_fn(params, generator, batch_stats, batch, key, stop_map_gradient=unsupervised):
         k_mask, k_noise = jax.random.split(key)
-        features = features_lib.upscale_pool(batch['layers'])
-        variables = {'params': params, 'batch_stats': batch_stats}
-        adapted, updates = network.apply(
-            variables, features, train=True, method='adapt', mutable=['batch_stats']
-        )
-        adapted, features = synthesis.double(adapted), synthesis.double(features)
-        n, height, width, _ = features.shape
-        placed = synthesis.place(masks_fn(k_mask, n, (height, width)), batch)
-        noise = noise_fn(generator, adapted, k_noise) * placed.noise
-        variables = {'params': params, 'batch_stats': {**batch_stats, **updates['batch_stats']}}
-        (logits, scores), updates = network.apply(
-            variables,
-            adapted + noise,
-            features + noise,
-            train=True,
+        layers, shuffled = batch['layers'], config.noise.kind == 'shuffled'
+        n, grid = 2 * len(layers[0]), features_lib.feature_grid(layers)
+        placed = synthesis.place(masks_fn(k_mask, n, grid), batch)
+        if shuffled:
+            layers = shuffle_fn(k_noise, jax.tree.map(synthesis.double, layers), placed.noise)
+
+        def apply(batch_stats, *args, method, **options):
+            variables = {'params': params, 'batch_stats': batch_stats}
+            result, updates = network.apply(
+                variables, *args, train=True, method=method, mutable=['batch_stats'], **options
+            )
+            return result, batch_stats | updates['batch_stats']
+
+        features = features_lib.upscale_pool(layers)
+        adapted, batch_stats = apply(batch_stats, features, method='adapt')
+        if not shuffled:
+            adapted, features = synthesis.double(adapted), synthesis.double(features)
+            noise = noise_fn(generator, adapted, k_noise) * placed.noise
+            adapted, features = adapted + noise, features + noise
+        (logits, scores), batch_stats = apply(
+            batch_stats, adapted, features, method='discriminate',
             stop_map_gradient=stop_map_gradient,
-            method='discriminate',
-            mutable=['batch_stats'],
-        )
+        )  # fmt: skip
         loss, terms = losses.discriminator_loss(
             logits,
             scores,
@@ -194,9 +210,10 @@ def make_loss(
             placed.weight,
             placed.taught * (config.system != 'gap_cam'),
         )
-        power = losses.mean_where(noise**2, placed.noise)
-        terms |= losses.generator_terms(loss, power, config.noise.penalty)
-        batch_stats = {**variables['batch_stats'], **updates['batch_stats']}
+        terms['loss'] = loss
+        if not shuffled:
+            power = losses.mean_where(noise**2, placed.noise)
+            terms |= losses.generator_terms(loss, power, config.noise.penalty)
         return loss, (terms, batch_stats)
 
     return loss_fn
@@ -234,8 +251,11 @@ def config_loss(config: ml_collections.ConfigDict) -> Callable:
     """The loss that a config trains with, in its cheapest form."""
     if config.system == 'simplenet':
         return make_hinge_loss(config)
-    make = make_sparse_loss if config.sparse else make_loss
-    return make(config, make_masks(config), make_noise(config))
+    if not config.sparse:
+        return make_loss(config)
+    if config.noise.kind == 'shuffled':
+        return make_shuffled_loss(config, make_masks(config), make_shuffling(config))
+    return make_sparse_loss(config, make_masks(config), make_noise(config))
 
 
 def make_step(
@@ -275,7 +295,7 @@ def make_step(
         return state.replace(generator=generator, generator_opt_state=opt_state), terms
 
     def step(state, batch, key):
-        if config.noise.kind == 'static':
+        if config.noise.kind != 'learned':
             state, terms = update_discriminator(state, batch, key)
         elif config.noise.discriminator_steps == 0:
             moved, _ = update_generator(state, batch, key)

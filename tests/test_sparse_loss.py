@@ -89,15 +89,21 @@ def both_losses(
             (_, (terms, stats)), d_grads = jax.value_and_grad(
                 lambda p: loss(p, generator), has_aux=True
             )(params)
-            g_grads = jax.grad(
-                lambda g: loss(params, g, stop_map_gradient=False)[1][0]['generator_loss']
-            )(generator)
+            g_grads = {}
+            if kind == 'learned':
+                g_grads = jax.grad(
+                    lambda g: loss(params, g, stop_map_gradient=False)[1][0]['generator_loss']
+                )(generator)
             return terms, stats, d_grads, g_grads
 
         return jax.jit(both)(state.params, state.generator)
 
     direct = evaluate(steps.make_loss(config, masks_fn, noise_fn))
-    return direct, evaluate(sparse_loss.make_sparse_loss(config, masks_fn, noise_fn))
+    if kind == 'shuffled':
+        cheap = sparse_loss.make_shuffled_loss(config, masks_fn, steps.make_shuffling(config))
+    else:
+        cheap = sparse_loss.make_sparse_loss(config, masks_fn, noise_fn)
+    return direct, evaluate(cheap)
 
 
 def assert_equal_trees(direct, sparse, tolerance=1e-4):
@@ -121,6 +127,8 @@ def assert_equal_trees(direct, sparse, tolerance=1e-4):
         ('linear', True, 'learned'),
         ('conv', False, 'learned'),
         ('conv', True, 'static'),
+        ('linear', False, 'shuffled'),
+        ('conv', True, 'shuffled'),
     ],
 )
 def test_sparse_loss_equals_the_direct_one(adaptor, adapt_cls_features, kind):
