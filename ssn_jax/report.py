@@ -136,7 +136,7 @@ def read_benchmark(path: pathlib.Path) -> tuple[str, dict[str, dict]]:
         content = json.loads(path.read_text())
         return str(content['device']), {
             r['config']: {name: float(r['forms']['fused'][name]) for name in ('ms', 'images_per_s')}
-            | {'mb': r['forms']['fused'].get('mb')}
+            | {'mb': r['forms']['fused'].get('mb'), 'params': r['params']}
             for r in content['results']
         }
     except FileNotFoundError:
@@ -145,6 +145,13 @@ def read_benchmark(path: pathlib.Path) -> tuple[str, dict[str, dict]]:
         raise UserError(
             f'{path} is no output of scripts/benchmark.py --json: redirect that into a file.'
         ) from None
+
+
+def speed_of(row: Row, benchmark: tuple[str, dict] | None) -> Mapping:
+    """What a benchmark measured of a row's config, {} if it measured none or another network."""
+    found = benchmark[1].get(row.runs[0].config.name, {}) if benchmark else {}
+    # A run may have changed its config's backbone.
+    return found if found.get('params') == row.runs[0].results['parameters'] else {}
 
 
 # --- Tables ---------------------------------------------------------------------------------------
@@ -245,7 +252,6 @@ def decision_table(rows: Sequence[Row]) -> Table:
 
 def efficiency_table(rows: Sequence[Row], benchmark: tuple[str, dict] | None) -> Table:
     """Size and speed of every row; without a benchmark, of training alone."""
-    measured = benchmark[1] if benchmark else {}
     inference = {'ms': 'ms, batch 1', 'images_per_s': 'images/s, batch 16', 'mb': 'MB, batch 1'}
     table = Table(['system', 'category', 'M parameters', 'seconds an epoch', 'trained on'], [])
     table.head.extend(inference.values())
@@ -259,10 +265,10 @@ def efficiency_table(rows: Sequence[Row], benchmark: tuple[str, dict] | None) ->
             row.where[1],
             f'{row.runs[0].results["parameters"] / 1e6:.1f}',
             mean_and_spread(row.each(lambda r: r.get('seconds_per_epoch')), digits=2),
-            row.runs[0].results['devices'],
-            *speed(measured.get(row.runs[0].config.name, {})),
+            row.runs[0].results['devices'] if row.runs[0].history else NOTHING,
+            *speed(speed_of(row, benchmark)),
         )
-        theirs = published.EFFICIENCY.get(row.runs[0].config.name)
+        theirs = published.efficiency(row.runs[0].config)
         if theirs:
             size = f'{theirs["params"] / 1e6:.1f}'
             cells = f'published ({published.DEVICE})', '', size, NOTHING, NOTHING, *speed(theirs)
@@ -296,19 +302,18 @@ def section_figures(
     title = place(rows[0].where)
     groups = []
     if benchmark:
-        device, measured = benchmark
         ours, theirs = {}, {}
         for row in rows:
-            name = row.runs[0].config.name
+            config, measured = row.runs[0].config, speed_of(row, benchmark)
             known = [v for v in row.each(lambda r: r['metrics']['I-AUROC']) if v is not None]
-            if name in measured and known:
-                ours[row.label] = measured[name]['ms'], statistics.fmean(known)
-            if row.beside and 'I-AUROC' in row.beside.metrics and name in published.EFFICIENCY:
-                ms = published.EFFICIENCY[name]['ms']
-                theirs[name] = ms, row.beside.metrics['I-AUROC']
+            if measured and known:
+                ours[row.label] = measured['ms'], statistics.fmean(known)
+            cost = published.efficiency(config)
+            if cost and row.beside and 'I-AUROC' in row.beside.metrics:
+                theirs[config.name] = cost['ms'], row.beside.metrics['I-AUROC']
         if ours:
             file = f'trade-off-{number}.png'
-            devices = device, published.DEVICE
+            devices = benchmark[0], published.DEVICE
             figures.trade_off(folder / file, ours, theirs, f'{title} · trade-off', devices)
             groups.append(('Trade-off', [Picture(file, f'I-AUROC against latency, {title}')]))
 

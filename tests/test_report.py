@@ -178,6 +178,12 @@ def test_efficiency_and_decision(runs, tmp_path):
     lines = report.efficiency_table(rows, benchmark).lines
     assert lines[0][2:] == ['4.6', '3.00 ± 1.00', '1 x cpu', '10.00', '120.00', '50.00']
     assert lines[1][2:] == ['4.5', '–', '–', '7.78', '398.47', '52.43']
+    # Another backbone under the same name has another speed, and nothing published beside it.
+    other = config_lib.default_config()
+    other.backbone.name = 'wide_resnet50_2'
+    run = write_run(tmp_path / 'other', config=other, parameters=33_719_363)
+    lines = report.efficiency_table(report.make_rows([report.read_run(run)]), benchmark).lines
+    assert len(lines) == 1 and lines[0][5:] == ['–'] * 3
     lines = report.decision_table(rows).lines
     assert lines[2][2:] == ['0.5000', 'train', '80.0', '–', '0.5000', '90.0', '10.0']
 
