@@ -156,7 +156,13 @@ def measure(name: str, against: list[str], turns: int, direct: bool) -> dict:
     variables = random_variables(config)
     count = sum(x.size for v in variables for x in jax.tree.leaves(v['params']))
     forms = (['direct'] if direct else []) + ['fused']
-    result = {'config': name, 'params': count, 'forms': {f: {} for f in forms + against}}
+    size = list(config.image_size)
+    result = {
+        'config': name,
+        'image_size': size,
+        'params': count,
+        'forms': {f: {} for f in forms + against},
+    }
     for batch in BATCHES:
         images, calls, expected = embedded_images(batch, tuple(config.image_size)), {}, None
         for form in reversed(list(result['forms'])):

@@ -136,7 +136,8 @@ def read_benchmark(path: pathlib.Path) -> tuple[str, dict[str, dict]]:
         content = json.loads(path.read_text())
         return str(content['device']), {
             r['config']: {name: float(r['forms']['fused'][name]) for name in ('ms', 'images_per_s')}
-            | {'mb': r['forms']['fused'].get('mb'), 'params': r['params']}
+            | {'mb': r['forms']['fused'].get('mb')}
+            | {name: r[name] for name in ('params', 'image_size')}
             for r in content['results']
         }
     except FileNotFoundError:
@@ -150,8 +151,10 @@ def read_benchmark(path: pathlib.Path) -> tuple[str, dict[str, dict]]:
 def speed_of(row: Row, benchmark: tuple[str, dict] | None) -> Mapping:
     """What a benchmark measured of a row's config, {} if it measured none or another network."""
     found = benchmark[1].get(row.runs[0].config.name, {}) if benchmark else {}
-    # A run may have changed its config's backbone.
-    return found if found.get('params') == row.runs[0].results['parameters'] else {}
+    # A run may have changed its config's backbone or image size.
+    run = row.runs[0]
+    ours = run.results['parameters'], list(run.config.image_size)
+    return found if (found.get('params'), found.get('image_size')) == ours else {}
 
 
 # --- Tables ---------------------------------------------------------------------------------------

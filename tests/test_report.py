@@ -60,7 +60,8 @@ def write_run(folder, name='mod1_a', seed=0, auroc=0.6, config=None, embedded=Fa
 def write_benchmark(path):
     """What scripts/benchmark.py --json prints."""
     forms = {'direct': {'ms': 20.0}, 'fused': {'ms': 10.0, 'images_per_s': 120.0, 'mb': 50.0}}
-    rows = [{'config': 'mod1_a', 'params': 4_560_579, 'forms': forms}]
+    size = {'image_size': [256, 256], 'params': 4_560_579}
+    rows = [{'config': 'mod1_a', 'forms': forms} | size]
     path.write_text(json.dumps({'device': '1 x cpu', 'results': rows}))
     return path
 
@@ -184,6 +185,11 @@ def test_efficiency_and_decision(runs, tmp_path):
     run = write_run(tmp_path / 'other', config=other, parameters=33_719_363)
     lines = report.efficiency_table(report.make_rows([report.read_run(run)]), benchmark).lines
     assert len(lines) == 1 and lines[0][5:] == ['–'] * 3
+    smaller = config_lib.default_config()
+    smaller.image_size = (64, 64)
+    run = write_run(tmp_path / 'smaller', config=smaller)
+    lines = report.efficiency_table(report.make_rows([report.read_run(run)]), benchmark).lines
+    assert lines[0][5:] == ['–'] * 3
     lines = report.decision_table(rows).lines
     assert lines[2][2:] == ['0.5000', 'train', '80.0', '–', '0.5000', '90.0', '10.0']
 
