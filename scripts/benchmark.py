@@ -22,19 +22,13 @@ import cv2
 import jax
 import numpy as np
 
-from ssn_jax import deploy, steps
+from ssn_jax import deploy, published, steps
 from ssn_jax.data import synthetic
 from ssn_jax.errors import UserError
 from ssn_jax.models import features as features_lib, resnet
 
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 
-# Published on a P100: ms at batch 1, images per second, MB.
-PUBLISHED = {
-    'baseline': {'ms': 25.58, 'images_per_s': 96.72},
-    'mod1_a': {'ms': 7.78, 'images_per_s': 398.47, 'mb': 52.43},
-    'mod1_b': {'ms': 8.36},
-}
 BATCHES = (1, 16)
 
 _CONFIGS = flags.DEFINE_list(
@@ -162,7 +156,13 @@ def measure(name: str, against: list[str], turns: int, direct: bool) -> dict:
     variables = random_variables(config)
     count = sum(x.size for v in variables for x in jax.tree.leaves(v['params']))
     forms = (['direct'] if direct else []) + ['fused']
-    result = {'config': name, 'params': count, 'forms': {f: {} for f in forms + against}}
+    size = list(config.image_size)
+    result = {
+        'config': name,
+        'image_size': size,
+        'params': count,
+        'forms': {f: {} for f in forms + against},
+    }
     for batch in BATCHES:
         images, calls, expected = embedded_images(batch, tuple(config.image_size)), {}, None
         for form in reversed(list(result['forms'])):
@@ -195,10 +195,10 @@ def format_table(results: list[dict]) -> str:
         f'{"config":10s}{"form":10s}' + ''.join(f'{h:>9s}' for h in head[:-1]) + f'  {head[-1]}'
     ]
     for r in results:
-        rows = r['forms'] | {'P100': PUBLISHED.get(r['config'], {})}
+        rows = r['forms'] | {published.DEVICE: published.EFFICIENCY.get(r['config'], {})}
         for form, row in rows.items():
             shown = [
-                (r['params'] / 1e6, '.1f') if form != 'P100' else (None, ''),
+                (r['params'] / 1e6, '.1f') if form != published.DEVICE else (None, ''),
                 (row.get('gflop'), '.1f'),
                 (row.get('ms'), '.2f'),
                 (row.get('ms_p95'), '.2f'),
@@ -236,7 +236,11 @@ def run(argv: list[str]) -> None:
             print('\n'.join(lines if len(results) == 1 else lines[1:]), flush=True)
     if _JSON.value:
         device = f'{jax.device_count()} x {jax.devices()[0].device_kind}'
-        print(json.dumps({'device': device, 'published': PUBLISHED, 'results': results}, indent=2))
+        print(
+            json.dumps(
+                {'device': device, 'published': published.EFFICIENCY, 'results': results}, indent=2
+            )
+        )
 
 
 def _parse(argv: list[str]) -> list[str]:

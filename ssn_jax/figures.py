@@ -20,6 +20,8 @@ from ssn_jax import metrics
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 NORMAL, DEFECTIVE, ACCENT, MUTED = '#0072B2', '#D55E00', '#009E73', '#666666'
+PALETTE = (NORMAL, DEFECTIVE, ACCENT, '#CC79A7', '#E69F00', '#56B4E9', 'black')
+DASHES = ('-', '--', ':')
 
 COLOURS = 'viridis'
 DPI = 130
@@ -319,6 +321,73 @@ def loss_curves(
             axes.set_title(
                 name + lost, fontsize=8, loc='left', color=DEFECTIVE if lost else 'black'
             )
+
+
+@contextlib.contextmanager
+def _wide_chart(
+    path: str | os.PathLike, title: str, xlabel: str, ylabel: str, entries: int
+) -> Iterator[Axes]:
+    """A chart of several systems; the `entries` that are drawn with a label are named below it."""
+    height = TITLE + 3.5 + 0.16 * math.ceil(entries / 2)
+    with _figure(path, title, 5.4, height) as figure:
+        yield _chart(figure, _place(figure, 0.65, TITLE, 4.6, 2.9), xlabel, ylabel)
+        style = {'fontsize': 7, 'frameon': False, 'ncols': 2, 'loc': 'lower left'}
+        figure.legend(bbox_to_anchor=(0.08, 0.01), **style)
+
+
+def compare_losses(
+    path: str | os.PathLike, histories: Mapping[str, Mapping[str, Sequence[float]]], title: str
+) -> None:
+    """Draws the loss of several systems over their epochs; values that are not finite leave gaps.
+
+    Args:
+        path: file to write.
+        histories: each system's name and its training log with the columns `epoch` and `loss`.
+        title: what is seen.
+    """
+    with _wide_chart(path, title, 'epoch', 'loss', len(histories)) as axes:
+        low, high = math.inf, -math.inf
+        for i, (name, history) in enumerate(histories.items()):
+            losses = np.asarray(history['loss'], np.float64)
+            finite = losses[np.isfinite(losses)]
+            low, high = min([low, *finite]), max([high, *finite])
+            style = {'color': PALETTE[i % len(PALETTE)], 'ls': DASHES[i // len(PALETTE) % 3]}
+            marker = '.' if len(losses) < 50 else ''
+            losses = np.where(np.isfinite(losses), losses, np.nan)
+            axes.plot(history['epoch'], losses, lw=1.2, marker=marker, ms=3, label=name, **style)
+        if 0 < 100 * low < high:
+            axes.set_yscale('log')
+        axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
+
+
+def trade_off(
+    path: str | os.PathLike,
+    points: Mapping[str, tuple[float, float]],
+    published: Mapping[str, tuple[float, float]],
+    title: str,
+    devices: tuple[str, str],
+) -> None:
+    """Draws accuracy against latency; up and to the left is better.
+
+    Args:
+        path: file to write.
+        points: each system's name, its latency in ms and its I-AUROC in 0..1.
+        published: the same of published systems.
+        title: what is seen.
+        devices: what the latencies of either were measured on; they are not comparable.
+    """
+    names = list(dict.fromkeys([*points, *published]))
+    entries = len(points) + len(published)
+    with _wide_chart(path, title, 'ms an image, batch 1', 'I-AUROC (%)', entries) as axes:
+        sides = ((points, devices[0], True), (published, f'published, {devices[1]}', False))
+        for side, device, filled in sides:
+            for name, (ms, auroc) in side.items():
+                colour = PALETTE[names.index(name) % len(PALETTE)]
+                face = colour if filled else 'none'
+                style = {'ls': '', 'marker': 'o', 'ms': 7, 'color': colour, 'mfc': face}
+                axes.plot([ms], [100 * auroc], label=f'{name} ({device})', **style)
+        axes.margins(0.15)
+        axes.set_xlim(left=0)
 
 
 @contextlib.contextmanager

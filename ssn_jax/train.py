@@ -152,6 +152,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
         on_test = decision.rates(scores, dataset.test.labels, chosen['threshold'])
         chosen |= {f'test_{name}': value for name, value in on_test.items()}
 
+    seconds = log.history().get('seconds')  # An imported checkpoint was not trained here.
     results = {
         'config': config.name,
         'data': dataset.name,
@@ -170,9 +171,9 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
         'train_masks': len(supervision.masked_files(split)),
         'test_images': len(dataset.test.labels),
         'parameters': count(backbone_variables['params']) + count(state.params),
-        'train_seconds': round(sum(log.history()['seconds']), 1),
+        'train_seconds': round(sum(seconds), 1) if seconds else None,
         # The first epoch after a start compiles: the median leaves it out.
-        'seconds_per_epoch': round(float(np.median(log.history()['seconds'])), 2),
+        'seconds_per_epoch': round(float(np.median(seconds)), 2) if seconds else None,
         'devices': f'{jax.local_device_count()} x {jax.devices()[0].device_kind}',
     }
     if values['I-AUROC'] is not None:
@@ -265,7 +266,8 @@ def draw_figures(folder, results, split, maps, scores, log) -> None:
         title,
     )
     curves = {name: column for name, column in log.history().items() if name != 'seconds'}
-    figures.loss_curves(folder / 'losses.png', curves, title)
+    if curves:
+        figures.loss_curves(folder / 'losses.png', curves, title)
     if results['metrics']['I-AUROC'] is not None:
         figures.roc_curve(folder / 'roc.png', scores, split.labels, f'{title} · test split')
     if results['metrics']['AP-loc'] is not None:

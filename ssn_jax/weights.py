@@ -89,6 +89,7 @@ def port(
     template: dict,
     name_of: Callable[[tuple[str, ...]], str],
     source: str,
+    hint: str = 'Check --config.backbone.name and --config.backbone.weights.',
 ) -> dict:
     """Fills the variables of `template` from PyTorch tensors.
 
@@ -97,6 +98,7 @@ def port(
       template: nested dict of arrays or shapes, as `module.init` or `jax.eval_shape` returns it.
       name_of: from a variable's path to its state_dict name.
       source: where the tensors come from, for error messages.
+      hint: what to do about it, for the same.
 
     Returns:
       The template's structure with float32 numpy arrays.
@@ -126,7 +128,7 @@ def port(
     if problems:
         raise UserError(
             f'{source} does not hold the weights of this architecture ({"; ".join(problems[:3])}). '
-            'Check --config.backbone.name and --config.backbone.weights.'
+            + hint
         )
     return traverse_util.unflatten_dict(ported)
 
@@ -135,14 +137,14 @@ def _some(names: list[str]) -> str:
     return ', '.join(names[:4]) + (f' and {len(names) - 4} more' if len(names) > 4 else '')
 
 
-def read_safetensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """Reads a safetensors file into arrays by name; UserError if it is missing or damaged."""
+def read_safetensors(
+    path: str | pathlib.Path, flag: str = '--config.backbone.weights'
+) -> dict[str, np.ndarray]:
+    """Reads the safetensors file that `flag` names; UserError if it is missing or damaged."""
     try:
         return safetensors.numpy.load_file(path)
     except FileNotFoundError:
-        raise UserError(
-            f'no weights file at {path}: set --config.backbone.weights to a safetensors file.'
-        ) from None
+        raise UserError(f'no weights file at {path}: set {flag} to a safetensors file.') from None
     except (safetensors.SafetensorError, OSError, ValueError, KeyError) as e:
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise UserError(
@@ -186,6 +188,12 @@ def download(name: str) -> pathlib.Path:
     return pathlib.Path(path)
 
 
+def backbone_template(name: str) -> dict:
+    """The shapes of a backbone's variables, for `port`."""
+    image = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
+    return jax.eval_shape(resnet.BACKBONES[name].init, jax.random.key(0), image)
+
+
 def load_backbone(name: str, weights: str, allow_random: bool) -> tuple[dict, str]:
     """Variables of a frozen backbone.
 
@@ -203,9 +211,7 @@ def load_backbone(name: str, weights: str, allow_random: bool) -> tuple[dict, st
             f'unknown backbone {name!r}: --config.backbone.name takes '
             f'{", ".join(sorted(resnet.BACKBONES))}.'
         )
-    model = resnet.BACKBONES[name]
-    image = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
-    template = jax.eval_shape(model.init, jax.random.key(0), image)
+    model, template = resnet.BACKBONES[name], backbone_template(name)
     if not weights:
         try:
             weights = str(download(name))

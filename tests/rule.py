@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from ssn_jax import weights
-from ssn_jax.models import resnet
 from ssn_jax.models.heads import NoiseGenerator
 from ssn_jax.models.simplenet import SimpleNet
 from ssn_jax.models.supersimplenet import GapCam, SuperSimpleNet
@@ -90,22 +89,16 @@ def tensors(template: dict, name_of, prefix: str = '') -> dict[str, np.ndarray]:
     }
 
 
-def backbone_template(name: str) -> dict:
-    """The shapes of a backbone's variables."""
-    image = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
-    return jax.eval_shape(resnet.BACKBONES[name].init, jax.random.key(0), image)
-
-
 def backbone_tensors(name: str) -> dict[str, np.ndarray]:
     """The rule's state_dict of a backbone."""
-    return tensors(backbone_template(name), weights.backbone_name, name + '/')
+    return tensors(weights.backbone_template(name), weights.backbone_name, name + '/')
 
 
 @functools.cache
 def backbone(name: str) -> dict:
     """The rule's variables of a backbone."""
     return weights.port(
-        backbone_tensors(name), backbone_template(name), weights.backbone_name, 'the rule'
+        backbone_tensors(name), weights.backbone_template(name), weights.backbone_name, 'the rule'
     )
 
 

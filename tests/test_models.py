@@ -50,7 +50,7 @@ def test_backbone_matches_published_stages(name):
 def test_odd_image_sizes_are_rounded_up(size, grid):
     image = jax.ShapeDtypeStruct((2, *size, 3), np.float32)
     model = resnet.BACKBONES['resnet18']
-    outputs = jax.eval_shape(model.apply, rule.backbone_template('resnet18'), image)
+    outputs = jax.eval_shape(model.apply, weights.backbone_template('resnet18'), image)
     assert outputs[1].shape == (2, *grid, 128)
 
 

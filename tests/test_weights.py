@@ -72,7 +72,7 @@ def test_backbone_of_a_file_is_ported_unchanged(load, state_dict, tmp_path):
 @pytest.mark.parametrize('name', sorted(resnet.BACKBONES))
 def test_backbone_names_are_torchvisions(name):
     """Every name once, and each leads back to itself through the other layout."""
-    template = rule.backbone_template(name)
+    template = weights.backbone_template(name)
     paths = traverse_util.flatten_dict(template)
     names = {weights.backbone_name(path) for path in paths}
     assert len(names) == len(paths)
@@ -198,7 +198,7 @@ def test_without_network_embedded_data_take_random_weights(monkeypatch):
     assert 'random' in origin
     leaves = zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True)
     assert all(np.array_equal(a, b) for a, b in leaves)
-    template = rule.backbone_template('resnet18')
+    template = weights.backbone_template('resnet18')
     assert jax.tree.structure(first) == jax.tree.structure(template)
 
 

@@ -1,0 +1,238 @@
+r"""Makes a run of a checkpoint of the published PyTorch SuperSimpleNet.
+
+    python scripts/import_torch.py --checkpoint weights.safetensors --config configs/baseline.py \
+      --config.data.root=/data/mvtec_ad --config.data.category=bottle --workdir runs/published
+
+Backbone, adaptor and system follow from the tensors; all else is the config's, whose fields are
+flags as they are for the main job. --evaluate measures the run at once, as the main job would.
+"""
+
+import hashlib
+import json
+import pathlib
+import re
+import shutil
+
+from absl import flags, logging
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import safetensors.numpy
+
+from ssn_jax import checkpoint, config as config_lib, data, main, steps, train, weights
+from ssn_jax.errors import UserError
+from ssn_jax.models import resnet
+
+_CHECKPOINT = flags.DEFINE_string(
+    'checkpoint', None, 'The published checkpoint: .safetensors, or .pt with the torch extra.'
+)
+_STEP = flags.DEFINE_integer('step', 0, 'Batches that it was trained for, if that is known.')
+_EVALUATE = flags.DEFINE_bool('evaluate', False, 'Measure it and choose its threshold at once.')
+
+HINT = 'This project imports checkpoints of SuperSimpleNet and of its GAP+CAM variant.'
+# The publication wraps torchvision's backbone twice, and saves it or leaves it out.
+_WRAPPERS = re.compile(r'(feature_extractor\.)+')
+_GENERATOR = 'noise_generator.'
+
+
+def read(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint by name. No pickled code is ever run.
+
+    Raises:
+      UserError: the file is missing, damaged, of another kind, or needs a package that is absent.
+    """
+    if path.suffix == '.safetensors':
+        return weights.read_safetensors(path, '--checkpoint')
+    if path.suffix not in ('.pt', '.pth'):
+        raise UserError(f'--checkpoint={path} is neither a .safetensors nor a .pt file.')
+    if not path.is_file():
+        raise UserError(f'no file at {path}: set --checkpoint to a .safetensors or .pt file.')
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"{path} can only be read with PyTorch: pip install -e '.[torch]', or save the "
+            'state_dict with safetensors.torch.save_file where PyTorch is installed.'
+        ) from None
+    try:
+        tensors = torch.load(path, map_location='cpu', weights_only=True)
+        return {
+            name: (t.float() if t.is_floating_point() else t).numpy() for name, t in tensors.items()
+        }
+    except (AttributeError, TypeError):
+        raise UserError(
+            f'{path} is no state_dict (tensors by name): save model.state_dict() alone.'
+        ) from None
+    except Exception as e:  # PyTorch raises many kinds; each means that the file is of no use.
+        reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
+        raise UserError(
+            f'{path} can not be read as tensors alone ({reason}): nothing else is unpickled here.'
+        ) from None
+
+
+def fit_config(
+    config: ml_collections.ConfigDict, tensors: dict[str, np.ndarray], source: str
+) -> ml_collections.ConfigDict:
+    """The config with the backbone, adaptor, system and generator that the tensors have.
+
+    Args:
+      config: what the user asked for; left as it is.
+      tensors: the checkpoint's, by name.
+      source: their file, for error messages.
+
+    Raises:
+      UserError: no adaptor's projection is among them, or its width is no backbone's.
+    """
+    config = config.copy_and_resolve_references()
+    names = {
+        'linear': 'feature_adaptor.projection.weight',
+        'conv': 'feature_adaptor.projection.0.weight',
+    }
+    found = [kind for kind, name in names.items() if name in tensors]
+    if not found:
+        some = ', '.join(sorted(tensors)[:3])
+        raise UserError(
+            f'{source} holds no {names["linear"]} (but {some or "nothing"}): it is no checkpoint '
+            f'of SuperSimpleNet. {HINT}'
+        )
+    config.adaptor = found[0]
+    shape = tensors[names[config.adaptor]].shape
+    widths = {sum(channels[1:]): name for name, channels in resnet.CHANNELS.items()}
+    if not shape or shape[0] not in widths:
+        known = ', '.join(f'{name} {width}' for width, name in sorted(widths.items()))
+        raise UserError(
+            f'{source}: {names[config.adaptor]} has shape {shape}, the width of no backbone of '
+            f'this project ({known}).'
+        )
+    config.backbone.name = widths[shape[0]]
+    if any(name.startswith('discriminator.seg.') for name in tensors):
+        config.system = 'supersimplenet'
+    else:
+        config.system = 'gap_cam'
+        if config.supervision.kind == 'none':
+            config.supervision.kind = 'labels'  # Nothing else teaches this system.
+    config.noise.kind = 'static'
+    first = tensors.get(f'{_GENERATOR}model.0.weight')
+    if first is not None and first.ndim == 4:
+        config.noise.kind = 'learned'
+        config.noise.z_dim = max(first.shape[1] - shape[0], 0)
+        config.noise.bounded = config.noise.z_dim > 0  # v2 brought both.
+    return config
+
+
+def port_state(
+    config: ml_collections.ConfigDict, tensors: dict[str, np.ndarray], step: int, source: str
+) -> steps.TrainState:
+    """The train state of a checkpoint's tensors (without its backbone), the optimiser's fresh.
+
+    Raises:
+      UserError: names the tensors that are missing, superfluous or misshapen.
+    """
+    channels = sum(resnet.CHANNELS[config.backbone.name][1:])
+    state = steps.init_state(config, jax.random.key(config.seed), channels)
+    players = [('params', state.params), ('batch_stats', state.batch_stats)]
+    template = dict(players)
+    if state.generator:
+        template['params'] = template['params'] | {_GENERATOR: state.generator}
+    ported = weights.port(tensors, template, _name, source, HINT)
+    generator = ported['params'].pop(_GENERATOR, {})
+    fresh = {'params': ported['params'], 'batch_stats': ported['batch_stats']}
+    return jax.tree.map(
+        jnp.asarray,
+        state.replace(step=np.asarray(step, np.int32), generator=generator, **fresh),
+    )
+
+
+def _name(path: tuple[str, ...]) -> str:
+    """The published name of a variable of either player."""
+    return weights.head_name(tuple(part for part in path if part != _GENERATOR))
+
+
+def import_checkpoint(
+    config: ml_collections.ConfigDict, path: pathlib.Path, workdir: pathlib.Path, step: int = 0
+) -> ml_collections.ConfigDict:
+    """Writes a run whose last epoch is a published checkpoint.
+
+    Args:
+      config: the run's; `epochs` is when the checkpoint was made.
+      path: a .safetensors or .pt file.
+      workdir: receives config.json, checkpoints/ and imported.json; with a backbone in the file
+        also backbone.safetensors, which the config then names. It appears whole or not at all.
+      step: batches that the checkpoint was trained for.
+
+    Returns:
+      The config as it was written.
+
+    Raises:
+      UserError: the file or the folder is of no use.
+    """
+    if (workdir / 'config.json').exists():
+        raise UserError(f'{workdir} holds a run already: choose another --workdir.')
+    train.check_workdir(config, workdir)
+    tensors = read(path)
+    backbone = {
+        _WRAPPERS.sub('', name, count=1): value
+        for name, value in tensors.items()
+        if _WRAPPERS.match(name)
+    }
+    config = fit_config(config, tensors, str(path))
+    config_lib.validate(config)
+    if backbone and config.backbone.weights:
+        raise UserError(
+            f'{path} holds the backbone that it was trained with: leave '
+            '--config.backbone.weights out.'
+        )
+    if backbone:
+        template = weights.backbone_template(config.backbone.name)
+        weights.port(backbone, template, weights.backbone_name, f'{path} (feature_extractor)', HINT)
+    else:
+        weights.load_backbone(config.backbone.name, config.backbone.weights, allow_random=False)
+    heads = {name: value for name, value in tensors.items() if not _WRAPPERS.match(name)}
+    state = port_state(config, heads, step, str(path))
+
+    drafted = workdir.with_name(f'.{workdir.name}.importing')
+    shutil.rmtree(drafted, ignore_errors=True)
+    try:
+        drafted.mkdir(parents=True)
+        if backbone:
+            file = drafted / 'backbone.safetensors'
+            safetensors.numpy.save_file(backbone, file)
+            config.backbone.weights = str((workdir / file.name).absolute())
+        (drafted / 'config.json').write_text(config_lib.to_json(config))
+        origin = {'checkpoint': str(path), 'sha256': hashlib.sha256(path.read_bytes()).hexdigest()}
+        (drafted / 'imported.json').write_text(json.dumps(origin, indent=2) + '\n')
+        with checkpoint.open_manager(drafted, config.checkpoint.keep) as manager:
+            checkpoint.save(manager, config.epochs, state)
+        drafted.replace(workdir)
+    except OSError as e:
+        raise UserError(
+            f'{workdir} can not be written ({e.strerror}): choose another --workdir.'
+        ) from None
+    finally:
+        shutil.rmtree(drafted, ignore_errors=True)
+    return config
+
+
+def run(argv: list[str]) -> None:
+    """Imports, and measures if that is asked for, by the parsed flags."""
+    del argv
+    values = flags.FLAGS
+    if not _CHECKPOINT.value:
+        raise UserError('no checkpoint: add --checkpoint weights.safetensors.')
+    if not values.workdir:
+        raise UserError('no folder for the run: add --workdir runs/NAME.')
+    if _STEP.value < 0:
+        raise UserError(f'--step={_STEP.value} is negative: it is a number of batches.')
+    workdir = pathlib.Path(values.workdir)
+    if _EVALUATE.value:  # What is wrong with the data is told before anything is written.
+        data.load(values.config.data, values.config.image_size, values.config.resize)
+    config = import_checkpoint(values.config, pathlib.Path(_CHECKPOINT.value), workdir, _STEP.value)
+    logging.info('Imported %s, %s, adaptor %s', config.system, config.backbone.name, config.adaptor)
+    if _EVALUATE.value:
+        print(train.format_table(train.train_and_evaluate(config, workdir)))
+    print(f'The run is in {workdir}.')
+
+
+if __name__ == '__main__':
+    main.cli(run)

@@ -1,0 +1,559 @@
+"""One page of any number of runs: results beside the published ones, efficiency, figures.
+
+A page is a list of blocks (heading, paragraph, table, figures); `markdown` and `html` are two
+ways of writing the same blocks.
+"""
+
+import base64
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import html as html_lib
+import json
+import pathlib
+import re
+import shutil
+import statistics
+
+import cv2
+import ml_collections
+
+from ssn_jax import config as config_lib, decision, figures, metrics, published, train
+from ssn_jax.errors import UserError
+
+NOTHING = '–'
+
+
+# --- Runs and their rows --------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+      workdir: its folder.
+      config: as config.json says.
+      results: as results.json says.
+      history: the columns of train.csv by name; {} for an imported checkpoint.
+    """
+
+    workdir: pathlib.Path
+    config: ml_collections.ConfigDict
+    results: dict
+    history: dict[str, list[float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+      label: the config's name, and whatever tells the row from others of the same config.
+      runs: by seed.
+      beside: the published result of the same, if there is one.
+    """
+
+    label: str
+    runs: list[Run]
+    beside: published.Result | None
+
+    @property
+    def where(self) -> tuple[str, str]:
+        """Data set and category."""
+        return self.runs[0].results['data'], self.runs[0].results['category']
+
+    def each(self, value_of: Callable[[dict], float | None]) -> list[float | None]:
+        """A value of each run's results, None where a run has none."""
+        return [value_of(run.results) for run in self.runs]
+
+
+def read_run(workdir: pathlib.Path) -> Run:
+    """Opens a run's folder; UserError if it is none, or has no results yet."""
+    config = config_lib.from_json(workdir / 'config.json')
+    path = workdir / 'results.json'
+    try:
+        results = json.loads(path.read_text())
+        needed = ('data', 'category', 'embedded', 'seed', 'backbone', 'weights', 'metrics')
+        needed += ('decision', 'train_masks', 'test_images', 'parameters', 'devices')
+        missing = [name for name in needed if name not in results]
+        missing += [name for name in metrics.METRICS if name not in results.get('metrics', {})]
+        if missing:
+            raise UserError(
+                f'{path} lacks {missing[0]!r}, as one of an older ssn_jax does: the command of '
+                'the run, given again, writes it anew.'
+            )
+        history = train.Log(workdir / 'train.csv', config.epochs).history()
+    except FileNotFoundError:
+        raise UserError(
+            f'{workdir} holds no results.json: let the run finish, the same command resumes it.'
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(
+            f'{workdir} holds results that can not be read ({e}): the command of the run, given '
+            'again, writes them anew.'
+        ) from None
+    return Run(workdir, config, results, history)
+
+
+def make_rows(runs: Sequence[Run]) -> list[Row]:
+    """Runs that differ in seed alone, together; ordered by data set, category and config.
+
+    Raises:
+      UserError: two runs have the same config and the same seed.
+    """
+    groups: dict[str, list[Run]] = {}
+    fields = {}
+    for run in runs:
+        identity = config_lib.identity(run.config)
+        del identity['seed']
+        key = json.dumps(identity, sort_keys=True)
+        fields[key] = identity
+        for other in groups.setdefault(key, []):
+            if other.config.seed == run.config.seed:
+                raise UserError(
+                    f'{other.workdir} and {run.workdir} have the same config and the same seed: '
+                    'name one of them.'
+                )
+        groups[key].append(run)
+
+    def alike(run):
+        return run.results['data'], run.results['category'], run.config.name
+
+    rows = []
+    for key, members in groups.items():
+        first = members[0]
+        others = [fields[k] for k, m in groups.items() if alike(m[0]) == alike(first)]
+        differing = [f for f in fields[key] if any(o[f] != fields[key][f] for o in others)]
+        label = ' · '.join([first.config.name, *(f'{f}={fields[key][f]}' for f in differing)])
+        members.sort(key=lambda run: run.config.seed)
+        rows.append(Row(label, members, published.find(first.config, first.results)))
+    return sorted(rows, key=lambda row: (row.where, row.label))
+
+
+def read_benchmark(path: pathlib.Path) -> tuple[str, dict[str, dict]]:
+    """The device and the fused form's measurements by config, of `benchmark.py --json`."""
+    try:
+        content = json.loads(path.read_text())
+        return str(content['device']), {
+            r['config']: {name: float(r['forms']['fused'][name]) for name in ('ms', 'images_per_s')}
+            | {'mb': r['forms']['fused'].get('mb')}
+            | {name: r[name] for name in ('params', 'image_size')}
+            for r in content['results']
+        }
+    except FileNotFoundError:
+        raise UserError(f'no file at {path}: --benchmark takes one.') from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f'{path} is no output of scripts/benchmark.py --json: redirect that into a file.'
+        ) from None
+
+
+def speed_of(row: Row, benchmark: tuple[str, dict] | None) -> Mapping:
+    """What a benchmark measured of a row's config, {} if it measured none or another network."""
+    found = benchmark[1].get(row.runs[0].config.name, {}) if benchmark else {}
+    # A run may have changed its config's backbone or image size.
+    run = row.runs[0]
+    ours = run.results['parameters'], list(run.config.image_size)
+    return found if (found.get('params'), found.get('image_size')) == ours else {}
+
+
+# --- Tables ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of text.
+
+    Attributes:
+      head: the columns' names.
+      lines: their cells; the first is the line's name.
+      quiet: the lines' numbers that stand back: what is published, and differences to it.
+    """
+
+    head: list[str]
+    lines: list[list[str]]
+    quiet: set[int] = dataclasses.field(default_factory=set)
+
+    def add(self, *cells: str, quiet: bool = False) -> None:
+        """Appends a line."""
+        if quiet:
+            self.quiet.add(len(self.lines))
+        self.lines.append(list(cells))
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A figure: its file's name in the report's folder, and what is seen on it."""
+
+    name: str
+    caption: str
+
+
+def mean_and_spread(values: Sequence[float | None], scale: float = 1.0, digits: int = 1) -> str:
+    """The mean, from two values on with the sample standard deviation, as text.
+
+    Values that are None are left out, and how many remain is said.
+    """
+    known = [scale * v for v in values if v is not None]
+    if not known:
+        return NOTHING
+    text = f'{statistics.fmean(known):.{digits}f}'
+    if len(known) > 1:
+        text += f' ± {statistics.stdev(known):.{digits}f}'
+    return text if len(known) == len(values) else f'{text} ({len(known)} of {len(values)})'
+
+
+def metrics_table(rows: Sequence[Row]) -> Table:
+    """The seven metrics in percent, each row with the published ones and the differences."""
+    table = Table(['system', 'epochs', 'seeds', *metrics.METRICS], [])
+    for row in rows:
+        values = {name: row.each(lambda r, n=name: r['metrics'][n]) for name in metrics.METRICS}
+        table.add(
+            row.label,
+            str(row.runs[0].config.epochs),
+            str(len(row.runs)),
+            *(mean_and_spread(v, 100) for v in values.values()),
+        )
+        if row.beside is None:
+            continue
+        theirs, differences = [], []
+        for name in metrics.METRICS:
+            value, known = row.beside.metrics.get(name), [v for v in values[name] if v is not None]
+            both = value is not None and known
+            theirs.append(NOTHING if value is None else f'{100 * value:.1f}')
+            difference = 100 * (statistics.fmean(known) - value) if both else None
+            differences.append(NOTHING if difference is None else f'{difference:+.1f}')
+        table.add('published', '', '', *theirs, quiet=True)
+        table.add('difference', '', '', *differences, quiet=True)
+    return table
+
+
+def decision_table(rows: Sequence[Row]) -> Table:
+    """The thresholds and what they do on the test split, in percent."""
+    table = Table(['system', 'category', 'threshold (probability)', 'chosen on'], [])
+    table.head.extend(['test TPR', 'test FPR', 'Youden on test: threshold', 'TPR', 'FPR'])
+    for row in rows:
+        chosen = [run.results['decision'] for run in row.runs]
+        youden = [run.results.get('youden_on_test', {}) for run in row.runs]
+        logits = [y.get('threshold') for y in youden]
+        probabilities = [None if x is None else decision.sigmoid(x) for x in logits]
+        table.add(
+            row.label,
+            row.where[1],
+            mean_and_spread([c.get('probability') for c in chosen], digits=4),
+            chosen[0]['split'],
+            *(mean_and_spread([c.get(f'test_{x}') for c in chosen], 100) for x in ('tpr', 'fpr')),
+            mean_and_spread(probabilities, digits=4),
+            *(mean_and_spread([y.get(x) for y in youden], 100) for x in ('tpr', 'fpr')),
+        )
+        if row.beside and row.beside.decision:
+            d = row.beside.decision
+            point = f'{d["probability"]:.4f}', f'{100 * d["tpr"]:.1f}', f'{100 * d["fpr"]:.1f}'
+            table.add('published', '', *[NOTHING] * 4, *point, quiet=True)
+    return table
+
+
+def efficiency_table(rows: Sequence[Row], benchmark: tuple[str, dict] | None) -> Table:
+    """Size and speed of every row; without a benchmark, of training alone."""
+    inference = {'ms': 'ms, batch 1', 'images_per_s': 'images/s, batch 16', 'mb': 'MB, batch 1'}
+    table = Table(['system', 'category', 'M parameters', 'seconds an epoch', 'trained on'], [])
+    table.head.extend(inference.values())
+
+    def speed(of: Mapping) -> list[str]:
+        return [NOTHING if of.get(k) is None else f'{of[k]:.2f}' for k in inference]
+
+    for row in rows:
+        table.add(
+            row.label,
+            row.where[1],
+            f'{row.runs[0].results["parameters"] / 1e6:.1f}',
+            mean_and_spread(row.each(lambda r: r.get('seconds_per_epoch')), digits=2),
+            row.runs[0].results['devices'] if row.runs[0].history else NOTHING,
+            *speed(speed_of(row, benchmark)),
+        )
+        theirs = published.efficiency(row.runs[0].config)
+        if theirs:
+            size = f'{theirs["params"] / 1e6:.1f}'
+            cells = f'published ({published.DEVICE})', '', size, NOTHING, NOTHING, *speed(theirs)
+            table.add(*cells, quiet=True)
+    return table
+
+
+def runs_table(rows: Sequence[Row]) -> Table:
+    """Where everything comes from: a line for every run."""
+    table = Table(['run', 'system', 'seed', 'data', 'test images', "backbone's weights"], [])
+    for row in rows:
+        for run in row.runs:
+            r = run.results
+            cells = row.label, str(r['seed']), place(row.where), str(r['test_images'])
+            table.add(str(run.workdir), *cells, r['weights'])
+    return table
+
+
+# --- The page -------------------------------------------------------------------------------------
+
+
+def place(where: tuple[str, str]) -> str:
+    """Data set and category in words; a set without categories bears one name twice."""
+    return ' '.join(dict.fromkeys(where))
+
+
+def section_figures(
+    folder: pathlib.Path, number: int, rows: Sequence[Row], benchmark: tuple[str, dict] | None
+) -> list[tuple[str, list[Picture]]]:
+    """Draws and copies the figures of one category into `folder`: groups with their headings."""
+    title = place(rows[0].where)
+    groups = []
+    if benchmark:
+        ours, theirs = {}, {}
+        for row in rows:
+            config, measured = row.runs[0].config, speed_of(row, benchmark)
+            known = [v for v in row.each(lambda r: r['metrics']['I-AUROC']) if v is not None]
+            if measured and known:
+                ours[row.label] = measured['ms'], statistics.fmean(known)
+            cost = published.efficiency(config)
+            if cost and row.beside and 'I-AUROC' in row.beside.metrics:
+                theirs[config.name] = cost['ms'], row.beside.metrics['I-AUROC']
+        if ours:
+            file = f'trade-off-{number}.png'
+            devices = benchmark[0], published.DEVICE
+            figures.trade_off(folder / file, ours, theirs, f'{title} · trade-off', devices)
+            groups.append(('Trade-off', [Picture(file, f'I-AUROC against latency, {title}')]))
+
+    histories = {row.label: row.runs[0].history for row in rows if 'loss' in row.runs[0].history}
+    if histories:
+        file = f'losses-{number}.png'
+        figures.compare_losses(folder / file, histories, f'{title} · loss, first seed')
+        groups.append(('Loss', [Picture(file, f'Loss of the first seed of each system, {title}')]))
+
+    for kind, heading in {
+        'pixel_pr': 'Precision and recall of the pixels',
+        'overlays': 'Best and worst images',
+    }.items():
+        pictures = []
+        for i, row in enumerate(rows, 1):
+            run = row.runs[0]
+            source = run.workdir / 'figures' / f'{kind}.png'
+            if not source.exists():  # A figure that its test split leaves undefined.
+                continue
+            if cv2.imread(str(source)) is None:
+                raise UserError(
+                    f'{source} is no readable image: the command of the run, given again, draws '
+                    'it anew.'
+                )
+            file = f'{kind}-{number}-{i}.png'
+            shutil.copyfile(source, folder / file)
+            pictures.append(Picture(file, f'{row.label}, seed {run.config.seed}'))
+        if pictures:
+            groups.append((heading, pictures))
+    return groups
+
+
+def make_blocks(
+    folder: pathlib.Path, rows: Sequence[Row], benchmark: tuple[str, dict] | None
+) -> list[tuple]:
+    """The page as blocks, its figures drawn into `folder`.
+
+    Returns:
+      ('heading', level, text), ('text', text), ('table', Table) and ('pictures', [Picture]).
+    """
+    blocks: list[tuple] = [
+        ('heading', 1, 'SuperSimpleNet in JAX: results'),
+        (
+            'text',
+            'Metrics are of the last epoch and in percent; with several seeds they are mean ± '
+            'standard deviation. Published results are those of 300 epochs of batch 32 (SimpleNet: '
+            '160 of batch 8); differences are own minus published, in percentage points.',
+        ),
+    ]
+    sections: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        sections.setdefault(row.where, []).append(row)
+    for number, (where, members) in enumerate(sections.items(), 1):
+        blocks.append(('heading', 2, place(where)))
+        for note in notes(members):
+            blocks.append(('text', note))
+        blocks.append(('table', metrics_table(members)))
+        for heading, pictures in section_figures(folder, number, members, benchmark):
+            blocks += [('heading', 3, heading), ('pictures', pictures)]
+    blocks += [
+        ('heading', 2, 'Decision'),
+        ('table', decision_table(rows)),
+        ('heading', 2, 'Efficiency'),
+    ]
+    if benchmark:
+        blocks.append(
+            (
+                'text',
+                f'Inference was measured on {benchmark[0]}; published times are of another machine '
+                f'({published.DEVICE}).',
+            )
+        )
+    blocks += [
+        ('table', efficiency_table(rows, benchmark)),
+        ('heading', 2, 'Runs'),
+        ('table', runs_table(rows)),
+    ]
+    return blocks
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What a reader of these rows must know."""
+    found = []
+    if any(row.runs[0].results['embedded'] for row in rows):
+        found.append(
+            'These images are the embedded, procedurally drawn ones: the figures say nothing about '
+            'a real data set.'
+        )
+    for row in rows:
+        if any(run.results['weights'].startswith('random') for run in row.runs):
+            found.append(f'{row.label}: the backbone has random weights.')
+        if any((run.workdir / 'imported.json').exists() for run in row.runs):
+            found.append(f'{row.label}: imported, not trained here.')
+        if row.beside and row.beside.note:
+            found.append(f'{row.label}, published: {row.beside.note}.')
+    return found
+
+
+def markdown(blocks: Sequence[tuple], folder: str) -> str:
+    """The page as Markdown; `folder` is where the figures are, from the page."""
+
+    def clean(text: str) -> str:
+        return re.sub(r'([\\`*\[\]<|])', r'\\\1', text)
+
+    lines = []
+    for kind, *content in blocks:
+        match kind:
+            case 'heading':
+                lines += ['#' * content[0] + ' ' + clean(content[1]), '']
+            case 'text':
+                lines += [clean(content[0]), '']
+            case 'table':
+                (table,) = content
+                lines += [f'| {" | ".join(table.head)} |', '|---' * len(table.head) + '|']
+                for i, cells in enumerate(table.lines):
+                    marked = [clean(c) for c in cells]
+                    if i in table.quiet:
+                        marked = [f'*{c}*' if c else '' for c in marked]
+                    lines.append(f'| {" | ".join(marked)} |')
+                lines.append('')
+            case 'pictures':
+                for picture in content[0]:
+                    caption = clean(picture.caption)
+                    lines += [f'![{caption}]({folder}/{picture.name})', '', caption, '']
+    return '\n'.join(lines)
+
+
+# Wide tables and rows of figures scroll by themselves, so that a page fits any screen.
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 0 1rem 3rem;
+  max-width: 75rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.3rem; margin-top: 2.5rem; } h3 { font-size: 1.05rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+thead th { border-bottom: 2px solid; vertical-align: bottom; }
+tbody tr { border-top: 1px solid #8884; }
+tbody tr.quiet { border-top: 0; opacity: .7; font-style: italic; }
+.figures { display: flex; flex-wrap: wrap; gap: 1rem; }
+figure { margin: 0; flex: 1 1 20rem; max-width: 45rem; min-width: 0; }
+img { max-width: 100%; height: auto; background: white; }
+figcaption { font-size: .85rem; overflow-wrap: anywhere; }
+"""
+
+
+def html(blocks: Sequence[tuple], folder: pathlib.Path) -> str:
+    """The page as HTML with its figures, read from `folder`, inside; it runs and loads nothing."""
+    clean = html_lib.escape
+    parts = []
+    for kind, *content in blocks:
+        match kind:
+            case 'heading':
+                parts.append(f'<h{content[0]}>{clean(content[1])}</h{content[0]}>')
+            case 'text':
+                parts.append(f'<p>{clean(content[0])}</p>')
+            case 'table':
+                (table,) = content
+                head = ''.join(f'<th scope="col">{clean(c)}</th>' for c in table.head)
+                parts.append(f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>')
+                for i, cells in enumerate(table.lines):
+                    quiet = ' class="quiet"' if i in table.quiet else ''
+                    parts.append(
+                        f'<tr{quiet}>{"".join(f"<td>{clean(c)}</td>" for c in cells)}</tr>'
+                    )
+                parts.append('</tbody></table></div>')
+            case 'pictures':
+                parts.append('<div class="figures">')
+                for picture in content[0]:
+                    encoded = base64.b64encode((folder / picture.name).read_bytes()).decode()
+                    caption = clean(picture.caption)
+                    parts.append(
+                        f'<figure><img alt="{caption}" src="data:image/png;base64,{encoded}">'
+                        f'<figcaption>{caption}</figcaption></figure>'
+                    )
+                parts.append('</div>')
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    return '\n'.join(
+        [
+            '<!doctype html>',
+            '<html lang="en"><head><meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+            f'<title>{clean(blocks[0][2])}</title><style>{STYLE}</style></head><body>',
+            *parts,
+            '</body></html>\n',
+        ]
+    )
+
+
+def check_output(output: pathlib.Path) -> None:
+    """Raises UserError unless a report can be written: a new folder, or one that holds a report."""
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise UserError(f'{output} is a file, no folder: choose another --output.')
+    found = {p.relative_to(output).as_posix() for p in output.rglob('*')}
+    ours = {'report.md', 'report.html', 'figures'}
+    other = sorted(p for p in found - ours if not re.fullmatch(r'figures/[^/]+\.png', p))
+    if other or (found and not {'report.md', 'report.html'} <= found):
+        name = (other or sorted(found))[0]
+        raise UserError(f'{output} exists and holds other files ({name}): choose another --output.')
+
+
+def write_report(
+    workdirs: Sequence[pathlib.Path],
+    output: pathlib.Path,
+    benchmark: pathlib.Path | None = None,
+) -> None:
+    """Writes report.md, report.html and figures/ of runs into `output`, all or nothing.
+
+    Args:
+      workdirs: the runs' folders.
+      output: a folder that is new, empty, or holds an earlier report, which is replaced.
+      benchmark: output of scripts/benchmark.py --json, for the times of inference.
+
+    Raises:
+      UserError: a folder is no finished run, or `output` can not be used.
+    """
+    check_output(output)
+    distinct = {workdir.resolve(): workdir for workdir in reversed(workdirs)}
+    rows = make_rows([read_run(workdir) for workdir in distinct.values()])
+    measured = read_benchmark(benchmark) if benchmark else None
+    draft = output.absolute().with_name(f'.{output.absolute().name}.draft')
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        (draft / 'figures').mkdir(parents=True)
+        blocks = make_blocks(draft / 'figures', rows, measured)
+        (draft / 'report.md').write_text(markdown(blocks, 'figures'), encoding='utf-8')
+        (draft / 'report.html').write_text(html(blocks, draft / 'figures'), encoding='utf-8')
+        if output.exists():
+            shutil.rmtree(output)
+        draft.replace(output)
+    except OSError as e:
+        raise UserError(
+            f'{output} can not be written ({e.strerror}): choose another --output.'
+        ) from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

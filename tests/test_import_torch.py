@@ -1,0 +1,261 @@
+"""Imported checkpoints: the published numbers through the run, and every wrong file in one line."""
+
+import json
+import pathlib
+import runpy
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+import rule
+import safetensors.numpy
+import tiny
+
+from ssn_jax import checkpoint, config as config_lib, evaluate, main, steps, weights
+from ssn_jax.errors import UserError
+from ssn_jax.models import features as features_lib, resnet
+from ssn_jax.models.heads import NoiseGenerator
+from ssn_jax.models.supersimplenet import GapCam, SuperSimpleNet
+
+ROOT = pathlib.Path(__file__).parents[1]
+SCRIPT = runpy.run_path(str(ROOT / 'scripts' / 'import_torch.py'))
+import_checkpoint, read = SCRIPT['import_checkpoint'], SCRIPT['read']
+WRAPPER = 'feature_extractor.feature_extractor.'
+
+
+def head_tensors(model, channels):
+    """The rule's state_dict of a trained network, as the publication saves it."""
+    features = jax.ShapeDtypeStruct((1, 8, 8, channels), np.float32)
+    template = jax.eval_shape(model.init, jax.random.key(0), features)
+    tracked = {'discriminator.dec_head.1.num_batches_tracked': np.array(9)}
+    return rule.tensors(template, weights.head_name) | tracked
+
+
+def wrapped(name):
+    """The rule's state_dict of a backbone under the publication's names."""
+    return {WRAPPER + key: value for key, value in rule.backbone_tensors(name).items()}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes tensors to a checkpoint and returns its path."""
+
+    def write(tensors):
+        safetensors.numpy.save_file(tensors, tmp_path / 'c.safetensors')
+        return tmp_path / 'c.safetensors'
+
+    return write
+
+
+@pytest.fixture
+def config(tmp_path):
+    """The default config with the rule's ResNet18 as its backbone."""
+    config = config_lib.default_config()
+    config.image_size = (64, 96)
+    tiny.write_weights(tmp_path / 'resnet18.safetensors')
+    config.backbone.weights = str(tmp_path / 'resnet18.safetensors')
+    return config
+
+
+def message(*arguments):
+    """The one line that an import ends with."""
+    with pytest.raises(UserError) as caught:
+        import_checkpoint(*arguments)
+    text = str(caught.value)
+    assert '\n' not in text and 0 < len(text) < 1000
+    return text
+
+
+def restore(workdir):
+    """Config, epoch and state, from the workdir alone."""
+    config = config_lib.from_json(workdir / 'config.json')
+    channels = sum(resnet.CHANNELS[config.backbone.name][1:])
+    template = steps.init_state(config, jax.random.key(1), channels)
+    return config, *checkpoint.restore(checkpoint.open_manager(workdir, 2), template)
+
+
+def predict(workdir, image):
+    """Score and full-size logits of a normalised image, as evaluation computes them."""
+    config, _, state = restore(workdir)
+    variables, _ = weights.load_backbone(config.backbone.name, config.backbone.weights, False)
+    backbone = resnet.BACKBONES[config.backbone.name]
+    run = evaluate.make_predictor(backbone, steps.build_network(config), 2)
+    mean, std = np.float32(features_lib.IMAGENET_MEAN), np.float32(features_lib.IMAGENET_STD)
+    trained = {'params': state.params, 'batch_stats': state.batch_stats}
+    return run(variables, trained, (image * std + mean) * 255)
+
+
+@pytest.mark.parametrize(
+    'file, backbone, model, own_backbone',
+    [
+        ('scenario_a', 'resnet18', SuperSimpleNet('linear', False), False),
+        pytest.param(
+            *('baseline_wrn50', 'wide_resnet50_2', SuperSimpleNet('linear', False), True),
+            marks=pytest.mark.slow,
+        ),
+        ('gap_cam', 'resnet18', GapCam('linear'), True),
+    ],
+)
+def test_imported_run_gives_the_published_numbers(
+    file, backbone, model, own_backbone, config, write, tmp_path
+):
+    expected = rule.reference(f'model_{file}')
+    tensors = head_tensors(model, sum(resnet.CHANNELS[backbone][1:]))
+    if own_backbone:  # A whole classifier's tensors above the features are let pass.
+        tensors |= wrapped(backbone) | {f'{WRAPPER}fc.weight': np.zeros((2, 2), np.float32)}
+        config.backbone.weights = ''
+    workdir = tmp_path / 'runs' / 'imported'
+    written = import_checkpoint(config, write(tensors), workdir, 7)
+
+    restored, epoch, state = restore(workdir)
+    assert restored == written
+    assert (restored.backbone.name, restored.adaptor) == (backbone, model.adaptor)
+    assert restored.system == ('gap_cam' if file == 'gap_cam' else 'supersimplenet')
+    assert (epoch, int(state.step)) == (config.epochs, 7)
+    assert (workdir / 'backbone.safetensors').exists() == own_backbone
+    maps, scores = predict(workdir, expected['image'])
+    assert rule.relative_error(maps, expected['anomaly_map'][..., 0]) < 1e-4
+    assert rule.relative_error(scores, expected['score']) < 1e-4
+
+
+def test_scenario_b_and_its_generator_are_imported(config, write, tmp_path):
+    shapes = [jax.ShapeDtypeStruct((1, 8, 8, c), np.float32) for c in (384, 32)]
+    template = jax.eval_shape(NoiseGenerator().init, jax.random.key(0), *shapes)
+    tensors = head_tensors(SuperSimpleNet('conv'), 384) | rule.tensors(template, weights.head_name)
+    import_checkpoint(config, write(tensors), tmp_path / 'run')
+    restored, _, state = restore(tmp_path / 'run')
+    noise = restored.noise
+    assert (noise.kind, noise.z_dim, noise.bounded) == ('learned', 32, True)
+    assert restored.adaptor == 'conv'
+    expected = rule.network(SuperSimpleNet('conv'), 384)
+    assert jax.tree.all(jax.tree.map(np.array_equal, state.params, expected['params']))
+    ours = jax.tree.leaves(state.generator)
+    expected = jax.tree.leaves(rule.generator(384, 32)['params'])
+    assert all(np.array_equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+@pytest.mark.slow
+def test_imported_run_is_measured_as_any_other(config, write, tmp_path, monkeypatch, capsys):
+    """--evaluate leaves what a run leaves: the main job takes the import for complete."""
+    tiny.write_data(tmp_path / 'data')
+    config.image_size = (64, 64)
+    config.data.update(root=str(tmp_path / 'data'), category='nut', cache=str(tmp_path / 'cache'))
+    workdir = tmp_path / 'run'
+    path = write(head_tensors(SuperSimpleNet(), 384))
+    run = SCRIPT['run']
+    for flag, value in {'_CHECKPOINT': str(path), '_STEP': 0, '_EVALUATE': True}.items():
+        monkeypatch.setitem(run.__globals__, flag, types.SimpleNamespace(value=value))
+    values = types.SimpleNamespace(config=config, workdir=str(workdir))
+    monkeypatch.setitem(run.__globals__, 'flags', types.SimpleNamespace(FLAGS=values))
+    run([])
+    results = json.loads((workdir / 'results.json').read_text())
+    assert f'{100 * results["metrics"]["I-AUROC"]:6.2f} %' in capsys.readouterr().out
+    assert results['train_seconds'] is None and results['decision']['threshold'] is not None
+    assert (workdir / 'figures' / 'overlays.png').exists()
+    with pytest.raises(UserError, match='holds a run already'):
+        run([])
+
+
+# --- Files and folders that are of no use ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        ({'discriminator.seg.1.running_var': None}, 'missing: discriminator.seg.1.running_var'),
+        ({'discriminator.seg.9.weight': (3,)}, 'not expected: discriminator.seg.9.weight'),
+        ({'discriminator.fc_score.weight': (1, 200)}, 'discriminator.fc_score.weight has shape'),
+        ({'feature_adaptor.projection.weight': (100, 100, 1, 1)}, 'shape (100, 100, 1, 1)'),
+        ({'feature_adaptor.projection.weight': None}, 'no feature_adaptor.projection.weight'),
+        ({f'{WRAPPER}conv1.weight': None}, 'missing: conv1.weight'),
+        ({f'{WRAPPER}layer1.7.conv1.weight': (3,)}, 'not expected: layer1.7.conv1.weight'),
+        ({f'{WRAPPER}bn1.bias': (3,)}, 'bn1.bias has shape (3,)'),
+    ],
+)
+def test_wrong_tensors_are_named(change, words, config, write, tmp_path):
+    config.backbone.weights = ''
+    tensors = head_tensors(SuperSimpleNet(), 384) | wrapped('resnet18')
+    for name, shape in change.items():
+        tensors.pop(name, None)
+        if shape is not None:
+            tensors[name] = np.zeros(shape, np.float32)
+    path = write(tensors)
+    before = set(tmp_path.iterdir())
+    text = message(config, path, tmp_path / 'run')
+    assert words in text and str(path) in text
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_two_backbones_are_one_too_many(config, write, tmp_path):
+    path = write(head_tensors(SuperSimpleNet(), 384) | wrapped('resnet18'))
+    assert '--config.backbone.weights' in message(config, path, tmp_path / 'run')
+
+
+def test_folders_in_use_are_left_alone(config, write, tmp_path):
+    path = write(head_tensors(SuperSimpleNet(), 384))
+    (tmp_path / 'thesis').mkdir()
+    (tmp_path / 'thesis' / 'a.tex').write_text('')
+    assert '--workdir' in message(config, path, tmp_path / 'thesis')
+    assert '--workdir' in message(config, path, path / 'run')
+    import_checkpoint(config, path, tmp_path / 'run')
+    assert 'holds a run already' in message(config, path, tmp_path / 'run')
+
+
+@pytest.mark.parametrize('name', ['absent.safetensors', 'absent.pt', 'c.onnx', 'c.safetensors'])
+def test_unreadable_files_are_one_line(name, config, tmp_path):
+    if name.startswith('c.'):
+        (tmp_path / name).write_bytes(b'\x80\x02}q\x00.')
+    assert str(tmp_path / name) in message(config, tmp_path / name, tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_pt_without_torch_says_what_to_install(config, tmp_path, monkeypatch):
+    (tmp_path / 'weights.pt').write_bytes(b'')
+    monkeypatch.setitem(sys.modules, 'torch', None)
+    text = message(config, tmp_path / 'weights.pt', tmp_path / 'run')
+    assert "pip install -e '.[torch]'" in text
+
+
+class Intruder:
+    """What a pickle could run if it were let."""
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (pathlib.Path('intruded'),)
+
+
+def test_pt_holds_tensors_and_nothing_else(tmp_path, monkeypatch):
+    torch = pytest.importorskip('torch', reason='needs the torch extra')
+    monkeypatch.chdir(tmp_path)
+    tensors = {'a': torch.arange(3.0), 'b': torch.ones(2, dtype=torch.bfloat16)}
+    torch.save(tensors, 'weights.pt')
+    ours = read(pathlib.Path('weights.pt'))
+    np.testing.assert_array_equal(ours['a'], [0, 1, 2])
+    assert ours['b'].dtype == np.float32
+    whole = (tmp_path / 'weights.pt').read_bytes()
+    torch.save({'a': Intruder()}, 'pickle.pt')
+    torch.save([torch.ones(2)], 'list.pt')
+    (tmp_path / 'half.pt').write_bytes(whole[: len(whole) // 2])
+    (tmp_path / 'empty.pt').write_bytes(b'')
+    for name in ('pickle', 'list', 'half', 'empty'):
+        with pytest.raises(UserError, match=f'{name}.pt') as caught:
+            read(pathlib.Path(f'{name}.pt'))
+        assert '\n' not in str(caught.value)
+    assert not (tmp_path / 'intruded').exists()
+
+
+@pytest.mark.parametrize(
+    'arguments, words',
+    [((), '--checkpoint'), (('--checkpoint=w.pt',), '--workdir'), (('--step=-1',), '--checkpoint')],
+)
+def test_incomplete_command_lines_are_one_line(arguments, words, monkeypatch, capsys):
+    """Absl's flags are global, so the command line is parsed in this process only once."""
+    values = dict(a.lstrip('-').split('=') for a in arguments)
+    run = SCRIPT['run']
+    flag = types.SimpleNamespace
+    monkeypatch.setitem(run.__globals__, '_CHECKPOINT', flag(value=values.get('checkpoint')))
+    monkeypatch.setitem(run.__globals__, 'flags', flag(FLAGS=flag(config=None, workdir=None)))
+    monkeypatch.setattr(main, '_parse', lambda argv: argv)
+    with pytest.raises(UserError, match=words):
+        run([])

@@ -1,0 +1,445 @@
+"""The report: its numbers by hand, its page in a parser and in a browser, and what it refuses."""
+
+import base64
+from html.parser import HTMLParser
+import itertools
+import json
+import os
+import pathlib
+import runpy
+import shutil
+import statistics
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+from ssn_jax import config as config_lib, figures, metrics, published, report
+from ssn_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+BROWSERS = ('chromium-headless-shell', 'chromium', 'chromium-browser', 'google-chrome')
+
+
+def write_run(folder, name='mod1_a', seed=0, auroc=0.6, config=None, embedded=False, **results):
+    """A finished run's folder with made-up results; returns it."""
+    config = config or runpy.run_path(str(ROOT / 'configs' / f'{name}.py'))['get_config']()
+    config.seed = seed
+    (folder / 'figures').mkdir(parents=True)
+    (folder / 'config.json').write_text(config_lib.to_json(config))
+    values = dict.fromkeys(metrics.METRICS, 0.5) | {'I-AUROC': auroc, 'AP-loc': None}
+    chosen = {'threshold': 0.0, 'probability': 0.5, 'split': 'train', 'tpr': 1.0, 'fpr': 0.0}
+    content = {
+        'config': config.name,
+        'data': 'synthetic' if embedded else config.data.name,
+        'category': config.data.category,
+        'embedded': embedded,
+        'seed': seed,
+        'epochs': config.epochs,
+        'backbone': config.backbone.name,
+        'weights': 'random (seed 0)' if embedded else 'w.safetensors',
+        'metrics': values,
+        'undefined': {'AP-loc': 'no masks'},
+        'decision': chosen | {'test_tpr': 0.8, 'test_fpr': None},
+        'youden_on_test': {'threshold': 0.0, 'tpr': 0.9, 'fpr': 0.1},
+        'train_masks': 0,
+        'test_images': 6,
+        'parameters': 4_560_579,
+        'seconds_per_epoch': 2.0 + seed,
+        'devices': '1 x cpu',
+    }
+    (folder / 'results.json').write_text(json.dumps(content | results))
+    (folder / 'train.csv').write_text('epoch,loss,seconds\n1,900,2\n2,nan,2\n3,0.5,2\n')
+    image = np.zeros((40, 60, 3), np.uint8)
+    assert cv2.imwrite(str(folder / 'figures' / 'overlays.png'), image)
+    return folder
+
+
+def write_benchmark(path):
+    """What scripts/benchmark.py --json prints."""
+    forms = {'direct': {'ms': 20.0}, 'fused': {'ms': 10.0, 'images_per_s': 120.0, 'mb': 50.0}}
+    size = {'image_size': [256, 256], 'params': 4_560_579}
+    rows = [{'config': 'mod1_a', 'forms': forms} | size]
+    path.write_text(json.dumps({'device': '1 x cpu', 'results': rows}))
+    return path
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Runs of three configs, one of them with three seeds and one of it with another field."""
+    runs = tmp_path / 'runs'
+    for seed, auroc in enumerate((0.5, 0.6, 0.7)):
+        write_run(runs / f'a{seed}', seed=seed, auroc=auroc)
+    louder = config_lib.default_config()
+    louder.noise.std = 0.5
+    write_run(runs / 'louder', config=louder, auroc=0.8)
+    write_run(runs / 'mod2', 'mod2', auroc=0.7)
+    write_run(runs / 'drawn <b>', 'mod1_b', embedded=True)
+    return sorted(runs.iterdir())
+
+
+@pytest.fixture
+def made(runs, tmp_path):
+    """The folder of a report of these runs."""
+    report.write_report(runs, tmp_path / 'report', write_benchmark(tmp_path / 'bench.json'))
+    return tmp_path / 'report'
+
+
+def message(*arguments):
+    """The one line that a report ends with."""
+    with pytest.raises(UserError) as caught:
+        report.write_report(*arguments)
+    text = str(caught.value)
+    assert '\n' not in text and 0 < len(text) < 500
+    return text
+
+
+class Page(HTMLParser):
+    """What a page is made of."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.open, self.tags, self.sources, self.rows = [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag == 'tr':
+            self.rows.append([])
+        if tag == 'img':
+            self.sources.append(dict(attributes)['src'])
+        if tag not in ('meta', 'img'):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ('td', 'th'):
+            self.rows[-1].append(data)
+
+
+# --- Numbers --------------------------------------------------------------------------------------
+
+
+def test_runs_that_differ_in_seed_alone_are_one_row(runs):
+    rows = report.make_rows([report.read_run(run) for run in runs])
+    assert [(row.label, len(row.runs)) for row in rows] == [
+        ('mod1_a · noise.std=0.015', 3),
+        ('mod1_a · noise.std=0.5', 1),
+        ('mod2', 1),
+        ('mod1_b', 1),
+    ]
+    table = report.metrics_table(rows[:3])
+    column = table.head.index('I-AUROC')
+    cells = [line[column] for line in table.lines]
+    spread = 100 * statistics.stdev((0.5, 0.6, 0.7))
+    expected = [f'60.0 ± {spread:.1f}', '51.1', '+8.9', '80.0', '51.1', '+28.9']
+    assert cells == [*expected, '70.0', '67.8', '+2.2']
+    assert table.lines[0][:3] == ['mod1_a · noise.std=0.015', '300', '3']
+    absent = table.head.index('AP-loc')
+    assert {line[absent] for line in table.lines} == {report.NOTHING}
+    assert table.quiet == {1, 2, 4, 5, 7, 8}
+
+
+def test_some_seeds_without_a_value_are_told():
+    assert report.mean_and_spread([0.5, None, 0.7], 100) == '60.0 ± 14.1 (2 of 3)'
+    assert report.mean_and_spread([None], 100) == report.NOTHING
+    assert report.mean_and_spread([0.25], digits=4) == '0.2500'
+
+
+@pytest.mark.parametrize(
+    'name, change, results, expected',
+    [
+        ('mod2', {'noise.beta': 0.05}, {}, {'I-AUROC': 0.723}),
+        ('mod2', {'noise.beta': 0.2}, {}, None),
+        ('mixed', {}, {'train_masks': 53}, {'AP-loc': 0.680}),
+        ('mixed', {}, {'train_masks': 25}, None),
+        ('mod3', {}, {'backbone': 'resnet18'}, None),
+        ('supervised', {}, {'train_masks': 246}, {'AP-det': 0.978, 'AP-loc': 0.813}),
+        ('baseline', {}, {'category': 'carpet'}, {'I-AUROC': 0.984, 'AUPRO': 0.923}),
+        ('baseline', {}, {'category': 'nut'}, None),
+        ('baseline', {}, {'data': 'synthetic'}, None),
+    ],
+)
+def test_what_is_published_beside_a_run(name, change, results, expected):
+    config = runpy.run_path(str(ROOT / 'configs' / f'{name}.py'))['get_config']()
+    config.update_from_flattened_dict(change)
+    facts = {'data': config.data.name, 'category': config.data.category, 'train_masks': 0}
+    found = published.find(config, facts | {'backbone': config.backbone.name} | results)
+    assert (found and found.metrics) == expected
+
+
+def test_efficiency_and_decision(runs, tmp_path):
+    rows = report.make_rows([report.read_run(run) for run in runs])
+    benchmark = report.read_benchmark(write_benchmark(tmp_path / 'b.json'))
+    lines = report.efficiency_table(rows, benchmark).lines
+    assert lines[0][2:] == ['4.6', '3.00 ± 1.00', '1 x cpu', '10.00', '120.00', '50.00']
+    assert lines[1][2:] == ['4.5', '–', '–', '7.78', '398.47', '52.43']
+    # Another backbone under the same name has another speed, and nothing published beside it.
+    other = config_lib.default_config()
+    other.backbone.name = 'wide_resnet50_2'
+    run = write_run(tmp_path / 'other', config=other, parameters=33_719_363)
+    lines = report.efficiency_table(report.make_rows([report.read_run(run)]), benchmark).lines
+    assert len(lines) == 1 and lines[0][5:] == ['–'] * 3
+    smaller = config_lib.default_config()
+    smaller.image_size = (64, 64)
+    run = write_run(tmp_path / 'smaller', config=smaller)
+    lines = report.efficiency_table(report.make_rows([report.read_run(run)]), benchmark).lines
+    assert lines[0][5:] == ['–'] * 3
+    lines = report.decision_table(rows).lines
+    assert lines[2][2:] == ['0.5000', 'train', '80.0', '–', '0.5000', '90.0', '10.0']
+
+
+# --- The page -------------------------------------------------------------------------------------
+
+
+def test_page_is_whole_and_self_contained(made):
+    text = (made / 'report.html').read_text()
+    page = Page(text)
+    assert page.open == []
+    tags = {tag for tag, _ in page.tags}
+    assert not tags & {'script', 'link', 'iframe', 'object'}
+    assert 'http://' not in text and 'https://' not in text and 'url(' not in text
+    # Overlays of four rows, losses of two categories, the trade-off of one.
+    assert len(page.sources) == 7
+    for source in page.sources:
+        head, _, encoded = source.partition(',')
+        assert head == 'data:image/png;base64'
+        image = np.frombuffer(base64.b64decode(encoded, validate=True), np.uint8)
+        assert cv2.imdecode(image, cv2.IMREAD_COLOR) is not None
+    widths = [len(row) for row in page.rows]
+    assert set(widths) >= {3 + len(metrics.METRICS)}
+    assert any('drawn <b>' in cell for row in page.rows for cell in row)  # Names are no markup.
+    assert 'procedurally drawn' in text and 'random weights' in text
+
+
+def test_markdown_says_the_same_and_finds_its_figures(made):
+    text = (made / 'report.md').read_text()
+    for line in ('## mvtec_ad screw', '## Efficiency', '51.1', '+28.9', 'drawn \\<b>'):
+        assert line in text
+    names = [line.split('](')[1].rstrip(')') for line in text.splitlines() if line[:2] == '![']
+    assert sorted(names) == sorted(f'figures/{p.name}' for p in (made / 'figures').iterdir())
+    for a, b in itertools.pairwise(text.splitlines()):  # A table's lines have equally many cells.
+        if a.startswith('|') and b.startswith('|'):
+            assert a.count('|') == b.count('|')
+
+
+def test_a_report_replaces_an_earlier_one(made, runs):
+    report.write_report(runs[:1], made)
+    assert {p.name for p in made.parent.iterdir()} == {'runs', 'report', 'bench.json'}
+    assert '+28.9' not in (made / 'report.md').read_text()
+    assert len(list((made / 'figures').iterdir())) == 2
+
+
+@pytest.mark.parametrize('losses', [[], [float('nan')], [0.0, -1.0], [1e9, 1e-9]])
+def test_new_figures_of_odd_values(losses, tmp_path):
+    history = {'epoch': list(range(1, len(losses) + 1)), 'loss': losses}
+    figures.compare_losses(tmp_path / 'l.png', {'a': history, 'b': history}, 'title')
+    figures.trade_off(tmp_path / 't.png', {'a': (1.0, 0.5)}, {}, 'title', ('cpu', 'gpu'))
+    for name in ('l', 't'):
+        assert cv2.imread(str(tmp_path / f'{name}.png')) is not None
+
+
+class Browser:
+    """A headless Chromium that is spoken to through its debugging pipe."""
+
+    def __init__(self, program, profile):
+        (read_theirs, write_ours), (read_ours, write_theirs) = os.pipe(), os.pipe()
+        # The pipe's ends are to be file descriptors 3 and 4 of the browser.
+        line = f'exec "$@" 3<&{read_theirs} 4>&{write_theirs}'
+        options = ['--headless', '--no-sandbox', '--disable-gpu', '--remote-debugging-pipe']
+        self.process = subprocess.Popen(
+            ['bash', '-c', line, '-', program, *options, f'--user-data-dir={profile}'],
+            pass_fds=(read_theirs, write_theirs),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(read_theirs)
+        os.close(write_theirs)
+        self.answers, self.orders = os.fdopen(read_ours, 'rb'), os.fdopen(write_ours, 'wb')
+        self.events, self.count, self.session, self.rest = [], 0, None, b''
+
+    def read(self):
+        """The next message; they end with a zero byte."""
+        while b'\0' not in self.rest:
+            part = self.answers.read1(65536)
+            assert part, 'the browser has ended'
+            self.rest += part
+        text, _, self.rest = self.rest.partition(b'\0')
+        return json.loads(text)
+
+    def send(self, method, **parameters):
+        """The answer to an order; events that come in between are kept."""
+        self.count += 1
+        order = {'id': self.count, 'method': method, 'params': parameters}
+        if self.session:
+            order['sessionId'] = self.session
+        self.orders.write(json.dumps(order).encode() + b'\0')
+        self.orders.flush()
+        while (answer := self.read()).get('id') != self.count:
+            self.events.append(answer)
+        assert 'error' not in answer, answer
+        return answer['result']
+
+    def wait(self, method):
+        """Reads until an event has come."""
+        while not any(event['method'] == method for event in self.events):
+            self.events.append(self.read())
+
+    def evaluate(self, expression):
+        """The value of an expression on the page."""
+        answer = self.send('Runtime.evaluate', expression=expression, returnByValue=True)
+        return answer['result']['value']
+
+    def close(self):
+        """Ends the browser."""
+        self.process.kill()
+        self.process.wait()
+        self.orders.close()
+        self.answers.close()
+
+
+@pytest.fixture
+def browser(tmp_path):
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if not program:
+        pytest.skip(f'no headless browser: install one of {", ".join(BROWSERS)}')
+    browser = Browser(program, tmp_path / 'profile')
+    yield browser
+    browser.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('width', [390, 1400])
+def test_page_in_a_browser(width, made, browser):
+    """No error, no request, no broken image, nothing wider than the screen."""
+    target = browser.send('Target.createTarget', url='about:blank')['targetId']
+    browser.session = browser.send('Target.attachToTarget', targetId=target, flatten=True)[
+        'sessionId'
+    ]
+    for domain in ('Page', 'Runtime', 'Log', 'Network'):
+        browser.send(f'{domain}.enable')
+    browser.send(
+        'Emulation.setDeviceMetricsOverride',
+        **{'width': width, 'height': 800, 'deviceScaleFactor': 1, 'mobile': width < 500},
+    )
+    browser.events.clear()
+    url = (made / 'report.html').as_uri()
+    browser.send('Page.navigate', url=url)
+    browser.wait('Page.loadEventFired')
+    images = '[...document.images].map(i => i.complete && i.naturalWidth > 0)'
+    assert browser.evaluate(images) == [True] * 7
+    assert browser.evaluate('document.documentElement.scrollWidth') <= width
+    assert browser.evaluate('document.compatMode') == 'CSS1Compat'
+    for event in browser.events:
+        assert event['method'] not in ('Runtime.exceptionThrown', 'Log.entryAdded'), event
+        assert event['method'] != 'Runtime.consoleAPICalled', event
+        if event['method'] == 'Network.requestWillBeSent':
+            requested = event['params']['request']['url']
+            assert requested == url or requested.startswith('data:')
+    if folder := os.environ.get('SSN_JAX_SCREENSHOTS'):  # For people to look at.
+        shot = browser.send('Page.captureScreenshot', captureBeyondViewport=True)['data']
+        (pathlib.Path(folder) / f'report-{width}.png').write_bytes(base64.b64decode(shot))
+
+
+# --- Bad input ------------------------------------------------------------------------------------
+
+
+def absent(runs, tmp_path):
+    return [tmp_path / 'nowhere'], 'is no run'
+
+
+def no_run(runs, tmp_path):
+    (tmp_path / 'photos').mkdir()
+    return [*runs, tmp_path / 'photos'], 'is no run'
+
+
+def unfinished(runs, tmp_path):
+    (runs[0] / 'results.json').unlink()
+    return runs, 'no results.json'
+
+
+def damaged_results(runs, tmp_path):
+    (runs[0] / 'results.json').write_text('{"data": ')
+    return runs, 'can not be read'
+
+
+def old_results(runs, tmp_path):
+    (runs[0] / 'results.json').write_text('{"data": "mvtec_ad"}')
+    return runs, "lacks 'category'"
+
+
+def damaged_log(runs, tmp_path):
+    (runs[0] / 'train.csv').write_text('epoch,loss\nx,1\n')
+    return runs, 'can not be read'
+
+
+def damaged_figure(runs, tmp_path):
+    path = runs[0] / 'figures' / 'overlays.png'
+    path.write_bytes(path.read_bytes()[:20])
+    return runs, 'overlays.png is no readable image'
+
+
+def one_run_twice(runs, tmp_path):
+    shutil.copytree(runs[0], tmp_path / 'copy')
+    return [*runs, tmp_path / 'copy'], 'the same seed'
+
+
+def newer_run(runs, tmp_path):
+    (runs[0] / 'config.json').write_text('{"version": 1000}')
+    return runs, 'newer'
+
+
+@pytest.mark.parametrize(
+    'case',
+    [
+        *(absent, no_run, unfinished, damaged_results, old_results, damaged_log),
+        *(damaged_figure, one_run_twice, newer_run),
+    ],
+)
+def test_bad_runs_are_one_line_and_leave_nothing(case, runs, tmp_path):
+    workdirs, words = case(runs, tmp_path)
+    before = set(tmp_path.iterdir())
+    assert words in message(workdirs, tmp_path / 'report')
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_run_named_twice_counts_once(runs, tmp_path):
+    report.write_report([runs[0], runs[0] / '..' / runs[0].name], tmp_path / 'report')
+    assert f'| {runs[0]} |' in (tmp_path / 'report' / 'report.md').read_text()
+
+
+def test_folders_with_other_files_are_left_alone(made, runs, tmp_path):
+    for name in ('thesis.tex', 'figures/photo.jpg'):
+        (made / name).write_text('')
+        assert name in message(runs, made)
+        (made / name).unlink()
+    (tmp_path / 'figures').mkdir()
+    (tmp_path / 'file').write_text('')
+    assert 'holds other files' in message(runs, tmp_path)
+    assert 'is a file' in message(runs, tmp_path / 'file')
+    assert 'can not be written' in message(runs, tmp_path / 'file' / 'report')
+
+
+@pytest.mark.parametrize('text', [None, '', '{}', '[]', '{"device": "cpu", "results": [1]}'])
+def test_bad_benchmarks_are_one_line(text, runs, tmp_path):
+    path = tmp_path / 'bench.json'
+    if text is not None:
+        path.write_text(text)
+    assert str(path) in message(runs, tmp_path / 'report', path)
+    assert not (tmp_path / 'report').exists()
+
+
+def test_script_ends_with_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / 'scripts' / 'report.py', tmp_path, '--output', tmp_path / 'r'],
+        env=os.environ | {'PYTHONPATH': str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (1, '')
+    assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1
