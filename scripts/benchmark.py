@@ -32,7 +32,7 @@ CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 BATCHES = (1, 16)
 
 _CONFIGS = flags.DEFINE_list(
-    'configs', 'baseline,mod1_a,mod1_b,mod2', 'Names of configs/*.py to measure.'
+    'configs', 'baseline,mod1_a,mod1_b,mod2,mod3,simplenet', 'Names of configs/*.py to measure.'
 )
 _AGAINST = flags.DEFINE_list('against', '', 'Other implementations: torch, openvino.')
 _TURNS = flags.DEFINE_integer('turns', 15, 'How often each form runs at batch 1; at 16 half.')
@@ -62,6 +62,8 @@ def random_variables(config) -> tuple[dict, dict]:
     """Variables of backbone and network as initialised."""
     backbone, network = resnet.BACKBONES[config.backbone.name], steps.build_network(config)
     channels = sum(resnet.CHANNELS[config.backbone.name][1:])
+    if config.system == 'simplenet':
+        channels = config.simplenet.embedding
     keys = jax.random.split(jax.random.key(config.seed))
     return (
         jax.jit(backbone.init)(keys[0], np.zeros((1, 64, 64, 3), np.float32)),
@@ -79,8 +81,8 @@ def compile_jax(form: str, config, variables: tuple[dict, dict], images: np.ndar
 
         def run(held, images, for_cache=None):
             layers = backbone.apply(held[0], features_lib.normalise(images))[1:]
-            logits, scores = network.apply(held[1], features_lib.upscale_pool(layers))
-            return scores, features_lib.full_size_map(logits, images.shape[1:3])[..., 0]
+            logits, scores = network.apply(held[1], network.features(network.frozen(layers)))
+            return scores, network.full_size_map(logits, images.shape[1:3])[..., 0]
 
     held = jax.device_put(held)
     compiled = jax.jit(run).lower(held, images).compile()

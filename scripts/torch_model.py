@@ -1,5 +1,7 @@
 """The same arithmetic in PyTorch, to measure against: optional, for scripts/benchmark.py alone."""
 
+from collections import OrderedDict
+
 from flax import traverse_util
 import jax
 import numpy as np
@@ -8,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from ssn_jax import weights
-from ssn_jax.models import features as features_lib
+from ssn_jax.models import features as features_lib, simplenet, supersimplenet
 
 
 class _Block(nn.Module):
@@ -39,12 +41,24 @@ class _Block(nn.Module):
         return functional.relu(y + (x if self.downsample is None else self.downsample(x)))
 
 
-class SuperSimpleNet(nn.Module):
-    """Images uint8 (N, H, W, 3) -> score logits (N,) and full-size anomaly logits (N, H, W)."""
+def _nest(**modules):
+    """A module that only holds others, for the published names."""
+    outer = nn.Module()
+    for name, module in modules.items():
+        outer.add_module(name, module)
+    return outer
 
-    def __init__(self, backbone, adaptor, adapt_cls_features, size):
+
+class _Network(nn.Module):
+    """What all systems share: the backbone before the heads and the map's smoothing behind them.
+
+    Images uint8 (N, H, W, 3) -> score logits (N,) and full-size anomaly logits (N, H, W). A system
+    adds `heads`: from layer2 and layer3 to map logits (N, 1, h, w) and scores (N,).
+    """
+
+    def __init__(self, backbone, size, **blur):
         super().__init__()
-        self.adapt_cls_features, self.size = adapt_cls_features, size
+        self.size = size
         mean, std = (
             torch.tensor(x) for x in (features_lib.IMAGENET_MEAN, features_lib.IMAGENET_STD)
         )
@@ -65,57 +79,115 @@ class SuperSimpleNet(nn.Module):
                 blocks.append(_Block(inputs, inner, 2 if stage > 1 and i == 0 else 1))
                 inputs = inner[-1][1]
             setattr(self.backbone, f'layer{stage}', nn.Sequential(*blocks))
-        channels = 384 if basic else 1536
-        self.feature_adaptor = nn.Module()
-        self.feature_adaptor.projection = (
-            nn.Conv2d(channels, channels, 1)
+        self.channels = 384 if basic else 1536
+        for name, n in zip(('rows', 'columns'), size, strict=True):
+            self.register_buffer(name, torch.from_numpy(features_lib.blur_matrix(n, **blur)), False)
+
+    def layers(self, images):
+        x = (images.permute(0, 3, 1, 2).float() / 255.0 - self.mean) / self.std
+        b = self.backbone
+        x = functional.max_pool2d(functional.relu(b.bn1(b.conv1(x))), 3, 2, 1)
+        x2 = b.layer2(b.layer1(x))
+        return x2, b.layer3(x2)
+
+    def forward(self, images):
+        logits, scores = self.heads(self.layers(images))
+        full = functional.interpolate(logits, self.size, mode='bilinear', align_corners=False)
+        return scores, self.rows @ full[:, 0] @ self.columns.T
+
+
+class SuperSimpleNet(_Network):
+    """SuperSimpleNet, and GAP+CAM, which has no segmentation head."""
+
+    def __init__(self, backbone, size, adaptor, adapt_cls_features, gap_cam):
+        super().__init__(backbone, size)
+        channels, self.gap_cam = self.channels, gap_cam
+        self.adapt_cls_features = adapt_cls_features
+        self.feature_adaptor = _nest(
+            projection=nn.Conv2d(channels, channels, 1)
             if adaptor == 'linear'
             else nn.Sequential(
                 nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU()
             )
         )
-        self.discriminator = nn.Module()
-        self.discriminator.seg = nn.Sequential(
-            nn.Conv2d(channels, 1024, 1),
-            nn.BatchNorm2d(1024),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(1024, 1, 1, bias=False),
+        self.discriminator = _nest(
+            dec_head=nn.Sequential(
+                nn.Conv2d(channels + (not gap_cam), 128, 5, padding=2),
+                nn.BatchNorm2d(128),
+                nn.ReLU(),
+            ),
+            fc_score=nn.Linear(128 if gap_cam else 258, 1),
         )
-        self.discriminator.dec_head = nn.Sequential(
-            nn.Conv2d(channels + 1, 128, 5, padding=2), nn.BatchNorm2d(128), nn.ReLU()
-        )
-        self.discriminator.fc_score = nn.Linear(258, 1)
-        for name, n in zip(('rows', 'columns'), size, strict=True):
-            self.register_buffer(name, torch.from_numpy(features_lib.blur_matrix(n)), False)
+        if not gap_cam:
+            self.discriminator.seg = nn.Sequential(
+                nn.Conv2d(channels, 1024, 1),
+                nn.BatchNorm2d(1024),
+                nn.LeakyReLU(0.2),
+                nn.Conv2d(1024, 1, 1, bias=False),
+            )
 
-    def forward(self, images):
-        x = (images.permute(0, 3, 1, 2).float() / 255.0 - self.mean) / self.std
-        b = self.backbone
-        x = functional.max_pool2d(functional.relu(b.bn1(b.conv1(x))), 3, 2, 1)
-        x2 = b.layer2(b.layer1(x))
-        layers = (x2, b.layer3(x2))
-        grid = (2 * x2.shape[2], 2 * x2.shape[3])
+    def features(self, layers):
+        grid = (2 * layers[0].shape[2], 2 * layers[0].shape[3])
         features = torch.cat(
             [functional.interpolate(x, grid, mode='bilinear', align_corners=True) for x in layers],
             1,
         )
-        features = functional.avg_pool2d(features, 3, 1, 1)
+        return functional.avg_pool2d(features, 3, 1, 1)
+
+    def heads(self, layers):
+        features = self.features(layers)
         adapted = self.feature_adaptor.projection(features)
         d = self.discriminator
+        if self.gap_cam:
+            x = d.dec_head(adapted)
+            weight = d.fc_score.weight[:, :, None, None]
+            return functional.conv2d(x, weight), d.fc_score(x.mean((2, 3)))[:, 0]
         logits = d.seg(adapted)
         seen = adapted if self.adapt_cls_features else features
         x = d.dec_head(torch.cat([seen, logits], 1))
         pooled = [
             f(y) for y in (x, logits) for f in (lambda y: y.amax((2, 3)), lambda y: y.mean((2, 3)))
         ]
-        scores = d.fc_score(torch.cat(pooled, 1))[:, 0]
-        full = functional.interpolate(logits, self.size, mode='bilinear', align_corners=False)
-        return scores, self.rows @ full[:, 0] @ self.columns.T
+        return logits, d.fc_score(torch.cat(pooled, 1))[:, 0]
+
+
+class SimpleNet(_Network):
+    """SimpleNet: patches averaged to an embedding, projection, discriminator."""
+
+    def __init__(self, backbone, size, embedding, hidden):
+        super().__init__(backbone, size, taps=33, repeat_edge=True)
+        self.embedding = embedding
+        self.pre_projection = _nest(layers=_nest(**{'0fc': nn.Linear(embedding, embedding)}))
+        block = nn.Sequential(
+            nn.Linear(embedding, hidden), nn.BatchNorm1d(hidden), nn.LeakyReLU(0.2)
+        )
+        self.discriminator = _nest(
+            body=nn.Sequential(OrderedDict(block1=block)), tail=nn.Linear(hidden, 1, bias=False)
+        )
+
+    def heads(self, layers):
+        n, _, height, width = layers[0].shape
+        parts = []
+        for x in layers:
+            patches = functional.unfold(x, 3, padding=1).transpose(1, 2)
+            y = functional.adaptive_avg_pool1d(patches, self.embedding)
+            y = y.transpose(1, 2).reshape(n, self.embedding, *x.shape[2:])
+            y = functional.interpolate(y, (height, width), mode='bilinear', align_corners=False)
+            parts.append(y.flatten(2).transpose(1, 2))
+        x = functional.adaptive_avg_pool1d(torch.cat(parts, 2), self.embedding)
+        x = self.pre_projection.layers.get_submodule('0fc')(x.reshape(-1, self.embedding))
+        logits = -self.discriminator.tail(self.discriminator.body(x)).reshape(n, 1, height, width)
+        return logits, logits.amax((1, 2, 3))
 
 
 def build(backbone: str, backbone_variables: dict, variables: dict, network, size) -> nn.Module:
     """The module with this project's variables, channels last, in evaluation mode."""
-    module = SuperSimpleNet(backbone, network.adaptor, network.adapt_cls_features, size)
+    if isinstance(network, simplenet.SimpleNet):
+        module = SimpleNet(backbone, size, network.embedding, network.hidden)
+    else:
+        gap_cam = isinstance(network, supersimplenet.GapCam)
+        adapted = gap_cam or network.adapt_cls_features
+        module = SuperSimpleNet(backbone, size, network.adaptor, adapted, gap_cam)
     state = module.state_dict()
     sources = (
         (backbone_variables, weights.backbone_name, 'backbone.'),
