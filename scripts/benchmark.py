@@ -37,6 +37,8 @@ _CONFIGS = flags.DEFINE_list(
 _AGAINST = flags.DEFINE_list('against', '', 'Other implementations: torch, openvino.')
 _TURNS = flags.DEFINE_integer('turns', 15, 'How often each form runs at batch 1; at 16 half.')
 _JSON = flags.DEFINE_bool('json', False, 'Print one JSON document instead of the table.')
+_TRAIN = flags.DEFINE_bool('train', False, 'Measure training instead of inference.')
+_BATCH = flags.DEFINE_integer('batch', 16, 'With --train: images per step, before doubling.')
 _DIRECT = flags.DEFINE_bool('direct', True, 'Measure the direct form too.')
 
 
@@ -216,6 +218,85 @@ def format_table(results: list[dict]) -> str:
     return '\n'.join(lines)
 
 
+def measure_training(name: str, against: list[str], turns: int, batch: int) -> dict:
+    """Images per second of a config's training: the cheap form, the direct one, PyTorch's.
+
+    PyTorch gets its masks for nothing and trains without the noise generator; the frozen features,
+    which this project computes once in a run, are timed by themselves.
+    """
+    config = load_config(name)
+    config.batch_size = batch
+    images = embedded_images(batch, tuple(config.image_size))
+    variables = random_variables(config)
+    backbone, network = resnet.BACKBONES[config.backbone.name], steps.build_network(config)
+    frozen = network.frozen
+
+    def extract():
+        return features_lib.extract_layers(backbone, variables[0], images, batch, frozen)
+
+    layers = extract()
+    began = time.perf_counter()
+    jax.block_until_ready(extract())
+    extraction = time.perf_counter() - began
+    channels = sum(x.shape[-1] for x in layers)
+    order = np.arange(batch)[None]
+
+    def ours(sparse):
+        config.sparse = sparse
+        epoch = steps.make_epoch(config, 1)
+        state = [steps.init_state(config, jax.random.key(0), channels)]
+
+        def call(turn):
+            state[0], _ = jax.block_until_ready(
+                epoch(state[0], {'layers': layers}, order, jax.random.key(turn))
+            )
+
+        return call
+
+    calls = {'cheap': ours(True), 'direct': ours(False)}
+    if 'torch' in against:
+        calls['torch'] = _torch_training(config, variables, images)
+    seconds = {form: [] for form in calls}
+    for turn in range(-2, turns):
+        for form, call in calls.items():
+            began = time.perf_counter()
+            call(turn + 2)
+            if turn >= 0:
+                seconds[form].append(time.perf_counter() - began)
+    forms = {
+        form: {
+            'images_per_s': float(batch / np.median(s)),
+            'cheap_is_faster': float(np.median(np.array(s) / np.array(seconds['cheap']))),
+        }
+        for form, s in seconds.items()
+    }
+    return {'config': name, 'batch': batch, 'extract_s': extraction / batch, 'forms': forms}
+
+
+def _torch_training(config, variables, images):
+    torch, module = _torch_module(config, variables)
+    import torch_model
+
+    module.train()
+    module.backbone.eval()
+    o, heads = config.optimizer, module.discriminator
+    optimizer = torch.optim.AdamW(
+        [
+            {'params': module.feature_adaptor.parameters(), 'lr': o.adaptor_learning_rate},
+            {'params': heads.parameters(), 'lr': o.heads_learning_rate, 'weight_decay': 1e-5},
+        ]
+    )
+    masks = steps.make_masks(config)
+    grid = tuple(s // 4 for s in config.image_size)
+    images = torch.from_numpy(images)
+
+    def call(turn):
+        mask = np.array(masks(jax.random.key(turn), 2 * len(images), grid)).transpose(0, 3, 1, 2)
+        torch_model.train_step(module, optimizer, images, torch.from_numpy(mask), config.noise.std)
+
+    return call
+
+
 def run(argv: list[str]) -> None:
     """Measures and prints for parsed flags."""
     if len(argv) > 1:
@@ -230,6 +311,8 @@ def run(argv: list[str]) -> None:
                 raise UserError(f"--against={other} needs {package}: pip install -e '.[bench]'.")
     for name in _CONFIGS.value:
         load_config(name)
+    if _TRAIN.value:
+        return run_training()
     results = []
     for name in _CONFIGS.value:
         results.append(measure(name, _AGAINST.value, _TURNS.value, _DIRECT.value))
@@ -243,6 +326,27 @@ def run(argv: list[str]) -> None:
                 {'device': device, 'published': published.EFFICIENCY, 'results': results}, indent=2
             )
         )
+
+
+def run_training() -> None:
+    """Measures and prints training, config by config."""
+    results = []
+    for name in _CONFIGS.value:
+        config = load_config(name)
+        if config.system != 'supersimplenet' or config.supervision.kind != 'none':
+            raise UserError(f'--train measures unsupervised SuperSimpleNets: {name} is none.')
+        results.append(measure_training(name, _AGAINST.value, _TURNS.value, _BATCH.value))
+        if not _JSON.value:
+            r = results[-1]
+            print(
+                f'{name}, batch {r["batch"]}: frozen features once, {r["extract_s"]:.3f} s an image'
+            )
+            for form, row in r['forms'].items():
+                ratio = f'{row["cheap_is_faster"]:.2f}x'
+                print(f'  {form:8s}{row["images_per_s"]:8.2f} images/s, cheap is faster by {ratio}')
+    if _JSON.value:
+        device = f'{jax.device_count()} x {jax.devices()[0].device_kind}'
+        print(json.dumps({'device': device, 'training': results}, indent=2))
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -142,11 +142,17 @@ class SuperSimpleNet(_Network):
             x = d.dec_head(adapted)
             weight = d.fc_score.weight[:, :, None, None]
             return functional.conv2d(x, weight), d.fc_score(x.mean((2, 3)))[:, 0]
+        return self.classify(adapted, features)
+
+    def classify(self, adapted, features, detach=False):
+        """Both heads; with `detach` the score does not teach the map."""
+        d = self.discriminator
         logits = d.seg(adapted)
+        of_map = logits.detach() if detach else logits
         seen = adapted if self.adapt_cls_features else features
-        x = d.dec_head(torch.cat([seen, logits], 1))
+        x = d.dec_head(torch.cat([seen, of_map], 1))
         pooled = [
-            f(y) for y in (x, logits) for f in (lambda y: y.amax((2, 3)), lambda y: y.mean((2, 3)))
+            f(y) for y in (x, of_map) for f in (lambda y: y.amax((2, 3)), lambda y: y.mean((2, 3)))
         ]
         return logits, d.fc_score(torch.cat(pooled, 1))[:, 0]
 
@@ -178,6 +184,41 @@ class SimpleNet(_Network):
         x = self.pre_projection.layers.get_submodule('0fc')(x.reshape(-1, self.embedding))
         logits = -self.discriminator.tail(self.discriminator.body(x)).reshape(n, 1, height, width)
         return logits, logits.amax((1, 2, 3))
+
+
+def train_step(module: SuperSimpleNet, optimizer, images, mask, std: float) -> float:
+    """One update of the published unsupervised training, as it is written there.
+
+    The backbone runs on every image again, and both copies of the doubled batch through all heads.
+
+    Args:
+      module: in training mode but for its backbone.
+      optimizer: over what is trained.
+      images: uint8 (N, H, W, 3).
+      mask: (2N, 1, h, w), 1 where noise is added.
+      std: the noise's standard deviation.
+
+    Returns:
+      The loss.
+    """
+    with torch.no_grad():
+        features = module.features(module.layers(images))
+    adapted = module.feature_adaptor.projection(features)
+    features, adapted = torch.cat([features, features]), torch.cat([adapted, adapted])
+    noise = std * torch.randn_like(adapted) * mask
+    logits, scores = module.classify(adapted + noise, features + noise, detach=True)
+    normal, anomalous = logits[mask == 0], logits[mask > 0]
+    loss = functional.relu(0.5 + normal).mean() + functional.relu(0.5 - anomalous).mean()
+    loss += _focal(logits, mask).mean() + _focal(scores, mask.amax((1, 2, 3))).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def _focal(logits, targets):
+    signed = torch.where(targets > 0, logits, -logits)
+    return torch.sigmoid(-signed) ** 4 * functional.softplus(-signed)
 
 
 def build(backbone: str, backbone_variables: dict, variables: dict, network, size) -> nn.Module:
