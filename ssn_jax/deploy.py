@@ -17,9 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssn_jax.models import features as features_lib, native, simplenet
-from ssn_jax.models.layers import conv2d
-
-_EPSILON, _SLOPE = 1e-5, 0.2
+from ssn_jax.models.layers import EPSILON, SLOPE, conv2d
 
 # Hidden channels of the segmentation head at a time, on a CPU: at the feature grid, these of one
 # image (64 * 64 * 64 * 4 B = 1 MiB) stay in the cache between upscaling, LeakyReLU and product.
@@ -140,7 +138,7 @@ def _merge(x):
 
 def _fold(conv, norm, stats):
     """A convolution without or with bias, and the BatchNorm after it, as one convolution."""
-    gain = norm['scale'] / np.sqrt(stats['var'] + _EPSILON)
+    gain = norm['scale'] / np.sqrt(stats['var'] + EPSILON)
     bias = norm['bias'] + (conv.get('bias', 0.0) - stats['mean']) * gain
     return {'kernel': conv['kernel'] * gain, 'bias': bias}
 
@@ -393,7 +391,7 @@ def _heads(fused, layers):
     def add(logits, chunk):
         kernel = chunk['kernel']
         y = adapted @ kernel if 'adaptor' in fused else native.convolve_arranged(layers, kernel)
-        y = jax.nn.leaky_relu(y + chunk['bias'], _SLOPE)
+        y = jax.nn.leaky_relu(y + chunk['bias'], SLOPE)
         return logits + jnp.matmul(y, chunk['out'], preferred_element_type=jnp.float32), None
 
     logits = jnp.zeros((len(layers[0]), *grid))
@@ -411,6 +409,6 @@ def _simplenet(fused, layers):
     x = fused['bias']
     for layer, kernel in zip(layers, fused['patches'], strict=True):
         x += features_lib.resize(simplenet.unfold(layer) @ kernel, grid).astype(kernel.dtype)
-    x = jax.nn.leaky_relu(x, _SLOPE)
+    x = jax.nn.leaky_relu(x, SLOPE)
     logits = jnp.matmul(x, fused['out'], preferred_element_type=jnp.float32)
     return logits.max((1, 2)), logits

@@ -21,9 +21,9 @@ import numpy as np
 from ssn_jax import losses, synthesis
 from ssn_jax.models import native
 from ssn_jax.models.features import feature_grid, upscale_pool
-from ssn_jax.models.layers import conv2d
+from ssn_jax.models.layers import EPSILON, MOMENTUM, SLOPE, conv2d
 
-_EPSILON, _MOMENTUM, _SLOPE = 1e-5, 0.9, 0.2
+# By how many standard deviations of the share of noisy positions each program exceeds the mean.
 _SURPLUS = np.array([-0.5, 1.0, 3.0, np.inf])
 
 
@@ -123,7 +123,7 @@ def _loss(config, params, batch_stats, layers, placed, noise_fn, capacity, stop_
     gain, offset = _affine(seg['norm'], mean, variance)
 
     def head(x):
-        return jax.nn.leaky_relu(x * gain + offset, _SLOPE) @ seg['out']['kernel']
+        return jax.nn.leaky_relu(x * gain + offset, SLOPE) @ seg['out']['kernel']
 
     both = jnp.tile(head(hidden), (2, 1))
     change = (head(noisy) - both[where]) * valid
@@ -154,7 +154,7 @@ def make_shuffled_loss(
         if hidden is not None:
             seg = params['seg_head']
             normal, stats['seg_head'] = _batch_norm(seg, batch_stats['seg_head'], hidden)
-            logits = jax.nn.leaky_relu(normal, _SLOPE) @ seg['out']['kernel']
+            logits = jax.nn.leaky_relu(normal, SLOPE) @ seg['out']['kernel']
         loss, terms, more = _score(
             config, params, batch_stats, placed, logits, x, stop_map_gradient
         )
@@ -240,14 +240,14 @@ def _batch_norm(part, batch_stats, x):
 
 def _affine(norm, mean, variance):
     """BatchNorm as gain and offset."""
-    gain = norm['scale'] * jax.lax.rsqrt(variance + _EPSILON)
+    gain = norm['scale'] * jax.lax.rsqrt(variance + EPSILON)
     return gain, norm['bias'] - mean * gain
 
 
 def _running(old, mean, variance):
     return {
-        'mean': _MOMENTUM * old['mean'] + (1 - _MOMENTUM) * mean,
-        'var': _MOMENTUM * old['var'] + (1 - _MOMENTUM) * variance,
+        'mean': MOMENTUM * old['mean'] + (1 - MOMENTUM) * mean,
+        'var': MOMENTUM * old['var'] + (1 - MOMENTUM) * variance,
     }
 
 

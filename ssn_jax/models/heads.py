@@ -8,7 +8,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from ssn_jax.models.layers import BatchNorm, Conv, Dense
+from ssn_jax.models.layers import SLOPE, BatchNorm, Conv, Dense
 
 
 class LinearAdaptor(nn.Module):
@@ -41,7 +41,7 @@ class SegmentationHead(nn.Module):
     def __call__(self, adapted: jax.Array, train: bool = False) -> jax.Array:
         x = Dense(self.hidden, name='hidden')(adapted)
         x = BatchNorm(use_running_average=not train, name='norm')(x)
-        return Dense(1, use_bias=False, name='out')(nn.leaky_relu(x, 0.2))
+        return Dense(1, use_bias=False, name='out')(nn.leaky_relu(x, SLOPE))
 
 
 class ClassificationHead(nn.Module):
@@ -89,7 +89,7 @@ class HingeDiscriminator(nn.Module):
     def __call__(self, projected: jax.Array, train: bool = False) -> jax.Array:
         x = Dense(self.hidden, name='hidden')(projected)
         x = BatchNorm(use_running_average=not train, name='norm')(x)
-        return -Dense(1, use_bias=False, name='out')(nn.leaky_relu(x, 0.2))
+        return -Dense(1, use_bias=False, name='out')(nn.leaky_relu(x, SLOPE))
 
 
 class NoiseGenerator(nn.Module):

@@ -12,30 +12,25 @@ from ssn_jax.models import features as features_lib
 from ssn_jax.models.heads import ADAPTORS, CamHead, ClassificationHead, SegmentationHead
 
 
-def _as_they_are(layers: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    return layers
-
-
-class SuperSimpleNet(nn.Module):
-    """Adaptor, segmentation head and classification head.
+class _OnFeatureGrid(nn.Module):
+    """What both share: they read the upscaled layers through an adaptor.
 
     Attributes:
       adaptor: 'linear' (published, Scenario A) or 'conv' (Scenario B).
-      adapt_cls_features: whether the classification head sees adapted features (first paper,
-        ICPR 2024) or the frozen ones (journal version).
     """
 
     adaptor: str = 'linear'
-    adapt_cls_features: bool = False
 
-    frozen = staticmethod(_as_they_are)
     features = staticmethod(features_lib.upscale_pool)
     full_size_map = staticmethod(features_lib.full_size_map)
 
+    @staticmethod
+    def frozen(layers: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """The layers as they are."""
+        return layers
+
     def setup(self):
         self.adapt_features = ADAPTORS[self.adaptor](name='adaptor')
-        self.seg_head = SegmentationHead()
-        self.cls_head = ClassificationHead()
 
     def __call__(self, features: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Evaluates a feature grid (N, H, W, C): anomaly logits (N, H, W, 1), score logits (N,)."""
@@ -44,6 +39,22 @@ class SuperSimpleNet(nn.Module):
     def adapt(self, features: jax.Array, train: bool = False) -> jax.Array:
         """Features (N, H, W, C) -> adapted features (N, H, W, C)."""
         return self.adapt_features(features, train)
+
+
+class SuperSimpleNet(_OnFeatureGrid):
+    """Adaptor, segmentation head and classification head.
+
+    Attributes:
+      adapt_cls_features: whether the classification head sees adapted features (first paper,
+        ICPR 2024) or the frozen ones (journal version).
+    """
+
+    adapt_cls_features: bool = False
+
+    def setup(self):
+        super().setup()
+        self.seg_head = SegmentationHead()
+        self.cls_head = ClassificationHead()
 
     def discriminate(
         self,
@@ -63,30 +74,12 @@ class SuperSimpleNet(nn.Module):
         return logits, self.cls_head(cls_features, seen, train)
 
 
-class GapCam(nn.Module):
-    """Adaptor and one head, taught by image labels alone; its map explains its score.
-
-    Attributes:
-      adaptor: 'linear' (published) or 'conv' (Scenario B).
-    """
-
-    adaptor: str = 'linear'
-
-    frozen = staticmethod(_as_they_are)
-    features = staticmethod(features_lib.upscale_pool)
-    full_size_map = staticmethod(features_lib.full_size_map)
+class GapCam(_OnFeatureGrid):
+    """Adaptor and one head, taught by image labels alone; its map explains its score."""
 
     def setup(self):
-        self.adapt_features = ADAPTORS[self.adaptor](name='adaptor')
+        super().setup()
         self.cls_head = CamHead()
-
-    def __call__(self, features: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Evaluates a feature grid (N, H, W, C): map (N, H, W, 1), score logits (N,)."""
-        return self.discriminate(self.adapt(features), features)
-
-    def adapt(self, features: jax.Array, train: bool = False) -> jax.Array:
-        """Features (N, H, W, C) -> adapted features (N, H, W, C)."""
-        return self.adapt_features(features, train)
 
     def discriminate(
         self,
