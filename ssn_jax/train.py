@@ -18,6 +18,7 @@ from ssn_jax import (
     data,
     decision,
     evaluate,
+    files,
     metrics,
     sampling,
     steps,
@@ -60,13 +61,6 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> N
         raise UserError(f'{workdir} is not empty and holds no run: choose another --workdir.')
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Replaces a file's content, so that a reader or a kill never meets half of it."""
-    temporary = path.with_name(path.name + '.tmp')
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 class Log:
     """train.csv: one row of losses per epoch, without gaps or doubles after a resume."""
 
@@ -81,7 +75,7 @@ class Log:
         """Adds an epoch's row and puts the file on disk."""
         self.rows.append({'epoch': str(epoch)} | {k: f'{v:.6g}' for k, v in values.items()})
         lines = [','.join(self.rows[0])] + [','.join(row.values()) for row in self.rows]
-        write_atomically(self.path, '\n'.join(lines) + '\n')
+        files.write(self.path, '\n'.join(lines) + '\n')
 
     def history(self) -> dict[str, list[float]]:
         """Columns by name."""
@@ -127,10 +121,10 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
 
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_atomically(workdir / 'config.json', config_lib.to_json(config))
+        files.write(workdir / 'config.json', config_lib.to_json(config))
         if config.supervision.kind == 'masks':
-            files = json.dumps(supervision.masked_files(split), indent=2) + '\n'
-            write_atomically(workdir / 'masked_images.json', files)
+            masked = json.dumps(supervision.masked_files(split), indent=2) + '\n'
+            files.write(workdir / 'masked_images.json', masked)
     except OSError as e:
         raise UserError(
             f'{workdir} can not be written ({e.strerror}): choose another --workdir.'
@@ -179,8 +173,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
         # As the publication chose it: on the images that it is then measured on.
         results['youden_on_test'] = metrics.youden(scores, dataset.test.labels)
     draw_figures(workdir / 'figures', results, dataset.test, maps, scores, log)
-    write_atomically(workdir / 'decision.json', json.dumps(chosen, indent=2) + '\n')
-    write_atomically(workdir / 'results.json', json.dumps(results, indent=2) + '\n')
+    files.write(workdir / 'decision.json', json.dumps(chosen, indent=2) + '\n')
+    files.write(workdir / 'results.json', json.dumps(results, indent=2) + '\n')
     return results
 
 

@@ -1,11 +1,17 @@
 """A tiny data set in MVTec AD's layout and random weights, for tests that run the main job."""
 
+import json
 import pathlib
 
 import cv2
+import jax
+import ml_collections
 import numpy as np
 import rule
 import safetensors.numpy
+
+from ssn_jax import checkpoint, config as config_lib, files, steps, train as train_lib
+from ssn_jax.models import resnet
 
 
 def write_data(root: pathlib.Path, size: int = 64, train: int = 6, test: int = 3) -> None:
@@ -30,3 +36,37 @@ def write_data(root: pathlib.Path, size: int = 64, train: int = 6, test: int = 3
 def write_weights(path: pathlib.Path) -> None:
     """The rule's ResNet18 under torchvision's names."""
     safetensors.numpy.save_file(rule.backbone_tensors('resnet18'), path)
+
+
+def config(folder: pathlib.Path, **fields) -> ml_collections.ConfigDict:
+    """A config of one epoch on the files that this module writes below `folder`."""
+    config = config_lib.default_config()
+    config.image_size, config.epochs, config.batch_size = (64, 64), 1, 4
+    config.data.update(root=str(folder / 'data'), category='nut', cache=str(folder / 'cache'))
+    config.backbone.weights = str(folder / 'resnet18.safetensors')
+    with config.ignore_type():
+        config.update_from_flattened_dict(fields)
+    return config
+
+
+def train(folder: pathlib.Path, **fields) -> pathlib.Path:
+    """Writes data and weights, trains on them, and returns the run's folder."""
+    write_data(folder / 'data')
+    write_weights(folder / 'resnet18.safetensors')
+    workdir = folder / 'run'
+    train_lib.train_and_evaluate(config(folder, **fields), workdir)
+    return workdir
+
+
+def fake_run(
+    folder: pathlib.Path, threshold: float | None = 0.5, epoch: int = 1, **fields
+) -> pathlib.Path:
+    """A run's folder with random weights, written without any training."""
+    write_weights(folder / 'resnet18.safetensors')
+    run, workdir = config(folder, **fields), folder / 'run'
+    state = steps.init_state(run, jax.random.key(1), sum(resnet.CHANNELS['resnet18'][1:]))
+    files.write(workdir / 'config.json', config_lib.to_json(run))
+    decision = {'threshold': threshold, 'undefined': 'made up', 'split': 'train (normal)'}
+    files.write(workdir / 'decision.json', json.dumps(decision))
+    checkpoint.save(checkpoint.open_manager(workdir, 2), epoch, state)
+    return workdir

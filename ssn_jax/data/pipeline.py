@@ -107,6 +107,11 @@ def load(
     )
 
 
+def is_embedded(config: ConfigDict) -> bool:
+    """Whether a config's data are the embedded set: procedural images instead of real ones."""
+    return config.name == 'synthetic' or not config.root
+
+
 def _source(config: ConfigDict) -> _Source:
     """Finds the data set that a config asks for."""
     root = Path(config.root).expanduser()
