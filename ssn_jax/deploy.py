@@ -354,7 +354,7 @@ def _heads(fused, layers):
         x = jax.nn.leaky_relu(x + chunk['bias'], _SLOPE)
         return logits + jnp.matmul(x, chunk['out'], preferred_element_type=jnp.float32), None
 
-    logits = jnp.zeros((len(layers[0]), *grid))
+    logits = jnp.zeros((layers[0].shape[0], *grid))
     logits, _ = jax.lax.scan(add, logits, fused['hidden'])
     of_map = logits[..., None]
 

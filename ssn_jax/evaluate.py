@@ -12,6 +12,23 @@ from ssn_jax.models import features as features_lib
 from ssn_jax.models.supersimplenet import SuperSimpleNet
 
 
+def is_fused(network: nn.Module) -> bool:
+    """Whether a network has a fused form (`deploy.py`)."""
+    return isinstance(network, SuperSimpleNet)
+
+
+def direct_form(backbone: nn.Module, network: nn.Module) -> Callable:
+    """`predict((backbone_variables, variables), images)`, as `deploy.predict` without fusing."""
+
+    def predict(variables, images):
+        backbone_variables, trained = variables
+        layers = backbone.apply(backbone_variables, features_lib.normalise(images))[1:]
+        logits, scores = network.apply(trained, network.features(network.frozen(layers)))
+        return scores, network.full_size_map(logits, images.shape[1:3])[..., 0]
+
+    return predict
+
+
 def make_predictor(
     backbone: nn.Module, network: nn.Module, batch_size: int
 ) -> Callable[[dict, dict, np.ndarray], tuple[np.ndarray, np.ndarray]]:
@@ -29,15 +46,8 @@ def make_predictor(
       batch is padded; the padding is cut off again.
     """
     devices = jax.local_device_count()
-    fused = isinstance(network, SuperSimpleNet)
-
-    def direct(variables, images):
-        backbone_variables, trained = variables
-        layers = backbone.apply(backbone_variables, features_lib.normalise(images))[1:]
-        logits, scores = network.apply(trained, network.features(network.frozen(layers)))
-        return scores, network.full_size_map(logits, images.shape[1:3])[..., 0]
-
-    parallel = jax.pmap(deploy.predict if fused else direct)
+    fused = is_fused(network)
+    parallel = jax.pmap(deploy.predict if fused else direct_form(backbone, network))
     replicate = jax.pmap(lambda arrays, _: arrays, in_axes=(None, 0))
 
     def predict(backbone_variables, variables, images):

@@ -1,6 +1,8 @@
 """A finished run, opened from its workdir alone: what it was, and what it has learned."""
 
+from collections.abc import Callable
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -9,7 +11,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from ssn_jax import checkpoint, config as config_lib, data, evaluate, steps, weights
+from ssn_jax import checkpoint, config as config_lib, data, deploy, evaluate, steps, weights
 from ssn_jax.errors import UserError
 from ssn_jax.models import resnet
 
@@ -131,3 +133,34 @@ def predict(run: Run, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     predictor = evaluate.make_predictor(run.backbone, run.network, run.config.eval_batch_size)
     return predictor(run.backbone_variables, run.variables, images)
+
+
+def forward(run: Run) -> tuple[object, Callable]:
+    """The run's predictor in the form for export, without loops over images.
+
+    Returns:
+      Arrays, and `predict(arrays, images)`: RGB images (N, *image_size, 3) in 0..255 to score
+      logits (N,) and anomaly logits (N, *image_size).
+    """
+    arrays = run.backbone_variables, run.variables
+    if evaluate.is_fused(run.network):
+        fused = deploy.fuse(*arrays, run.network)
+        return fused, functools.partial(deploy.predict, for_cache=False)
+    return arrays, evaluate.direct_form(run.backbone, run.network)
+
+
+def make_predictor(
+    run: Run, batch_size: int
+) -> Callable[[np.ndarray], tuple[jax.Array, jax.Array]]:
+    """The run's predictor compiled for one device and batch size, arrays on the device.
+
+    Returns:
+      uint8 RGB images (batch_size, *image_size, 3) -> score logits (batch_size,), anomaly logits
+      (batch_size, *image_size).
+    """
+    size = tuple(run.config.image_size)
+    if evaluate.is_fused(run.network):
+        fused = deploy.fuse(run.backbone_variables, run.variables, run.network)
+        return deploy.make_predictor(fused, batch_size, size)
+    arrays, predict = jax.device_put((run.backbone_variables, run.variables)), forward(run)[1]
+    return functools.partial(jax.jit(predict), arrays)

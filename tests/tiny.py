@@ -35,6 +35,7 @@ def write_data(root: pathlib.Path, size: int = 64, train: int = 6, test: int = 3
 
 def write_weights(path: pathlib.Path) -> None:
     """The rule's ResNet18 under torchvision's names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     safetensors.numpy.save_file(rule.backbone_tensors('resnet18'), path)
 
 
