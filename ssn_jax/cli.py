@@ -115,6 +115,22 @@ def set_up_log(quiet: bool = False) -> None:
     handler.setFormatter(_LogFormatter())
 
 
+def use_compilation_cache() -> None:
+    """Keeps compiled programs below the user's cache folder, so that a second start is quick."""
+    import jax
+
+    from ssn_jax.data import pipeline
+
+    folder = pipeline.cache_folder() / 'compiled'
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        logging.warning('%s can not be written (%s): nothing is kept there.', folder, e.strerror)
+        return
+    jax.config.update('jax_compilation_cache_dir', str(folder))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+
+
 def log_to_stderr(quiet: bool = False) -> None:
     """`set_up_log` for a command that is not started by absl."""
     logging.use_absl_handler()

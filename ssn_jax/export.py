@@ -15,9 +15,6 @@ import ml_collections
 from ssn_jax import decision, evaluate, files, runs
 from ssn_jax.errors import UserError
 
-# What the values of a decision mean, by index.
-CLASSES = ('normal', 'defective')
-
 _INPUT, _OUTPUTS = 'images', ('scores', 'maps')
 
 
@@ -71,7 +68,7 @@ def metadata(run: runs.Run) -> dict:
         'outputs': 'scores: logits (N,); maps: logits (N, height, width) of image_size',
         'threshold': threshold,  # A logit: defective from this score on.
         'threshold_probability': None if threshold is None else decision.sigmoid(threshold),
-        'classes': list(CLASSES),
+        'classes': list(decision.CLASSES),
         'image_size': list(run.config.image_size),
         'resize': list(run.config.resize),
         'config': run.config.name,
@@ -192,12 +189,5 @@ def write(run: runs.Run, form: str, output: pathlib.Path) -> None:
     Raises:
       UserError: the file can not be written, or packages are missing.
     """
-    if output.is_dir():
-        raise UserError(f'{output} is a folder: --output names a file.')
-    content = FORMATS[form](run)
-    try:
-        files.write(output, content)
-    except OSError as e:
-        raise UserError(
-            f'{output} can not be written ({e.strerror}): choose another --output.'
-        ) from None
+    files.check_output(output, '--output')
+    files.write_output(output, FORMATS[form](run), '--output')

@@ -271,15 +271,24 @@ def draw_figures(folder, results, split, maps, scores, log) -> None:
 
 def format_table(results: dict) -> str:
     """The seven metrics as a table for the terminal."""
-    lines = []
-    for name in metrics.METRICS:
-        value = results['metrics'][name]
-        shown = f'{100 * value:6.2f} %' if value is not None else results['undefined'][name]
-        lines.append(f'  {name:12s} {shown}')
     embedded = ', embedded data' if results['embedded'] else ''
-    lines.append(f'  {decision_line(results["decision"])}')
     head = f'{results["config"]} on {results["data"]} {results["category"]}{embedded}'
-    return '\n'.join([f'{head}, {results["epochs"]} epochs, seed {results["seed"]}', *lines])
+    return '\n'.join(
+        [
+            f'{head}, {results["epochs"]} epochs, seed {results["seed"]}',
+            *metric_lines(results['metrics'], results['undefined']),
+            f'  {decision_line(results["decision"])}',
+        ]
+    )
+
+
+def metric_lines(values: dict, undefined: dict, digits: int = 2) -> list[str]:
+    """A line for each metric, in percent, or why it is undefined."""
+    shown = {name: undefined.get(name) for name in metrics.METRICS}
+    for name, value in values.items():
+        if value is not None:
+            shown[name] = f'{100 * value:{digits + 4}.{digits}f} %'
+    return [f'  {name:12s} {text}' for name, text in shown.items()]
 
 
 def decision_line(chosen: dict) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import rule
 import safetensors.numpy
 
-from ssn_jax import checkpoint, config as config_lib, files, steps, train as train_lib
+from ssn_jax import checkpoint, config as config_lib, files, steps, train
 from ssn_jax.models import resnet
 
 
@@ -50,15 +50,6 @@ def config(folder: pathlib.Path, **fields) -> ml_collections.ConfigDict:
     return config
 
 
-def train(folder: pathlib.Path, **fields) -> pathlib.Path:
-    """Writes data and weights, trains on them, and returns the run's folder."""
-    write_data(folder / 'data')
-    write_weights(folder / 'resnet18.safetensors')
-    workdir = folder / 'run'
-    train_lib.train_and_evaluate(config(folder, **fields), workdir)
-    return workdir
-
-
 def fake_run(
     folder: pathlib.Path, threshold: float | None = 0.5, epoch: int = 1, **fields
 ) -> pathlib.Path:
@@ -70,4 +61,11 @@ def fake_run(
     decision = {'threshold': threshold, 'undefined': 'made up', 'split': 'train (normal)'}
     files.write(workdir / 'decision.json', json.dumps(decision))
     checkpoint.save(checkpoint.open_manager(workdir, 2), epoch, state)
+    files.write(workdir / 'train.csv', f'epoch,loss,seconds\n{epoch},1,1\n')
     return workdir
+
+
+def finish(workdir: pathlib.Path) -> dict:
+    """Evaluates a `fake_run` on the data of this module as the main job does: its results."""
+    write_data(workdir.parent / 'data')
+    return train.train_and_evaluate(config_lib.from_json(workdir / 'config.json'), workdir)
