@@ -107,7 +107,11 @@ def predict(
         raise UserError(f'{source} holds no images ({endings} and others): check --input.')
     root = source if source.is_dir() else source.parent
     batch_size = min(total, run.config.eval_batch_size)
-    predictor = runs.make_predictor(run, batch_size)
+    compiled = runs.make_predictor(run, batch_size)
+
+    def predictor(batch):
+        padding = batch_size - len(batch)
+        return compiled(np.pad(batch, ((0, padding), (0, 0), (0, 0), (0, 0))))
 
     done, failures = 0, []
     paths = iter(progress(find(source, output.resolve()), total))
@@ -124,27 +128,16 @@ def predict(
                     if isinstance(image, UserError):
                         failures.append((path.relative_to(root).as_posix(), str(image)))
                         logging.warning('%s', image)
-                good = [(path, image) for path, image in loaded if not isinstance(image, UserError)]
-                if not good:
-                    continue
-                batch = np.zeros((batch_size, *run.config.image_size, 3), np.uint8)
-                for i, (_, (_, fitted)) in enumerate(good):
-                    batch[i] = fitted
-                scores, maps = (np.asarray(x)[: len(good)] for x in predictor(batch))
-                called = scores >= threshold
-                drawn = []
-                for i, (path, (image, _)) in enumerate(good):
-                    name = path.relative_to(root).as_posix()
-                    view = View(run.config, image.shape[:2])
-                    box = view.box(strongest_region(maps[i])[0])
-                    probability = f'{decision.sigmoid(scores[i]):.6f}'
-                    rows.writerow([name, probability, decision.CLASSES[int(called[i])], *box])
-                    if overlays:
-                        target = output / 'overlays' / name
-                        drawn.append(pool.submit(_draw, target, view, image, maps[i], called[i]))
-                for future in drawn:
-                    future.result()
-                done += len(good)
+                named = [
+                    (path.relative_to(root).as_posix(), *image)
+                    for path, image in loaded
+                    if not isinstance(image, UserError)
+                ]
+                if named:
+                    folder = output / 'overlays' if overlays else None
+                    rows.writerows(_predict(run, predictor, named, threshold, folder, pool))
+                done += len(named)
+                named = path = image = None  # Not to be held while others are loaded.
         if failures:
             with (
                 files.replacing(output / 'unreadable.csv') as draft,
@@ -156,6 +149,29 @@ def predict(
             f'{output} can not be written ({e.strerror}): make room, or choose another --output.'
         ) from None
     return done, len(failures)
+
+
+def _predict(run, predictor, named, threshold, folder, pool):
+    """The table's rows of a chunk's (name, image, fitted image); draws overlays into `folder`."""
+    batch = np.stack([fitted for _, _, fitted in named])
+    scores, maps = (np.asarray(x)[: len(named)] for x in predictor(batch))
+    if not (np.isfinite(scores).all() and np.isfinite(maps).all()):
+        raise UserError(
+            f'{run.workdir} gives scores that are no numbers: its training has diverged, see '
+            'train.csv.'
+        )
+    rows, drawn = [], []
+    for (name, image, _), score, logits in zip(named, scores, maps, strict=True):
+        view = View(run.config, image.shape[:2])
+        defective = bool(score >= threshold)
+        box = view.box(strongest_region(logits)[0])
+        called = decision.CLASSES[int(defective)]
+        rows.append([name, f'{decision.sigmoid(score):.6f}', called, *box])
+        if folder:
+            drawn.append(pool.submit(_draw, folder / name, view, image, logits, defective))
+    for future in drawn:
+        future.result()
+    return rows
 
 
 def _threshold(run):
@@ -195,8 +211,10 @@ def _loaded(paths, pool, config, batch_size, max_pixels):
     chunk = start()
     while chunk:
         following = start()
-        yield [(path, future.result()) for path, future in chunk]
+        loaded = [(path, future.result()) for path, future in chunk]
         chunk = following
+        yield loaded
+        loaded.clear()
 
 
 def _load(path, size, config, max_pixels):
@@ -206,7 +224,7 @@ def _load(path, size, config, max_pixels):
             return UserError(f'{path}: can not be listed; check the folder')
         if size and size[0] * size[1] > max_pixels:
             return UserError(
-                f'{path}: {size[0]}x{size[1]} (height by width) is more than {max_pixels:,} pixels; '
+                f'{path}: {size[0]}x{size[1]} (height by width) is more than {max_pixels} pixels; '
                 'reduce it, or raise --max_pixels'
             )
         image = images.decode(images.read(path), path)
@@ -223,13 +241,17 @@ def strongest_region(logits: np.ndarray) -> tuple[tuple[int, int, int, int], np.
 
     Returns:
       Its bounding box (x, y, width, height), and all regions (H, W), bool: wherever the probability
-      is at least half of its highest value.
+      is at least half-way between its median and its highest value.
     """
-    probability = 1 / (1 + np.exp(-np.clip(np.nan_to_num(logits, nan=-60.0), -60, 60)))
-    regions = probability >= probability.max() / 2
+    probability = _sigmoid(logits)
+    regions = probability >= (np.median(probability) + probability.max()) / 2
     _, labels, stats, _ = cv2.connectedComponentsWithStats(regions.astype(np.uint8))
     strongest = labels.ravel()[probability.argmax()]
     return tuple(int(v) for v in stats[strongest, :4]), regions
+
+
+def _sigmoid(logits):
+    return 1 / (1 + np.exp(-np.clip(logits, -60, 60)))
 
 
 class View:
@@ -272,8 +294,8 @@ def draw(view: View, image: np.ndarray, logits: np.ndarray, contours: bool) -> n
     Returns:
       uint8 BGR (H, W, 3). Colours span probabilities 0..1 in every image, so they compare.
     """
-    probability = 1 / (1 + np.exp(-np.clip(logits, -60, 60)))
-    tint = cv2.applyColorMap(np.uint8(np.round(255 * probability)), cv2.COLORMAP_VIRIDIS)
+    tint = np.uint8(np.round(255 * _sigmoid(logits)))
+    tint = cv2.applyColorMap(tint, cv2.COLORMAP_VIRIDIS)
     grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2BGR)
     # Little contrast is left to the image, lest its bright parts be taken for a high map.
     drawn = cv2.convertScaleAbs(grey, alpha=0.6, beta=51)
@@ -291,7 +313,7 @@ def draw(view: View, image: np.ndarray, logits: np.ndarray, contours: bool) -> n
 
 
 def _draw(target, view, image, logits, contours):
-    """Writes an overlay beside nothing: NAME.jpg, or NAME.png where JPEG can not hold it."""
+    """Writes an overlay: `target` with .jpg added, or .png where JPEG can not hold it."""
     suffix = '.jpg' if max(image.shape[:2]) < 2**16 - 1 else '.png'
     ok, encoded = cv2.imencode(suffix, draw(view, image, logits, contours))
     if not ok:
