@@ -20,6 +20,8 @@ _CONFIG = config_flags.DEFINE_config_file('config', None, 'The config to train, 
 _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Folder of the run; the same folder resumes it. Default: runs/NAME.'
 )
+_QUIET = flags.DEFINE_bool('quiet', False, 'Show warnings, errors and one line at the end only.')
+_TENSORBOARD = flags.DEFINE_bool('tensorboard', False, 'Write TensorBoard event files too.')
 
 _NO_CONFIG = 'no config: add --config configs/mod2.py (or another of configs/).'
 
@@ -31,9 +33,11 @@ def run(argv: list[str]) -> None:
 
     config = _CONFIG.value
     workdir = pathlib.Path(_WORKDIR.value or train.default_workdir(config))
-    results = train.train_and_evaluate(config, workdir)
-    print(train.format_table(results))
-    print(f'Everything is in {workdir}: results.json, train.csv, figures/, checkpoints/.')
+    cli_lib.set_up_log(_QUIET.value)
+    results = train.train_and_evaluate(config, workdir, _TENSORBOARD.value, _QUIET.value)
+    if not _QUIET.value:
+        print(train.format_table(results))
+    print(train.summary(workdir))
 
 
 def cli(run_fn=run) -> None:

@@ -1,6 +1,7 @@
 """Evaluation from a run's folder alone: the same numbers, other data, several devices."""
 
 import csv
+import importlib.util
 import json
 import os
 import pathlib
@@ -13,17 +14,18 @@ import cv2
 import pytest
 import tiny
 
-from ssn_jax import metrics
+from ssn_jax import metrics, train
 from ssn_jax.errors import UserError
 
 REPO = pathlib.Path(__file__).parents[1]
+EVENTS = importlib.util.find_spec('tensorboardX') is not None
 SCRIPT = REPO / 'scripts' / 'evaluate.py'
 
 
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
     workdir = tiny.fake_run(tmp_path_factory.mktemp('evaluate'))
-    tiny.finish(workdir)
+    tiny.finish(workdir, quiet=True, events=EVENTS)
     return workdir
 
 
@@ -56,6 +58,20 @@ def test_the_metrics_are_those_of_the_run(workdir, tmp_path, capsys):
         called = 'defective' if float(row['score']) >= threshold else 'normal'
         assert row['decision'] == called
         assert row['label'] == str(int(row['defect'] == 'spot'))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not EVENTS, reason='tensorboardX is missing')
+def test_event_files_and_a_line_that_says_where_everything_is(workdir):
+    found = tiny.scalars(workdir / 'tensorboard')
+    results = json.loads((workdir / 'results.json').read_text())
+    for name, value in results['metrics'].items():
+        assert found[f'test/{name}', 1] == pytest.approx(value)
+    assert found['train/loss', 1] == 1
+    line = train.summary(workdir)
+    assert str(workdir) in line and '\n' not in line
+    for path in workdir.iterdir():
+        assert path.name == 'config.json' or path.name in line
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import struct
 
 import cv2
 import jax
@@ -65,7 +66,24 @@ def fake_run(
     return workdir
 
 
-def finish(workdir: pathlib.Path) -> dict:
+def finish(workdir: pathlib.Path, **options) -> dict:
     """Evaluates a `fake_run` on the data of this module as the main job does: its results."""
     write_data(workdir.parent / 'data')
-    return train.train_and_evaluate(config_lib.from_json(workdir / 'config.json'), workdir)
+    run = config_lib.from_json(workdir / 'config.json')
+    return train.train_and_evaluate(run, workdir, **options)
+
+
+def scalars(folder: pathlib.Path) -> dict[tuple[str, int], float]:
+    """The values of a folder's only TensorBoard event file by tag and step."""
+    from tensorboardX.proto import event_pb2
+
+    [file] = folder.iterdir()
+    content, found = file.read_bytes(), {}
+    while content:  # Length (8 bytes), its checksum (4), the event, its checksum (4).
+        length = struct.unpack('<Q', content[:8])[0]
+        event = event_pb2.Event.FromString(content[12 : 12 + length])
+        content = content[16 + length :]
+        for value in event.summary.value:
+            assert (value.tag, event.step) not in found
+            found[value.tag, event.step] = value.simple_value
+    return found
