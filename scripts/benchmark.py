@@ -14,7 +14,6 @@ one's before they are timed.
 import importlib.util
 import json
 import pathlib
-import sys
 import time
 
 from absl import app, flags, logging
@@ -22,7 +21,7 @@ import cv2
 import jax
 import numpy as np
 
-from ssn_jax import deploy, published, steps
+from ssn_jax import cli, deploy, published, steps
 from ssn_jax.data import synthetic
 from ssn_jax.errors import UserError
 from ssn_jax.models import features as features_lib, resnet
@@ -357,9 +356,5 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 if __name__ == '__main__':
-    try:
-        logging.set_verbosity(logging.WARNING)
-        app.run(run, flags_parser=_parse)
-    except UserError as e:
-        print(f'error: {e}', file=sys.stderr)
-        sys.exit(1)
+    logging.set_verbosity(logging.WARNING)
+    cli.guard(lambda: app.run(run, flags_parser=_parse))

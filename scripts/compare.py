@@ -6,48 +6,17 @@ The runs must share data set and image size; what is shown are defective test im
 spread over the split.
 """
 
-import argparse
 import pathlib
-import sys
 
-import jax
 import numpy as np
 
-from ssn_jax import (
-    checkpoint,
-    config as config_lib,
-    data,
-    evaluate,
-    figures,
-    steps,
-    supervision,
-    weights,
-)
+from ssn_jax import cli, data, figures, runs, supervision
 from ssn_jax.errors import UserError
-from ssn_jax.models import resnet
-
-
-def predict_maps(workdir: pathlib.Path, config, images: np.ndarray, embedded: bool) -> np.ndarray:
-    """Anomaly probabilities (N, H, W) of images by a run's newest checkpoint."""
-    template = steps.init_state(
-        config, jax.random.key(0), sum(resnet.CHANNELS[config.backbone.name][1:])
-    )
-    epoch, state = checkpoint.restore(
-        checkpoint.open_manager(workdir, config.checkpoint.keep), template
-    )
-    if not epoch:
-        raise UserError(f'{workdir} holds no checkpoint yet: let the run get to its first one.')
-    variables, _ = weights.load_backbone(config.backbone.name, config.backbone.weights, embedded)
-    predict = evaluate.make_predictor(steps.build_network(config), config.eval_batch_size)
-    trained = {'params': state.params, 'batch_stats': state.batch_stats}
-    maps, _ = predict(variables, trained, images)
-    return 1 / (1 + np.exp(-np.clip(maps, -60, 60)))
 
 
 def compare(workdirs: list[pathlib.Path], output: pathlib.Path, count: int) -> None:
     """Draws `count` defective test images and every run's map of them into `output`."""
-    configs = [config_lib.from_json(workdir / 'config.json') for workdir in workdirs]
-
+    configs = [runs.read_config(workdir) for workdir in workdirs]
     datasets = [data.load(config.data, config.image_size, config.resize) for config in configs]
     dataset = datasets[0]
     for workdir, other in zip(workdirs, datasets, strict=True):
@@ -61,23 +30,21 @@ def compare(workdirs: list[pathlib.Path], output: pathlib.Path, count: int) -> N
     systems = {}
     for workdir, config in zip(workdirs, configs, strict=True):
         name = config.name if config.name not in systems else workdir.name
-        systems[name] = predict_maps(workdir, config, split.images, dataset.embedded)
+        logits, _ = runs.predict(runs.open_run(workdir), split.images)
+        systems[name] = 1 / (1 + np.exp(-np.clip(logits, -60, 60)))
     title = f'{dataset.category} ({"embedded data" if dataset.embedded else dataset.name})'
     figures.compare_maps(output, split.images, split.masks, systems, split.files, title)
 
 
-def main() -> None:
-    """Parses the command line; a user's mistake is one line and exit status 1."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: list[str] | None = None) -> None:
+    """Parses the command line and draws."""
+    parser = cli.Parser(__doc__)
     parser.add_argument('runs', nargs='+', type=pathlib.Path, help="the runs' folders")
     parser.add_argument('--output', type=pathlib.Path, required=True, help='a .png to write')
     parser.add_argument('--count', type=int, default=6, help='defective images to show')
-    arguments = parser.parse_args()
-    try:
-        compare(arguments.runs, arguments.output, arguments.count)
-    except UserError as e:
-        sys.exit(f'error: {e}')
+    arguments = parser.parse_args(argv)
+    compare(arguments.runs, arguments.output, arguments.count)
 
 
 if __name__ == '__main__':
-    main()
+    cli.guard(main)

@@ -5,29 +5,23 @@
 Runs that differ in their seed alone become one row. Beside them stand the published results.
 """
 
-import argparse
 import pathlib
-import sys
 
-from ssn_jax import report
-from ssn_jax.errors import UserError
+from ssn_jax import cli, report
 
 
 def main() -> None:
-    """Parses the command line; a user's mistake is one line and exit status 1."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Parses the command line and writes the report."""
+    parser = cli.Parser(__doc__)
     parser.add_argument('runs', nargs='+', type=pathlib.Path, help="the runs' folders")
     parser.add_argument('--output', type=pathlib.Path, required=True, help='a folder to write')
     parser.add_argument(
         '--benchmark', type=pathlib.Path, help='output of scripts/benchmark.py --json'
     )
     arguments = parser.parse_args()
-    try:
-        report.write_report(arguments.runs, arguments.output, arguments.benchmark)
-    except UserError as e:
-        sys.exit(f'error: {e}')
+    report.write_report(arguments.runs, arguments.output, arguments.benchmark)
     print(f'The report is in {arguments.output}: report.html, report.md.')
 
 
 if __name__ == '__main__':
-    main()
+    cli.guard(main)

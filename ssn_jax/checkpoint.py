@@ -20,13 +20,18 @@ def save(manager: ocp.CheckpointManager, epoch: int, state) -> None:
     manager.wait_until_finished()
 
 
-def restore(manager: ocp.CheckpointManager, state) -> tuple[int, object]:
+def restore(manager: ocp.CheckpointManager, state, epoch: int | None = None) -> tuple[int, object]:
     """The newest checkpoint's epoch and state, or epoch 0 and the given state if there is none.
+
+    Args:
+      manager: as `open_manager` returns it.
+      state: arrays, or their shapes, in the structure that was saved.
+      epoch: restore this epoch's checkpoint instead of the newest.
 
     Raises:
       UserError: the checkpoint does not fit the state's shapes or can not be read.
     """
-    epoch = manager.latest_step()
+    epoch = manager.latest_step() if epoch is None else epoch
     if epoch is None:
         return 0, state
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)

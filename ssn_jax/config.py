@@ -3,6 +3,7 @@
 A config only sets values: the code branches on fields, never on a config's name.
 """
 
+from collections.abc import Iterator
 import json
 import math
 import pathlib
@@ -190,18 +191,23 @@ def validate(config: ml_collections.ConfigDict) -> None:
     require(config.checkpoint.keep >= 1, 'checkpoint.keep', 'it must be at least 1')
 
 
+def fields(config: ml_collections.ConfigDict, prefix: str = '') -> Iterator[tuple[str, object]]:
+    """Yields every field's name, group.field for those in groups, and its value."""
+    for name, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            yield from fields(value, f'{prefix}{name}.')
+        else:
+            yield prefix + name, value
+
+
 def identity(config: ml_collections.ConfigDict) -> dict:
     """What makes a run itself, as field -> value: a rerun in its workdir must agree on it.
 
     Where records are cached, how often checkpoints are written and how many images are evaluated
     at a time changes no result; files may be spelled as one likes.
     """
-    flat = {}
-    for name, value in config.to_dict().items():
-        if name not in ('checkpoint', 'eval_batch_size'):
-            group = value if isinstance(value, dict) else {'': value}
-            flat |= {f'{name}.{field}'.rstrip('.'): v for field, v in group.items()}
-    del flat['data.cache']
+    unimportant = ('checkpoint.every', 'checkpoint.keep', 'eval_batch_size', 'data.cache')
+    flat = {name: value for name, value in fields(config) if name not in unimportant}
     for field in ('data.root', 'backbone.weights'):
         flat[field] = flat[field] and str(pathlib.Path(flat[field]).expanduser().resolve())
     return flat

@@ -9,6 +9,9 @@ import numpy as np
 from ssn_jax import metrics
 from ssn_jax.data import Split
 
+# What a decision calls an image, by index.
+CLASSES = ('normal', 'defective')
+
 
 def decide(
     config: ml_collections.ConfigDict,

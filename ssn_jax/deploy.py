@@ -394,7 +394,7 @@ def _heads(fused, layers):
         y = jax.nn.leaky_relu(y + chunk['bias'], SLOPE)
         return logits + jnp.matmul(y, chunk['out'], preferred_element_type=jnp.float32), None
 
-    logits = jnp.zeros((len(layers[0]), *grid))
+    logits = jnp.zeros((layers[0].shape[0], *grid))
     logits, _ = jax.lax.scan(add, logits, fused['hidden'])
     of_map = logits[..., None]
     x += conv2d(of_map.astype(x.dtype), fused['map'])

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 import numpy as np
 from sklearn import metrics as sklearn_metrics
 
-from ssn_jax import metrics
+from ssn_jax import files, metrics
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 NORMAL, DEFECTIVE, ACCENT, MUTED = '#0072B2', '#D55E00', '#009E73', '#666666'
@@ -32,24 +32,15 @@ TITLE = 0.42  # inches on top of a figure
 
 @contextlib.contextmanager
 def _figure(path: str | os.PathLike, title: str, width: float, height: float) -> Iterator[Figure]:
-    """A figure of width x height inches that becomes the file `path` once it is drawn.
-
-    It is written beside its destination and moved there, so that no reader meets half a file and
-    a failure leaves what was there before.
-    """
+    """A figure of width x height inches that becomes the file `path` once it is drawn."""
     path = pathlib.Path(path)
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor='white')
     # About 12 characters of size 10 fit an inch; a longer title gets smaller.
     size = min(10, 10 * 12 * (width - 2 * MARGIN) / max(len(title), 1))
     figure.suptitle(title, x=MARGIN / width, y=1 - 0.1 / height, ha='left', va='top', fontsize=size)
     yield figure
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
+    with files.replacing(path) as draft:
         figure.savefig(draft, format=path.suffix[1:])
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _place(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:

@@ -4,23 +4,24 @@ Every config field is a flag: --config.noise.beta=0.05 --config.data.category=bo
 """
 
 import difflib
-import logging as py_logging
 import os
 import pathlib
 import re
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
 import ml_collections
 from ml_collections import config_flags
 
-from ssn_jax import config as config_lib
+from ssn_jax import cli as cli_lib, config as config_lib
 from ssn_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'The config to train, configs/*.py.')
 _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Folder of the run; the same folder resumes it. Default: runs/NAME.'
 )
+_QUIET = flags.DEFINE_bool('quiet', False, 'Show warnings, errors and one line at the end only.')
+_TENSORBOARD = flags.DEFINE_bool('tensorboard', False, 'Write TensorBoard event files too.')
 
 _NO_CONFIG = 'no config: add --config configs/mod2.py (or another of configs/).'
 
@@ -32,47 +33,20 @@ def run(argv: list[str]) -> None:
 
     config = _CONFIG.value
     workdir = pathlib.Path(_WORKDIR.value or train.default_workdir(config))
-    results = train.train_and_evaluate(config, workdir)
-    print(train.format_table(results))
-    print(f'Everything is in {workdir}: results.json, train.csv, figures/, checkpoints/.')
+    cli_lib.set_up_log(_QUIET.value)
+    results = train.train_and_evaluate(config, workdir, _TENSORBOARD.value, _QUIET.value)
+    if not _QUIET.value:
+        print(train.format_table(results))
+    print(train.summary(workdir))
 
 
 def cli(run_fn=run) -> None:
     """Parses flags, runs, and turns a user's mistake into one line and exit status 1."""
-    set_up_log()
-    try:
-        app.run(run_fn, flags_parser=_parse)
-    except UserError as e:
-        print(f'error: {e}', file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print('\ninterrupted: the same command goes on from the last checkpoint.', file=sys.stderr)
-        sys.exit(130)
-
-
-def set_up_log() -> None:
-    """Logs this package's messages and its libraries' warnings to stderr (--verbosity=1: all)."""
-    ours = str(pathlib.Path(__file__).parent) + os.sep
-
-    def shown(record: py_logging.LogRecord) -> bool:
-        return (
-            record.levelno >= py_logging.WARNING
-            or record.pathname.startswith(ours)
-            or logging.get_verbosity() > logging.INFO
-        )
-
-    handler = logging.get_absl_handler().python_handler
-    handler.addFilter(shown)
-    handler.setFormatter(_LogFormatter())
-
-
-class _LogFormatter(py_logging.Formatter):
-    """The bare message, after its level where that matters."""
-
-    def format(self, record: py_logging.LogRecord) -> str:
-        message = super().format(record)
-        notable = record.levelno >= py_logging.WARNING
-        return f'{record.levelname.lower()}: {message}' if notable else message
+    cli_lib.set_up_log()
+    cli_lib.guard(
+        lambda: app.run(run_fn, flags_parser=_parse),
+        'interrupted: the same command goes on from the last checkpoint.',
+    )
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -105,7 +79,7 @@ def _config_path(argv: list[str]) -> str | None:
 
 def _check_fields(argv: list[str]) -> None:
     """Raises UserError for a --config.FIELD that no config has."""
-    known = list(_fields(config_lib.default_config()))
+    known = [name for name, _ in config_lib.fields(config_lib.default_config())]
     for arg in argv:
         match = re.match(r'--?(?:no)?config\.([^=]*)', arg)
         if match and match[1] not in known:
@@ -114,15 +88,6 @@ def _check_fields(argv: list[str]) -> None:
             near = near or difflib.get_close_matches(field, known, 3)
             hint = f'did you mean {", ".join(near)}?' if near else 'ssn_jax/config.py lists them.'
             raise UserError(f'no config field --config.{field}: {hint}')
-
-
-def _fields(config: ml_collections.ConfigDict, prefix: str = ''):
-    """Yields every field's name, group.field for those in groups."""
-    for name, value in config.items():
-        if isinstance(value, ml_collections.ConfigDict):
-            yield from _fields(value, f'{prefix}{name}.')
-        else:
-            yield prefix + name
 
 
 def _explain(error: Exception, path: str | None) -> str:

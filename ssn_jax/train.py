@@ -18,10 +18,12 @@ from ssn_jax import (
     data,
     decision,
     evaluate,
+    files,
     metrics,
     sampling,
     steps,
     supervision,
+    tensorboard,
     weights,
 )
 from ssn_jax.errors import UserError
@@ -60,28 +62,40 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> N
         raise UserError(f'{workdir} is not empty and holds no run: choose another --workdir.')
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Replaces a file's content, so that a reader or a kill never meets half of it."""
-    temporary = path.with_name(path.name + '.tmp')
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 class Log:
-    """train.csv: one row of losses per epoch, without gaps or doubles after a resume."""
+    """train.csv: one row of losses per epoch, without gaps or doubles after a resume.
 
-    def __init__(self, path: pathlib.Path, epochs_done: int):
+    With `events` the rows also go to TensorBoard event files in that folder, which are made anew
+    from train.csv at every start.
+    """
+
+    def __init__(self, path: pathlib.Path, epochs_done: int, events: pathlib.Path | None = None):
         self.path = path
+        self.events = tensorboard.open_writer(events) if events else None
         self.rows: list[dict[str, str]] = []
         if path.exists():
             with path.open(newline='') as f:
                 self.rows = [r for r in csv.DictReader(f) if int(r['epoch']) <= epochs_done]
+        for row in self.rows:
+            self._add_event(row)
 
     def append(self, epoch: int, values: dict[str, float]) -> None:
         """Adds an epoch's row and puts the file on disk."""
         self.rows.append({'epoch': str(epoch)} | {k: f'{v:.6g}' for k, v in values.items()})
         lines = [','.join(self.rows[0])] + [','.join(row.values()) for row in self.rows]
-        write_atomically(self.path, '\n'.join(lines) + '\n')
+        files.write(self.path, '\n'.join(lines) + '\n')
+        self._add_event(self.rows[-1])
+
+    def _add_event(self, row: dict[str, str]) -> None:
+        if self.events:
+            values = {name: float(value) for name, value in row.items() if name != 'epoch'}
+            tensorboard.add(self.events, int(row['epoch']), 'train', values)
+
+    def close(self, epoch: int, values: dict[str, float | None]) -> None:
+        """Adds the metrics of an epoch to the event files and closes them."""
+        if self.events:
+            tensorboard.add(self.events, epoch, 'test', values)
+            self.events.close()
 
     def history(self) -> dict[str, list[float]]:
         """Columns by name."""
@@ -89,12 +103,19 @@ class Log:
         return {name: [float(row[name]) for row in self.rows] for name in names}
 
 
-def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
+def train_and_evaluate(
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    events: bool = False,
+    quiet: bool = False,
+) -> dict:
     """Trains a config to its last epoch, or resumes it, and measures it there.
 
     Args:
       config: as `config.default_config` describes it.
       workdir: receives config.json, train.csv, checkpoints/, results.json and figures/.
+      events: whether to write TensorBoard event files to tensorboard/ too.
+      quiet: shows no progress bar.
 
     Returns:
       What results.json holds.
@@ -104,6 +125,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
     """
     config_lib.validate(config)
     check_workdir(config, workdir)
+    if events:
+        tensorboard.require()
     dataset = data.load(config.data, config.image_size, config.resize)
     rest, held_out = supervision.hold_out(config, dataset.train)
     split = supervision.training_split(config, rest)
@@ -127,22 +150,23 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
 
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_atomically(workdir / 'config.json', config_lib.to_json(config))
+        files.write(workdir / 'config.json', config_lib.to_json(config))
         if config.supervision.kind == 'masks':
-            files = json.dumps(supervision.masked_files(split), indent=2) + '\n'
-            write_atomically(workdir / 'masked_images.json', files)
+            masked = json.dumps(supervision.masked_files(split), indent=2) + '\n'
+            files.write(workdir / 'masked_images.json', masked)
     except OSError as e:
         raise UserError(
             f'{workdir} can not be written ({e.strerror}): choose another --workdir.'
         ) from None
 
     network = steps.build_network(config)
-    state, log = train(config, workdir, split, network, backbone, backbone_variables)
+    state, log = train(config, workdir, split, network, backbone, backbone_variables, events, quiet)
 
     predict = evaluate.make_predictor(network, config.eval_batch_size)
     variables = {'params': state.params, 'batch_stats': state.batch_stats}
     maps, scores = predict(backbone_variables, variables, dataset.test.images)
     values, reasons = evaluate.evaluate(maps, scores, dataset.test)
+    log.close(config.epochs, values)
 
     def scores_of(images):
         return evaluate.predict_scores(predict, backbone_variables, variables, images=images)
@@ -180,12 +204,12 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
         # As the publication chose it: on the images that it is then measured on.
         results['youden_on_test'] = metrics.youden(scores, dataset.test.labels)
     draw_figures(workdir / 'figures', results, dataset.test, maps, scores, log)
-    write_atomically(workdir / 'decision.json', json.dumps(chosen, indent=2) + '\n')
-    write_atomically(workdir / 'results.json', json.dumps(results, indent=2) + '\n')
+    files.write(workdir / 'decision.json', json.dumps(chosen, indent=2) + '\n')
+    files.write(workdir / 'results.json', json.dumps(results, indent=2) + '\n')
     return results
 
 
-def train(config, workdir, split, network, backbone, backbone_variables):
+def train(config, workdir, split, network, backbone, backbone_variables, events=False, quiet=False):
     """Runs the epochs that are missing; returns the final state and the log."""
     key = jax.random.key(config.seed)
     k_init, k_epochs = jax.random.split(key)
@@ -194,7 +218,7 @@ def train(config, workdir, split, network, backbone, backbone_variables):
     done, state = checkpoint.restore(manager, state)
     if done:
         logging.info('Resuming %s after epoch %d', workdir, done)
-    log = Log(workdir / 'train.csv', done)
+    log = Log(workdir / 'train.csv', done, workdir / 'tensorboard' if events else None)
     if done == config.epochs:
         return state, log
 
@@ -203,9 +227,8 @@ def train(config, workdir, split, network, backbone, backbone_variables):
     run_epoch = steps.make_epoch(config, per_epoch)
     logging.info('%d images, %d steps per epoch', len(split.images), per_epoch)
 
-    progress = tqdm.tqdm(
-        range(done + 1, config.epochs + 1), 'epoch', initial=done, total=config.epochs
-    )
+    epochs = range(done + 1, config.epochs + 1)
+    progress = tqdm.tqdm(epochs, 'epoch', initial=done, total=config.epochs, disable=quiet)
     for epoch in progress:
         began = time.time()
         k = jax.random.fold_in(k_epochs, epoch)
@@ -279,15 +302,42 @@ def draw_figures(folder, results, split, maps, scores, log) -> None:
 
 def format_table(results: dict) -> str:
     """The seven metrics as a table for the terminal."""
-    lines = []
-    for name in metrics.METRICS:
-        value = results['metrics'][name]
-        shown = f'{100 * value:6.2f} %' if value is not None else results['undefined'][name]
-        lines.append(f'  {name:12s} {shown}')
     embedded = ', embedded data' if results['embedded'] else ''
-    lines.append(f'  {decision_line(results["decision"])}')
     head = f'{results["config"]} on {results["data"]} {results["category"]}{embedded}'
-    return '\n'.join([f'{head}, {results["epochs"]} epochs, seed {results["seed"]}', *lines])
+    return '\n'.join(
+        [
+            f'{head}, {results["epochs"]} epochs, seed {results["seed"]}',
+            *metric_lines(results['metrics'], results['undefined']),
+            f'  {decision_line(results["decision"])}',
+        ]
+    )
+
+
+def summary(workdir: pathlib.Path) -> str:
+    """Where everything of a run is, in one line."""
+    parts = {
+        'results.json': 'metrics',
+        'decision.json': 'threshold',
+        'train.csv': 'losses',
+        'figures': 'pictures',
+        'checkpoints': 'trained states',
+        'tensorboard': 'event files',
+    }
+    there = [
+        f'{name}{"/" * (workdir / name).is_dir()} ({what})'
+        for name, what in parts.items()
+        if (workdir / name).exists()
+    ]
+    return f'Everything is in {workdir}: {", ".join(there)}.'
+
+
+def metric_lines(values: dict, undefined: dict, digits: int = 2) -> list[str]:
+    """A line for each metric, in percent, or why it is undefined."""
+    shown = {name: undefined.get(name) for name in metrics.METRICS}
+    for name, value in values.items():
+        if value is not None:
+            shown[name] = f'{100 * value:{digits + 4}.{digits}f} %'
+    return [f'  {name:12s} {text}' for name, text in shown.items()]
 
 
 def decision_line(chosen: dict) -> str:

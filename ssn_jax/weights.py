@@ -34,6 +34,8 @@ HUB = {
     ),
 }
 
+RANDOM = 'random (seed 0)'  # The origin of weights that were not learned.
+
 # A classifier's file also holds what lies above the features; that is not an error.
 _UNUSED = re.compile(r'layer4\.|fc\.|.*\.num_batches_tracked$|bn1\.num_batches_tracked$')
 
@@ -211,7 +213,7 @@ def load_backbone(name: str, weights: str, allow_random: bool) -> tuple[dict, st
             f'unknown backbone {name!r}: --config.backbone.name takes '
             f'{", ".join(sorted(resnet.BACKBONES))}.'
         )
-    model, template = resnet.BACKBONES[name], backbone_template(name)
+    template = backbone_template(name)
     if not weights:
         try:
             weights = str(download(name))
@@ -220,8 +222,14 @@ def load_backbone(name: str, weights: str, allow_random: bool) -> tuple[dict, st
             if not allow_random:
                 raise
             logging.warning('%s Going on with seeded random weights.', e)
-            variables = model.init(jax.random.key(0), np.zeros((1, 64, 64, 3), np.float32))
-            return jax.tree.map(np.asarray, variables), 'random (seed 0)'
+            return random_backbone(name), RANDOM
     else:
         origin = weights
     return port(read_safetensors(weights), template, backbone_name, weights), origin
+
+
+def random_backbone(name: str) -> dict:
+    """Variables of a backbone as initialised, always the same."""
+    model = resnet.BACKBONES[name]
+    variables = model.init(jax.random.key(0), np.zeros((1, 64, 64, 3), np.float32))
+    return jax.tree.map(np.asarray, variables)

@@ -80,8 +80,7 @@ def predict(workdir, image):
     """Score and full-size logits of a normalised image, as evaluation computes them."""
     config, _, state = restore(workdir)
     variables, _ = weights.load_backbone(config.backbone.name, config.backbone.weights, False)
-    backbone = resnet.BACKBONES[config.backbone.name]
-    run = evaluate.make_predictor(backbone, steps.build_network(config), 2)
+    run = evaluate.make_predictor(steps.build_network(config), 2)
     mean, std = np.float32(features_lib.IMAGENET_MEAN), np.float32(features_lib.IMAGENET_STD)
     trained = {'params': state.params, 'batch_stats': state.batch_stats}
     return run(variables, trained, (image * std + mean) * 255)

@@ -1,11 +1,18 @@
 """A tiny data set in MVTec AD's layout and random weights, for tests that run the main job."""
 
+import json
 import pathlib
+import struct
 
 import cv2
+import jax
+import ml_collections
 import numpy as np
 import rule
 import safetensors.numpy
+
+from ssn_jax import checkpoint, config as config_lib, files, steps, train
+from ssn_jax.models import resnet
 
 
 def write_data(root: pathlib.Path, size: int = 64, train: int = 6, test: int = 3) -> None:
@@ -29,4 +36,54 @@ def write_data(root: pathlib.Path, size: int = 64, train: int = 6, test: int = 3
 
 def write_weights(path: pathlib.Path) -> None:
     """The rule's ResNet18 under torchvision's names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     safetensors.numpy.save_file(rule.backbone_tensors('resnet18'), path)
+
+
+def config(folder: pathlib.Path, **fields) -> ml_collections.ConfigDict:
+    """A config of one epoch on the files that this module writes below `folder`."""
+    config = config_lib.default_config()
+    config.image_size, config.epochs, config.batch_size = (64, 64), 1, 4
+    config.data.update(root=str(folder / 'data'), category='nut', cache=str(folder / 'cache'))
+    config.backbone.weights = str(folder / 'resnet18.safetensors')
+    with config.ignore_type():
+        config.update_from_flattened_dict(fields)
+    return config
+
+
+def fake_run(
+    folder: pathlib.Path, threshold: float | None = 0.5, epoch: int = 1, **fields
+) -> pathlib.Path:
+    """A run's folder with random weights, written without any training."""
+    write_weights(folder / 'resnet18.safetensors')
+    run, workdir = config(folder, **fields), folder / 'run'
+    state = steps.init_state(run, jax.random.key(1), sum(resnet.CHANNELS['resnet18'][1:]))
+    files.write(workdir / 'config.json', config_lib.to_json(run))
+    decision = {'threshold': threshold, 'undefined': 'made up', 'split': 'train (normal)'}
+    files.write(workdir / 'decision.json', json.dumps(decision))
+    checkpoint.save(checkpoint.open_manager(workdir, 2), epoch, state)
+    files.write(workdir / 'train.csv', f'epoch,loss,seconds\n{epoch},1,1\n')
+    return workdir
+
+
+def finish(workdir: pathlib.Path, **options) -> dict:
+    """Evaluates a `fake_run` on the data of this module as the main job does: its results."""
+    write_data(workdir.parent / 'data')
+    run = config_lib.from_json(workdir / 'config.json')
+    return train.train_and_evaluate(run, workdir, **options)
+
+
+def scalars(folder: pathlib.Path) -> dict[tuple[str, int], float]:
+    """The values of a folder's only TensorBoard event file by tag and step."""
+    from tensorboardX.proto import event_pb2
+
+    [file] = folder.iterdir()
+    content, found = file.read_bytes(), {}
+    while content:  # Length (8 bytes), its checksum (4), the event, its checksum (4).
+        length = struct.unpack('<Q', content[:8])[0]
+        event = event_pb2.Event.FromString(content[12 : 12 + length])
+        content = content[16 + length :]
+        for value in event.summary.value:
+            assert (value.tag, event.step) not in found
+            found[value.tag, event.step] = value.simple_value
+    return found

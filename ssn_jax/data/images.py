@@ -4,10 +4,14 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from ssn_jax.errors import UserError
 
 SUFFIXES = frozenset({'.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp'})
+
+# `size` only reads headers, and its caller judges the size.
+Image.MAX_IMAGE_PIXELS = None
 
 _JPEG_MAGIC = b'\xff\xd8\xff'
 
@@ -91,6 +95,29 @@ def centre(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Cuts `size`, (height, width), out of the middle of an image or mask (H, W, ...)."""
     top, left = ((n - m) // 2 for n, m in zip(image.shape, size, strict=False))
     return image[top : top + size[0], left : left + size[1]]
+
+
+def fit(
+    image: np.ndarray, image_size: tuple[int, int], resize_to: tuple[int, int] = (0, 0)
+) -> np.ndarray:
+    """Resizes an image (H, W, 3) and cuts `image_size` out of its middle.
+
+    Args:
+      image: of any size.
+      image_size: (height, width) of what is returned.
+      resize_to: (height, width) before cutting; zeros: `image_size`, and nothing is cut.
+    """
+    whole = resize_to if any(resize_to) else image_size
+    return centre(resize(image, whole), image_size)
+
+
+def size(path: Path) -> tuple[int, int] | None:
+    """An image file's (height, width) from its header; None where Pillow does not know it."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except Exception:  # Pillow raises many kinds, and OpenCV is asked next.
+        return None
 
 
 def _decode(encoded: bytes, file: Path | str, flags: int) -> np.ndarray:

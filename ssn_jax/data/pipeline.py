@@ -97,7 +97,7 @@ def load(
       UserError: the source is incomplete or broken, or the cache folder cannot be written.
     """
     source = _source(data_config)
-    prepared = _prepare(source, _cache_folder(data_config.cache))
+    prepared = _prepare(source, cache_folder(data_config.cache))
     return Dataset(
         train=_read(source.name, prepared, 'train', image_size, resize),
         test=_read(source.name, prepared, 'test', image_size, resize),
@@ -105,6 +105,11 @@ def load(
         category=source.category,
         embedded=source.name == 'synthetic',
     )
+
+
+def is_embedded(config: ConfigDict) -> bool:
+    """Whether a config's data are the embedded set: procedural images instead of real ones."""
+    return config.name == 'synthetic' or not config.root
 
 
 def _source(config: ConfigDict) -> _Source:
@@ -161,7 +166,8 @@ def _real(name: str, category: str, root: Path, records: list[Record]) -> _Sourc
     return _Source(name, category, records, identity)
 
 
-def _cache_folder(configured: str) -> Path:
+def cache_folder(configured: str = '') -> Path:
+    """The folder for what can be made again: as configured, or ssn_jax in the user's cache."""
     if configured:
         return Path(configured).expanduser()
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'ssn_jax'
@@ -236,9 +242,9 @@ def _read(
 
     def arrays(example: dict) -> tuple[np.ndarray, np.ndarray]:
         file = example['file'].decode()
-        image = images.resize(images.decode(example['image'], file), size)
+        image = images.fit(images.decode(example['image'], file), image_size, resize)
         mask = images.resize_mask(images.decode_mask(example['mask'], file), size)
-        return images.centre(image, image_size), images.centre(mask, image_size)
+        return image, images.centre(mask, image_size)
 
     with ThreadPoolExecutor() as pool:  # OpenCV releases the interpreter's lock
         pairs = list(pool.map(arrays, examples))

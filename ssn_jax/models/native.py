@@ -74,7 +74,7 @@ def convolve_arranged(
     Returns:
       (N, H, W, D).
     """
-    n, (height, width) = len(layers[0]), feature_grid(layers, scale)
+    n, (height, width) = layers[0].shape[0], feature_grid(layers, scale)
     rows, parts = [], []
     for x, kernel in zip(layers, kernels, strict=True):
         h, w, channels = x.shape[1:]

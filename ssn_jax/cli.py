@@ -1,0 +1,147 @@
+"""What every command shares: one-line errors, the log, and the arguments that name a run."""
+
+import argparse
+from collections.abc import Callable
+import logging as py_logging
+import os
+import pathlib
+import sys
+
+from absl import logging
+
+from ssn_jax import config as config_lib
+from ssn_jax.errors import UserError
+
+# The config fields that a finished run may be opened with other values of.
+OVERRIDES = (
+    'data.name',
+    'data.root',
+    'data.category',
+    'data.cache',
+    'data.seed',
+    'eval_batch_size',
+    'backbone.weights',
+)
+
+
+def guard(command: Callable[[], object], interrupted: str = 'interrupted.') -> None:
+    """Runs a command; a user's mistake becomes one line and exit status 1, Ctrl-C 130."""
+    try:
+        command()
+    except UserError as e:
+        print(f'error: {e}', file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f'\n{interrupted}', file=sys.stderr)
+        sys.exit(130)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are UserErrors."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str):
+        raise UserError(f'{message} (--help lists what there is).')
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, fields: tuple[str, ...] = OVERRIDES) -> None:
+    """Adds --workdir, --checkpoint, --quiet and a --config.FIELD for every one of `fields`."""
+    parser.add_argument(
+        '--workdir', type=pathlib.Path, required=True, metavar='RUN', help="the run's folder"
+    )
+    parser.add_argument(
+        '--checkpoint', type=int, metavar='EPOCH', help='a checkpoint; the newest if not given'
+    )
+    parser.add_argument('--quiet', action='store_true', help='warnings and errors only')
+    for name, default in config_lib.fields(config_lib.default_config()):
+        if name in fields:
+            flag = f'--config.{name}'
+            parser.add_argument(
+                flag, type=type(default), metavar='VALUE', help="instead of the run's own"
+            )
+
+
+def parse(
+    parser: argparse.ArgumentParser, argv: list[str] | None = None
+) -> tuple[argparse.Namespace, dict]:
+    """Parses a command line with `add_run_arguments`.
+
+    Returns:
+      The arguments, and the config overrides among them, by 'group.field'.
+
+    Raises:
+      UserError: the command line is wrong.
+    """
+    arguments, rest = parser.parse_known_args(argv)
+    known = dict(config_lib.fields(config_lib.default_config()))
+    values = {name: getattr(arguments, f'config.{name}', None) for name in known}
+    allowed = ', '.join(
+        f'--config.{name}' for name in known if hasattr(arguments, f'config.{name}')
+    )
+    for word in rest:
+        name = word.removeprefix('--config.').partition('=')[0]
+        if word.startswith('--config.'):
+            wrong = 'belongs to training' if name in known else 'is no config field'
+            raise UserError(f'--config.{name} {wrong}: this command takes {allowed}.')
+    if rest:
+        parser.error(f'unexpected argument {rest[0]!r}')
+    return arguments, {name: value for name, value in values.items() if value is not None}
+
+
+def set_up_log(quiet: bool = False) -> None:
+    """Logs this package's messages and its libraries' warnings to stderr (--verbosity=1: all).
+
+    Args:
+      quiet: warnings only.
+    """
+    ours = str(pathlib.Path(__file__).parent) + os.sep
+
+    def shown(record: py_logging.LogRecord) -> bool:
+        return (
+            record.levelno >= py_logging.WARNING
+            or (record.pathname.startswith(ours) and not quiet)
+            or logging.get_verbosity() > logging.INFO
+        )
+
+    handler = logging.get_absl_handler().python_handler
+    handler.filters.clear()  # Of an earlier call.
+    handler.addFilter(shown)
+    handler.setFormatter(_LogFormatter())
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs below the user's cache folder, so that a second start is quick."""
+    import jax
+
+    from ssn_jax.data import pipeline
+
+    folder = pipeline.cache_folder() / 'compiled'
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        logging.warning('%s can not be written (%s): nothing is kept there.', folder, e.strerror)
+        return
+    jax.config.update('jax_compilation_cache_dir', str(folder))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+
+
+def log_to_stderr(quiet: bool = False) -> None:
+    """`set_up_log` for a command that is not started by absl."""
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    set_up_log(quiet)
+
+
+class _LogFormatter(py_logging.Formatter):
+    """The bare message, after its level where that matters."""
+
+    def format(self, record: py_logging.LogRecord) -> str:
+        message = super().format(record)
+        notable = record.levelno >= py_logging.WARNING
+        return f'{record.levelname.lower()}: {message}' if notable else message

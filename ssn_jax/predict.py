@@ -1,0 +1,321 @@
+"""Predictions for a folder of images: a table, and a picture of each image with its map.
+
+Images stream through in chunks of bounded size, so memory does not grow with their number. While
+one chunk is predicted, the next one is decoded.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+import csv
+import os
+import pathlib
+
+from absl import logging
+import cv2
+import ml_collections
+import numpy as np
+
+from ssn_jax import decision, files, runs
+from ssn_jax.data import images
+from ssn_jax.errors import UserError
+
+# What is looked at in a folder; a file that is named itself may end in anything.
+SUFFIXES = images.SUFFIXES | frozenset(
+    {'.avif', '.dib', '.exr', '.gif', '.hdr', '.j2k', '.jp2', '.jpe', '.pam', '.pbm', '.pfm'}
+    | {'.pgm', '.pic', '.pnm', '.ppm', '.pxm', '.ras', '.sr'}
+)
+COLUMNS = ('file', 'score', 'decision', 'x', 'y', 'width', 'height')
+
+# Pixels of the images that are held at a time; a single image may have more.
+_CHUNK_PIXELS = 2**25
+_UNKNOWN_PIXELS = 2**24  # Of an image whose header does not tell.
+
+
+def find(source: pathlib.Path, excluded: pathlib.Path | None = None) -> Iterator[pathlib.Path]:
+    """Yields the image files below a folder, by name; holds one folder's names at a time.
+
+    Hidden entries and links to folders are left out, and so is the folder `excluded`. A folder
+    that can not be listed is yielded itself: it fails like a file that can not be read.
+    """
+    if not source.is_dir():
+        yield source
+        return
+    try:
+        with os.scandir(source) as entries:
+            found = sorted((e.name, e.is_dir(follow_symlinks=False)) for e in entries)
+    except OSError:
+        yield source
+        return
+    for name, is_folder in found:
+        path = source / name
+        if name.startswith('.'):
+            continue
+        if is_folder:
+            if excluded is None or path.resolve() != excluded:
+                yield from find(path, excluded)
+        elif path.suffix.lower() in SUFFIXES:
+            yield path
+
+
+def check_output(output: pathlib.Path) -> None:
+    """Raises UserError if predictions can not go to this folder; writes nothing."""
+    existing = next(p for p in (output, *output.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise UserError(f'{existing} is a file, no folder: choose another --output.')
+    if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+        raise UserError(f'{existing} is not writable: choose another --output.')
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f'{output} is not empty: choose another --output, or empty it.')
+
+
+def predict(
+    run: runs.Run,
+    source: pathlib.Path,
+    output: pathlib.Path,
+    threshold: float | None = None,
+    max_pixels: int = 2**27,
+    overlays: bool = True,
+    progress: Callable = lambda paths, total: paths,
+) -> tuple[int, int]:
+    """Predicts an image or all images below a folder.
+
+    Args:
+      run: an opened run.
+      source: an image file, or a folder.
+      output: receives predictions.csv (`COLUMNS`: path relative to `source`, probability, decision,
+        and `strongest_region` in pixels of the image), overlays/, and unreadable.csv if there is
+        one (file, reason).
+      threshold: from which score logit on an image is defective; None: as the run decided.
+      max_pixels: an image of more is refused before it is decoded.
+      overlays: whether to draw them.
+      progress: wraps the iterator of paths; it is told their number.
+
+    Returns:
+      The number of images that were predicted, and of those that could not be.
+
+    Raises:
+      UserError: there is no image, no threshold, or `output` can not be written.
+    """
+    if threshold is None:
+        threshold = _threshold(run)
+    check_output(output)
+    if not source.exists():
+        raise UserError(f'{source} does not exist: --input names an image or a folder of images.')
+    total = sum(1 for _ in find(source, output.resolve()))
+    if not total:
+        endings = ' '.join(sorted(images.SUFFIXES))
+        raise UserError(f'{source} holds no images ({endings} and others): check --input.')
+    root = source if source.is_dir() else source.parent
+    batch_size = min(total, run.config.eval_batch_size)
+    compiled = runs.make_predictor(run, batch_size)
+
+    def predictor(batch):
+        padding = batch_size - len(batch)
+        return compiled(np.pad(batch, ((0, padding), (0, 0), (0, 0), (0, 0))))
+
+    done, failures = 0, []
+    paths = iter(progress(find(source, output.resolve()), total))
+    try:
+        with (
+            files.replacing(output / 'predictions.csv') as draft,
+            draft.open('w', newline='', errors='surrogateescape') as table,
+            ThreadPoolExecutor() as pool,
+        ):
+            rows = csv.writer(table, lineterminator='\n')
+            rows.writerow(COLUMNS)
+            for loaded in _loaded(paths, pool, run.config, batch_size, max_pixels):
+                for path, image in loaded:
+                    if isinstance(image, UserError):
+                        failures.append((path.relative_to(root).as_posix(), str(image)))
+                        logging.warning('%s', image)
+                named = [
+                    (path.relative_to(root).as_posix(), *image)
+                    for path, image in loaded
+                    if not isinstance(image, UserError)
+                ]
+                if named:
+                    folder = output / 'overlays' if overlays else None
+                    rows.writerows(_predict(run, predictor, named, threshold, folder, pool))
+                done += len(named)
+                named = path = image = None  # Not to be held while others are loaded.
+        if failures:
+            with (
+                files.replacing(output / 'unreadable.csv') as draft,
+                draft.open('w', newline='', errors='surrogateescape') as table,
+            ):
+                csv.writer(table, lineterminator='\n').writerows([('file', 'reason'), *failures])
+    except OSError as e:
+        raise UserError(
+            f'{output} can not be written ({e.strerror}): make room, or choose another --output.'
+        ) from None
+    return done, len(failures)
+
+
+def _predict(run, predictor, named, threshold, folder, pool):
+    """The table's rows of a chunk's (name, image, fitted image); draws overlays into `folder`."""
+    batch = np.stack([fitted for _, _, fitted in named])
+    scores, maps = (np.asarray(x)[: len(named)] for x in predictor(batch))
+    if not (np.isfinite(scores).all() and np.isfinite(maps).all()):
+        raise UserError(
+            f'{run.workdir} gives scores that are no numbers: its training has diverged, see '
+            'train.csv.'
+        )
+    rows, drawn = [], []
+    for (name, image, _), score, logits in zip(named, scores, maps, strict=True):
+        view = View(run.config, image.shape[:2])
+        defective = bool(score >= threshold)
+        box = view.box(strongest_region(logits)[0])
+        called = decision.CLASSES[int(defective)]
+        rows.append([name, f'{decision.sigmoid(score):.6f}', called, *box])
+        if folder:
+            drawn.append(pool.submit(_draw, folder / name, view, image, logits, defective))
+    for future in drawn:
+        future.result()
+    return rows
+
+
+def _threshold(run):
+    """The threshold that the run decided on, a logit."""
+    if run.decision is None:
+        raise UserError(
+            f'{run.workdir} holds no decision on epoch {run.epoch}: set --threshold=PROBABILITY.'
+        )
+    if run.decision['threshold'] is None:
+        raise UserError(
+            f'{run.workdir} has no threshold ({run.decision["undefined"]}): set '
+            '--threshold=PROBABILITY.'
+        )
+    return run.decision['threshold']
+
+
+def _loaded(paths, pool, config, batch_size, max_pixels):
+    """Yields chunks of (path, (image, fitted image) or UserError), decoding one chunk ahead."""
+
+    def start():
+        """Begins to load the next chunk; the last path may be kept for the one after it."""
+        chunk, held = [], 0
+        while len(chunk) < batch_size:
+            path = waiting.pop() if waiting else next(paths, None)
+            if path is None:
+                break
+            size = images.size(path)
+            pixels = size[0] * size[1] if size else _UNKNOWN_PIXELS
+            if chunk and pixels <= max_pixels and held + pixels > _CHUNK_PIXELS:
+                waiting.append(path)
+                break
+            held += min(pixels, max_pixels)
+            chunk.append((path, pool.submit(_load, path, size, config, max_pixels)))
+        return chunk
+
+    waiting = []
+    chunk = start()
+    while chunk:
+        following = start()
+        loaded = [(path, future.result()) for path, future in chunk]
+        chunk = following
+        yield loaded
+        loaded.clear()
+
+
+def _load(path, size, config, max_pixels):
+    """An image as it is and as the model sees it, uint8 RGB; or the UserError that it raised."""
+    try:
+        if path.is_dir():
+            return UserError(f'{path}: can not be listed; check the folder')
+        if size and size[0] * size[1] > max_pixels:
+            return UserError(
+                f'{path}: {size[0]}x{size[1]} (height by width) is more than {max_pixels} pixels; '
+                'reduce it, or raise --max_pixels'
+            )
+        image = images.decode(images.read(path), path)
+        return image, images.fit(image, tuple(config.image_size), tuple(config.resize))
+    except UserError as e:
+        return e
+
+
+def strongest_region(logits: np.ndarray) -> tuple[tuple[int, int, int, int], np.ndarray]:
+    """The connected region around a map's highest value.
+
+    Args:
+      logits: (H, W).
+
+    Returns:
+      Its bounding box (x, y, width, height), and all regions (H, W), bool: wherever the probability
+      is at least half-way between its median and its highest value.
+    """
+    probability = _sigmoid(logits)
+    regions = probability >= (np.median(probability) + probability.max()) / 2
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(regions.astype(np.uint8))
+    strongest = labels.ravel()[probability.argmax()]
+    return tuple(int(v) for v in stats[strongest, :4]), regions
+
+
+def _sigmoid(logits):
+    return 1 / (1 + np.exp(-np.clip(logits, -60, 60)))
+
+
+class View:
+    """Where in an image a map lies, which covers its middle if the run cuts images.
+
+    Attributes:
+      left, top, right, bottom: the edges of what the map covers, in pixels of the image.
+      scale: (x, y), pixels of the image to one of the map.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, size: tuple[int, int]):
+        cut = np.array(config.image_size)
+        whole = np.array(config.resize) if any(config.resize) else cut
+        offset = (whole - cut) // 2
+        top_left, bottom_right = (edge * size / whole for edge in (offset, offset + cut))
+        self.top, self.left = (int(np.floor(x)) for x in top_left)
+        self.bottom, self.right = (int(np.ceil(x)) for x in bottom_right)
+        self.origin, self.scale = top_left[::-1], (np.array(size) / whole)[::-1]
+
+    def box(self, box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+        """A box (x, y, width, height) of the map in pixels of the image, rounded outwards."""
+        low = np.floor(self.origin + np.array(box[:2]) * self.scale + 1e-6)
+        high = np.ceil(self.origin + (np.array(box[:2]) + box[2:]) * self.scale - 1e-6)
+        return tuple(int(x) for x in (*low, *(high - low)))
+
+    def points(self, points: np.ndarray) -> np.ndarray:
+        """Positions (N, 2) of the map, x and y, as pixels of the image, int32."""
+        return np.round(self.origin + (points + 0.5) * self.scale - 0.5).astype(np.int32)
+
+
+def draw(view: View, image: np.ndarray, logits: np.ndarray, contours: bool) -> np.ndarray:
+    """An image with its map in colour over it, and the outlines of the regions.
+
+    Args:
+      view: where the map lies.
+      image: uint8 RGB (H, W, 3).
+      logits: the map.
+      contours: whether to draw the outlines of `strongest_region`'s regions.
+
+    Returns:
+      uint8 BGR (H, W, 3). Colours span probabilities 0..1 in every image, so they compare.
+    """
+    tint = np.uint8(np.round(255 * _sigmoid(logits)))
+    tint = cv2.applyColorMap(tint, cv2.COLORMAP_VIRIDIS)
+    grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2BGR)
+    # Little contrast is left to the image, lest its bright parts be taken for a high map.
+    drawn = cv2.convertScaleAbs(grey, alpha=0.6, beta=51)
+    part = drawn[view.top : view.bottom, view.left : view.right]
+    tint = cv2.resize(tint, part.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+    cv2.addWeighted(part, 0.3, tint, 0.7, 0, part)
+    if contours:
+        regions = strongest_region(logits)[1].astype(np.uint8)
+        outlines, _ = cv2.findContours(regions, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+        outlines = [view.points(outline[:, 0]) for outline in outlines]
+        width = max(1, round(max(image.shape[:2]) / 400))
+        for colour, thickness in (((0, 0, 0), 3 * width), ((255, 255, 255), width)):
+            cv2.polylines(drawn, outlines, True, colour, thickness, cv2.LINE_AA)
+    return drawn
+
+
+def _draw(target, view, image, logits, contours):
+    """Writes an overlay: `target` with .jpg added, or .png where JPEG can not hold it."""
+    suffix = '.jpg' if max(image.shape[:2]) < 2**16 - 1 else '.png'
+    ok, encoded = cv2.imencode(suffix, draw(view, image, logits, contours))
+    if not ok:
+        raise UserError(f'{target}{suffix} can not be encoded: try --no_overlays.')
+    files.write(target.with_name(target.name + suffix), encoded.tobytes())

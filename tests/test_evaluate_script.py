@@ -1,0 +1,135 @@
+"""Evaluation from a run's folder alone: the same numbers, other data, several devices."""
+
+import csv
+import importlib.util
+import json
+import os
+import pathlib
+import runpy
+import shutil
+import subprocess
+import sys
+
+import cv2
+import pytest
+import tiny
+
+from ssn_jax import metrics, train
+from ssn_jax.errors import UserError
+
+REPO = pathlib.Path(__file__).parents[1]
+EVENTS = importlib.util.find_spec('tensorboardX') is not None
+SCRIPT = REPO / 'scripts' / 'evaluate.py'
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+    workdir = tiny.fake_run(tmp_path_factory.mktemp('evaluate'))
+    tiny.finish(workdir, quiet=True, events=EVENTS)
+    return workdir
+
+
+def main(*arguments):
+    runpy.run_path(str(SCRIPT))['main']([str(x) for x in arguments])
+
+
+def printed(text):
+    """The metrics in full by name."""
+    lines = [line.split() for line in text.splitlines() if '%' in line]
+    return {words[0]: float(words[-1]) for words in lines if words[0] in metrics.METRICS}
+
+
+@pytest.mark.slow
+def test_the_metrics_are_those_of_the_run(workdir, tmp_path, capsys):
+    results = json.loads((workdir / 'results.json').read_text())
+    before = sorted(workdir.rglob('*'))
+    main('--workdir', workdir, '--csv', tmp_path / 'scores.csv', '--quiet')
+    captured = capsys.readouterr()
+    assert printed(captured.out) == results['metrics']
+    assert f'test FPR {100 * results["decision"]["test_fpr"]:.1f} %' in captured.out
+    assert captured.err == '' and sorted(workdir.rglob('*')) == before
+    with (tmp_path / 'scores.csv').open(newline='') as f:
+        rows = list(csv.DictReader(f))
+    assert [row['file'] for row in rows] == [
+        f'nut/test/{kind}/{i:03d}.png' for kind in ('good', 'spot') for i in range(3)
+    ]
+    threshold = results['decision']['threshold']
+    for row in rows:
+        called = 'defective' if float(row['score']) >= threshold else 'normal'
+        assert row['decision'] == called
+        assert row['label'] == str(int(row['defect'] == 'spot'))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not EVENTS, reason='tensorboardX is missing')
+def test_event_files_and_a_line_that_says_where_everything_is(workdir):
+    found = tiny.scalars(workdir / 'tensorboard')
+    results = json.loads((workdir / 'results.json').read_text())
+    for name, value in results['metrics'].items():
+        assert found[f'test/{name}', 1] == pytest.approx(value)
+    assert found['train/loss', 1] == 1
+    line = train.summary(workdir)
+    assert str(workdir) in line and '\n' not in line
+    for path in workdir.iterdir():
+        assert path.name == 'config.json' or path.name in line
+
+
+@pytest.mark.slow
+def test_other_data_on_four_devices(workdir, tmp_path):
+    """Data under another name, in a process of 4 devices: the same metrics, but for rounding."""
+    results = json.loads((workdir / 'results.json').read_text())
+    shutil.copytree(workdir.parent / 'data' / 'nut', tmp_path / 'bolt')
+    for file in (tmp_path / 'bolt/test/good').iterdir():
+        file.unlink()
+    image = cv2.imread(str(workdir.parent / 'data/nut/train/good/000.png'))
+    assert cv2.imwrite(str(tmp_path / 'bolt/test/good/0.png'), image)
+    done = subprocess.run(
+        [
+            *(sys.executable, SCRIPT, '--workdir', workdir, '--config.eval_batch_size=1'),
+            *(f'--config.data.root={tmp_path}', '--config.data.category', 'bolt'),
+        ],
+        env=os.environ
+        | {
+            'PYTHONPATH': str(REPO),
+            'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert 'mvtec_ad bolt: 4 test images' in done.stdout
+    values = printed(done.stdout)
+    assert list(values) == list(metrics.METRICS) and values != results['metrics']
+
+
+BAD = {
+    '--config.epochs=3': r'epochs belongs to training: this command takes .*--config\.data\.name',
+    '--config.data.rot=x': 'no config field',
+    '--config.data.root=nowhere': r'--config\.data\.root',
+    '--config.eval_batch_size=x': 'eval_batch_size',
+    '--checkpoint=7': 'epoch 7',
+    '--csv=.': '--csv',
+    '--workdir=.': 'is no run',
+}
+
+
+@pytest.mark.parametrize('argument', BAD)
+def test_bad_input_is_one_line(argument, tmp_path, monkeypatch):
+    workdir = tiny.fake_run(tmp_path)
+    monkeypatch.chdir(workdir.parent)
+    with pytest.raises(UserError, match=BAD[argument]) as raised:
+        main('--workdir', workdir, argument)
+    assert '\n' not in str(raised.value)
+
+
+def test_a_user_error_is_exit_status_1(tmp_path):
+    done = subprocess.run(
+        [sys.executable, SCRIPT, '--workdir', tmp_path],
+        env=os.environ | {'PYTHONPATH': str(REPO)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (1, '')
+    assert done.stderr.startswith('error: ') and len(done.stderr.splitlines()) == 1

@@ -1,0 +1,131 @@
+"""An exported file computes what the predictor does, where this package is not installed."""
+
+import json
+import os
+import pathlib
+import runpy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+
+from ssn_jax import config as config_lib, deploy, export, runs
+from ssn_jax.errors import UserError
+
+REPO = pathlib.Path(__file__).parents[1]
+IMAGES = np.random.default_rng(0).integers(0, 256, (7, 51, 90, 3), np.uint8)
+BATCHES = (1, 7)
+
+# Run in an empty folder by a Python that has neither this package nor its tests on its path.
+LOAD = """
+import json, sys, zipfile
+import jax, numpy
+file, arrays = sys.argv[1:]
+with zipfile.ZipFile(file) as archive:
+    predictor = jax.export.deserialize(archive.read('predictor'))
+    metadata = json.loads(archive.read('metadata.json'))
+given, results = numpy.load(arrays), {}
+for name in given:
+    results['scores' + name], results['maps' + name] = predictor.call(given[name])
+numpy.savez('results.npz', **results)
+assert not {'flax', 'ssn_jax', 'orbax', 'cv2', 'optax'} & set(sys.modules)
+print(json.dumps(metadata))
+"""
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    return runs.open_run(tiny.fake_run(tmp_path_factory.mktemp('export'), threshold=0.25))
+
+
+@pytest.fixture(scope='module')
+def expected(run):
+    """Scores and maps by the predictor for this machine."""
+    fused = deploy.fuse(run.backbone_variables, run.variables, run.network)
+    return deploy.make_predictor(fused, 7, (64, 64), IMAGES.shape[1:3])(IMAGES)
+
+
+def call(name, *arguments):
+    """Runs a script's main in this process."""
+    runpy.run_path(str(REPO / 'scripts' / f'{name}.py'))['main']([str(x) for x in arguments])
+
+
+def check_metadata(written):
+    assert written['threshold'] == 0.25
+    assert written['threshold_probability'] == pytest.approx(1 / (1 + np.exp(-0.25)))
+    assert written['classes'] == ['normal', 'defective']
+    assert written['image_size'] == [64, 64]
+    assert written['commit'] == export.commit() != ''
+
+
+def check_arrays(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+        b = np.asarray(b)[: len(a)]
+        assert a.dtype == np.float32 and a.shape == b.shape
+        assert np.abs(a - b).max() < 1e-4
+
+
+@pytest.mark.slow
+def test_stablehlo_needs_jax_alone(run, expected, tmp_path):
+    file = tmp_path / 'made' / 'nut.zip'
+    call('export', '--workdir', run.workdir, '--format', 'stablehlo', '--output', file, '--quiet')
+    assert os.listdir(file.parent) == ['nut.zip']
+    np.savez(tmp_path / 'images.npz', **{str(batch): IMAGES[:batch] for batch in BATCHES})
+    done = subprocess.run(
+        [sys.executable, '-P', '-c', LOAD, str(file), str(tmp_path / 'images.npz')],
+        cwd=tmp_path,
+        env={name: v for name, v in os.environ.items() if name != 'PYTHONPATH'},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    check_metadata(json.loads(done.stdout))
+    results = np.load(tmp_path / 'results.npz')
+    for batch in BATCHES:
+        check_arrays([results[f'{x}{batch}'] for x in ('scores', 'maps')], expected)
+
+
+@pytest.mark.slow
+def test_onnx_in_onnxruntime(run, expected, tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime', reason='the export extra is missing')
+    file = tmp_path / 'nut.onnx'
+    call('export', '--workdir', run.workdir, '--format', 'onnx', '--output', file, '--quiet')
+    session = onnxruntime.InferenceSession(file)
+    written = session.get_modelmeta().custom_metadata_map
+    check_metadata({name: json.loads(value) for name, value in written.items()})
+    assert [x.name for x in session.get_inputs()] == ['images']
+    assert [x.name for x in session.get_outputs()] == ['scores', 'maps']
+    for batch in BATCHES:
+        check_arrays(session.run(None, {'images': IMAGES[:batch]}), expected)
+
+
+@pytest.mark.parametrize('size', [(48, 40), (96, 80), (33, 101), (1, 1), (1, 7)])
+def test_images_are_resized_as_the_predictor_does(size):
+    config = config_lib.default_config()
+    config.update(image_size=(40, 30), resize=(48, 40))
+    image = np.random.default_rng(0).integers(0, 256, (2, *size, 3), np.uint8)
+    resized = export.preprocess(config, image)
+    expected = deploy.resize_images(image, (48, 40))[:, 4:44, 5:35]
+    np.testing.assert_array_equal(resized, expected)
+
+
+BAD = {
+    ('--format', 'onnx'): '--output',
+    ('--format', 'torch', '--output', 'x'): 'torch',
+    ('--format', 'onnx', '--output', 'x', '--config.epochs=3'): 'belongs to training',
+    ('--format', 'onnx', '--output', 'x', '--config.epoch=3'): 'no config field',
+    ('--format', 'onnx', '--output', 'x', 'y'): "'y'",
+    ('--format', 'onnx', '--output', '/'): 'is a folder',
+    ('--format', 'onnx', '--output', 'x', '--checkpoint', '9'): 'epoch 9',
+}
+
+
+@pytest.mark.parametrize('arguments', BAD)
+def test_a_wrong_command_line_is_one_line(arguments, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=BAD[arguments]):
+        call('export', '--workdir', run.workdir, *arguments)
+    assert not os.listdir(tmp_path)

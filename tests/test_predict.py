@@ -1,0 +1,285 @@
+"""Predictions for any folder of images: what is written, what is refused, what is held."""
+
+import csv
+import gc
+import os
+import pathlib
+import struct
+import subprocess
+import sys
+import types
+import weakref
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+import tiny
+
+from ssn_jax import config as config_lib, predict, runs
+from ssn_jax.data import images
+from ssn_jax.errors import UserError
+
+REPO = pathlib.Path(__file__).parents[1]
+SCRIPT = REPO / 'scripts' / 'predict.py'
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """A run whose map is the image's brightness, and whose score is its maximum."""
+    config = config_lib.default_config()
+    config.update(image_size=(64, 64), eval_batch_size=4)
+    decision = {'threshold': 0.0}
+
+    def make_predictor(run, batch_size):
+        def predictor(batch):
+            assert batch.shape == (batch_size, *run.config.image_size, 3)
+            maps = batch.astype(np.float32).mean(-1) / 16 - 8
+            return maps.max((1, 2)), maps
+
+        return predictor
+
+    monkeypatch.setattr(runs, 'make_predictor', make_predictor)
+    return types.SimpleNamespace(
+        config=config, decision=decision, workdir=pathlib.Path('run'), epoch=300
+    )
+
+
+def spot(height, width, box, channels=3):
+    """A dark image with a bright box (x, y, width, height)."""
+    x, y, w, h = box
+    image = np.full((height, width, channels), 20, np.uint8)
+    image[y : y + h, x : x + w] = 240
+    return image.squeeze()
+
+
+def write(file, image):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(file), image)
+
+
+def table(file):
+    with file.open(newline='') as f:
+        return {row['file']: row for row in csv.DictReader(f)}
+
+
+def box_of(row):
+    return tuple(int(row[name]) for name in ('x', 'y', 'width', 'height'))
+
+
+KINDS = {
+    'grey.png': lambda image: image[..., 0],
+    'grey16.png': lambda image: image[..., 0].astype(np.uint16) * 257,
+    'colour16.png': lambda image: image.astype(np.uint16) * 257,
+    'colour16.tiff': lambda image: image.astype(np.uint16) * 257,
+    'alpha.png': lambda image: np.dstack([image, image[..., :1]]),
+    'one bit.pbm': lambda image: image[..., 0] // 128 * 255,
+    'umlaut ä.bmp': lambda image: image,
+    'colour.jpg': lambda image: image,
+    'colour.WEBP': lambda image: image,
+    'sub/folder/colour.ppm': lambda image: image,
+}
+
+
+@pytest.mark.parametrize('size', [(128, 192), (300, 80)])
+def test_any_format_and_size(size, run, tmp_path):
+    box = (40, 60, 24, 36)
+    for name, make in KINDS.items():
+        write(tmp_path / 'in' / name, make(spot(*size, box)))
+    write(tmp_path / 'in/dark.png', spot(*size, (0, 0, 0, 0)))
+    (tmp_path / 'in/notes.txt').write_text('no image')
+    (tmp_path / 'in/.hidden.png').write_text('no image')
+    assert predict.predict(run, tmp_path / 'in', tmp_path / 'out') == (len(KINDS) + 1, 0)
+    rows = table(tmp_path / 'out/predictions.csv')
+    assert set(rows) == {*KINDS, 'dark.png'}
+    assert rows.pop('dark.png')['decision'] == 'normal'
+    # A pixel of the map is size / 64 pixels of the image.
+    slack = np.array([size[1], size[0]]) / 64 + 1
+    for name, row in rows.items():
+        assert row['decision'] == 'defective' and float(row['score']) > 0.9, name
+        found = np.array(box_of(row))
+        assert (np.abs(found[:2] - box[:2]) <= slack).all(), name
+        assert (np.abs(found[2:] - box[2:]) <= 2 * slack).all(), name
+        overlay = cv2.imread(str(tmp_path / 'out/overlays' / f'{name}.jpg'))
+        assert overlay.shape == (*size, 3), name
+        # Yellow where the map is high, blue where it is low.
+        assert overlay[78, 52, 0] < overlay[78, 52, 2] and overlay[5, 5, 0] > overlay[5, 5, 2], name
+        white = (overlay[..., 0].astype(int) > 200).sum()  # Blue lacks in the spot: the outline.
+        assert 20 < white < 400, name
+    assert sorted(os.listdir(tmp_path / 'out')) == ['overlays', 'predictions.csv']
+
+
+def test_an_image_of_one_pixel(run, tmp_path):
+    write(tmp_path / 'dot.png', np.full((1, 1, 3), 255, np.uint8))
+    assert predict.predict(run, tmp_path / 'dot.png', tmp_path / 'out') == (1, 0)
+    row = table(tmp_path / 'out/predictions.csv')['dot.png']
+    assert box_of(row) == (0, 0, 1, 1) and row['decision'] == 'defective'
+    assert cv2.imread(str(tmp_path / 'out/overlays/dot.png.jpg')).shape == (1, 1, 3)
+
+
+def test_a_run_that_cuts_images_finds_boxes_in_what_is_left(run, tmp_path):
+    run.config.resize = (128, 80)  # The map covers rows 32 to 96 and columns 8 to 72 of it.
+    write(tmp_path / 'in/a.png', spot(256, 240, (90, 100, 48, 32)))
+    predict.predict(run, tmp_path / 'in', tmp_path / 'out')
+    found = box_of(table(tmp_path / 'out/predictions.csv')['a.png'])
+    assert np.abs(np.array(found) - (90, 100, 48, 32)).max() <= 6
+    overlay = cv2.imread(str(tmp_path / 'out/overlays/a.png.jpg')).astype(int)
+    colourful = np.ptp(overlay, axis=-1) > 30
+    assert colourful[70:186, 30:210].mean() > 0.8 and not colourful[:56].any()
+    assert not colourful[:, :16].any()
+
+
+def huge_png(file, height, width):
+    """The header of a PNG, and nothing of its pixels."""
+
+    def part(kind, content):
+        crc = zlib.crc32(kind + content)
+        return struct.pack('>I', len(content)) + kind + content + struct.pack('>I', crc)
+
+    header = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
+    data = part(b'IHDR', header) + part(b'IDAT', zlib.compress(bytes(100))) + part(b'IEND', b'')
+    file.write_bytes(b'\x89PNG\r\n\x1a\n' + data)
+
+
+def test_what_can_not_be_read_stops_nothing(run, tmp_path, monkeypatch, caplog):
+    source = tmp_path / 'in'
+    for i in range(9):
+        write(source / f'{i}.png', spot(40, 40, (10, 10, 9, 9)))
+    (source / '3.png').write_bytes((source / '4.png').read_bytes()[:60])
+    (source / '5.jpg').write_text('no image')
+    (source / '6.tif').write_bytes(b'')
+    huge_png(source / '7.huge.png', 40_000, 40_000)
+    (source / '8.gone.png').symlink_to(source / 'nowhere')
+    decoded, decode = [], images.decode
+    monkeypatch.setattr(images, 'decode', lambda x, f: decoded.append(f.name) or decode(x, f))
+    assert predict.predict(run, source, tmp_path / 'out') == (8, 5)
+    assert '7.huge.png' not in decoded
+    assert [*table(tmp_path / 'out/predictions.csv')] == [f'{i}.png' for i in range(9) if i != 3]
+    reasons = table(tmp_path / 'out/unreadable.csv')
+    assert [*reasons] == ['3.png', '5.jpg', '6.tif', '7.huge.png', '8.gone.png']
+    assert '40000x40000' in reasons['7.huge.png']['reason']
+    assert 'No such file' in reasons['8.gone.png']['reason']
+    warned = [r.getMessage() for r in caplog.records if r.levelname == 'WARNING']
+    assert warned == [row['reason'] for row in reasons.values()]
+
+
+@pytest.mark.parametrize('shape, at_once', [((20, 30), 8), ((600, 600), 4)])
+def test_memory_does_not_grow_with_the_number_of_images(shape, at_once, run, tmp_path, monkeypatch):
+    """No more images are held than two chunks, nor more pixels than two chunks may have."""
+    monkeypatch.setattr(predict, '_CHUNK_PIXELS', 2 * 600 * 600)
+    for i in range(41):
+        write(tmp_path / f'in/{i:02d}.png', np.zeros((*shape, 3), np.uint8))
+    held, most, decode = [], [], images.decode
+
+    def counted(encoded, file):
+        image = decode(encoded, file)
+        held.append(weakref.ref(image))
+        most.append(sum(x() is not None for x in held))
+        return image
+
+    monkeypatch.setattr(images, 'decode', counted)
+    gc.disable()  # Nothing may need the collector.
+    try:
+        assert predict.predict(run, tmp_path / 'in', tmp_path / 'out', overlays=False) == (41, 0)
+    finally:
+        gc.enable()
+    assert len(held) == 41 and max(most) <= at_once
+
+
+def test_predictions_inside_the_input_are_not_predicted(run, tmp_path):
+    write(tmp_path / 'a.png', spot(40, 40, (10, 10, 9, 9)))
+    assert predict.predict(run, tmp_path, tmp_path / 'out') == (1, 0)
+    assert predict.predict(run, tmp_path, tmp_path / 'out2', threshold=9.0) == (2, 0)
+    assert table(tmp_path / 'out2/predictions.csv')['a.png']['decision'] == 'normal'
+
+
+def empty_input(run, tmp):
+    (tmp / 'in/0.png').unlink()
+    return 'holds no images'
+
+
+def no_input(run, tmp):
+    (tmp / 'in/0.png').unlink()
+    (tmp / 'in').rmdir()
+    return 'does not exist: --input'
+
+
+def output_with_files(run, tmp):
+    (tmp / 'out').mkdir()
+    (tmp / 'out/thesis.tex').write_text('')
+    return 'not empty: choose another --output'
+
+
+def output_is_a_file(run, tmp):
+    (tmp / 'out').write_text('')
+    return 'is a file'
+
+
+def no_decision(run, tmp):
+    run.decision = None
+    return '--threshold'
+
+
+def no_threshold(run, tmp):
+    run.decision = {'threshold': None, 'undefined': 'scores are not finite'}
+    return 'scores are not finite'
+
+
+def diverged(run, tmp):
+    nothing = np.full((1, 64, 64), np.nan, np.float32)
+    runs.make_predictor = lambda run, n: lambda batch: (nothing[:, 0, 0], nothing)
+    return 'diverged'
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        *(empty_input, no_input, output_with_files, output_is_a_file, no_decision, no_threshold),
+        diverged,
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(change, run, tmp_path):
+    write(tmp_path / 'in/0.png', spot(40, 40, (10, 10, 9, 9)))
+    words = change(run, tmp_path)
+    before = {p for p in tmp_path.rglob('*') if p.is_file()}
+    with pytest.raises(UserError, match=words) as raised:
+        predict.predict(run, tmp_path / 'in', tmp_path / 'out')
+    assert '\n' not in str(raised.value)
+    assert {p for p in tmp_path.rglob('*') if p.is_file()} == before
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path):
+    """One unreadable file: exit status 2; what was compiled once is not compiled again."""
+    workdir = tiny.fake_run(tmp_path, threshold=-0.3)
+    tiny.write_data(tmp_path / 'data', train=0, test=2)
+    source = tmp_path / 'data/nut/test'
+
+    def command(output):
+        return subprocess.run(
+            [
+                *(sys.executable, SCRIPT, '--workdir', workdir),
+                *('--input', source, '--output', tmp_path / output),
+            ],
+            env=os.environ | {'PYTHONPATH': str(REPO), 'XDG_CACHE_HOME': str(tmp_path / 'home')},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    first = command('first')
+    assert first.returncode == 0, first.stderr
+    assert '4/4' in first.stderr and '4 predictions are in' in first.stdout
+    # Names of what is cached; its times of use are files as well.
+    kept = {p.name for p in (tmp_path / 'home/ssn_jax/compiled').glob('*-cache')}
+    assert kept
+    (source / 'good/000.png').write_text('no image')
+    second = command('second')
+    assert second.returncode == 2, second.stderr
+    assert '1 of 4 images could not be read.' in second.stderr
+    assert 'Traceback' not in second.stderr
+    assert {p.name for p in (tmp_path / 'home/ssn_jax/compiled').glob('*-cache')} == kept
+    rows = [table(tmp_path / x / 'predictions.csv') for x in ('first', 'second')]
+    assert len(rows[0].pop('good/000.png')) == 7 and rows[0] == rows[1]
+    assert {row['decision'] for row in rows[0].values()} <= {'normal', 'defective'}
