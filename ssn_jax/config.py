@@ -66,9 +66,7 @@ def default_config() -> ml_collections.ConfigDict:
     noise.penalty = 10.0  # Learned: weight of mean(noise^2) in the generator's loss.
     noise.discriminator_steps = 3  # Learned: per generator step; 0: both players on every step.
     noise.learning_rate = 1e-4  # Learned: the generator's, AdamW without weight decay.
-    noise.shuffle_groups = (
-        8  # Shuffled: channel groups, each from a place of its own.
-    )
+    noise.shuffle_groups = 8  # Shuffled: channel groups, each from a place of its own.
     noise.shuffle_strength = (0.3, 1.0)  # Shuffled: how far features move; drawn between the two.
 
     config.optimizer = optimizer = ml_collections.ConfigDict()

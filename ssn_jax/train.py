@@ -17,6 +17,7 @@ from ssn_jax import (
     config as config_lib,
     data,
     decision,
+    devices,
     evaluate,
     metrics,
     sampling,
@@ -189,18 +190,23 @@ def train(config, workdir, split, network, backbone, backbone_variables):
     """Runs the epochs that are missing; returns the final state and the log."""
     key = jax.random.key(config.seed)
     k_init, k_epochs = jax.random.split(key)
+    if config.supervision.kind != 'none':
+        split = supervision.with_flips(split)
+    next_order = image_order(config, split)
+    per_epoch, batch_size = next_order(0).shape
+    mesh = devices.make_mesh(batch_size)
     state = steps.init_state(config, k_init, sum(resnet.CHANNELS[config.backbone.name][1:]))
+    state = devices.put(mesh, state)
     manager = checkpoint.open_manager(workdir, config.checkpoint.keep)
     done, state = checkpoint.restore(manager, state)
     if done:
         logging.info('Resuming %s after epoch %d', workdir, done)
     log = Log(workdir / 'train.csv', done)
     if done == config.epochs:
-        return state, log
+        return devices.take_local(mesh, state), log
 
-    contents, next_order = training_data(config, split, network, backbone, backbone_variables)
-    per_epoch = len(next_order(0))
-    run_epoch = steps.make_epoch(config, per_epoch)
+    contents = training_data(config, split, network, backbone, backbone_variables, mesh)
+    run_epoch = steps.make_epoch(config, per_epoch, mesh)
     logging.info('%d images, %d steps per epoch', len(split.images), per_epoch)
 
     progress = tqdm.tqdm(
@@ -208,8 +214,8 @@ def train(config, workdir, split, network, backbone, backbone_variables):
     )
     for epoch in progress:
         began = time.time()
-        k = jax.random.fold_in(k_epochs, epoch)
-        order = jax.device_put(next_order(epoch - 1))
+        k = devices.put(mesh, jax.random.fold_in(k_epochs, epoch))
+        order = devices.put(mesh, next_order(epoch - 1))
         with jax.transfer_guard('disallow'):
             state, values = run_epoch(state, contents, order, k)
         values = {name: float(v) for name, v in sorted(jax.device_get(values).items())}
@@ -217,29 +223,28 @@ def train(config, workdir, split, network, backbone, backbone_variables):
         progress.set_postfix(loss=f'{values["loss"]:.4f}')
         if epoch % config.checkpoint.every == 0 or epoch == config.epochs:
             checkpoint.save(manager, epoch, state)
-    return state, log
+    return devices.take_local(mesh, state), log
 
 
-def training_data(config, split, network, backbone, backbone_variables):
-    """Everything that is trained on, as one batch on the device, and `order(epoch)` into it."""
-    supervised = config.supervision.kind != 'none'
-    if supervised:
-        split = supervision.with_flips(split)
+def image_order(config, split):
+    """`order(epoch)`: indices (steps, batch) into the training images, flips included."""
+    total, defective = len(split.labels), int(split.labels.sum())
+    if config.supervision.kind == 'none':
+        return lambda epoch: sampling.uniform_order(config.seed, epoch, total, config.batch_size)
+    return lambda epoch: sampling.balanced_order(
+        config.seed, epoch, total - defective, defective, config.batch_size
+    )
+
+
+def training_data(config, split, network, backbone, backbone_variables, mesh):
+    """Everything that is trained on, as one batch on the devices of the mesh (None: one)."""
     layers = features_lib.extract_layers(
-        backbone, backbone_variables, split.images, frozen=network.frozen
+        backbone, backbone_variables, split.images, frozen=network.frozen, mesh=mesh
     )
-    if not supervised:
-        total = len(split.labels)
-        return {'layers': layers}, lambda epoch: sampling.uniform_order(
-            config.seed, epoch, total, config.batch_size
-        )
-    grid = features_lib.feature_grid(layers)
-    known = jax.device_put(supervision.truth(config.supervision, split, grid))
-    defective = int(split.labels.sum())
-    normal = len(split.labels) - defective
-    return {'layers': layers, **known}, lambda epoch: sampling.balanced_order(
-        config.seed, epoch, normal, defective, config.batch_size
-    )
+    if config.supervision.kind == 'none':
+        return {'layers': layers}
+    known = supervision.truth(config.supervision, split, features_lib.feature_grid(layers))
+    return {'layers': layers} | {k: devices.put_images(mesh, x) for k, x in known.items()}
 
 
 def count(params: dict) -> int:
