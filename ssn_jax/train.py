@@ -62,7 +62,12 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> N
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Replaces a file's content, so that a reader or a kill never meets half of it."""
+    """Replaces a file's content, so that a reader or a kill never meets half of it.
+
+    Of several processes the first one writes.
+    """
+    if not devices.is_first():
+        return
     temporary = path.with_name(path.name + '.tmp')
     temporary.write_text(text)
     temporary.replace(path)
@@ -126,6 +131,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
     )
     logging.info('Backbone %s, weights: %s', config.backbone.name, origin)
 
+    devices.wait_for_all('workdir checked')  # Before the first one writes there.
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         write_atomically(workdir / 'config.json', config_lib.to_json(config))
@@ -175,12 +181,13 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: pathlib.Path)
         'train_seconds': round(sum(seconds), 1) if seconds else None,
         # The first epoch after a start compiles: the median leaves it out.
         'seconds_per_epoch': round(float(np.median(seconds)), 2) if seconds else None,
-        'devices': f'{jax.local_device_count()} x {jax.devices()[0].device_kind}',
+        'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
     }
     if values['I-AUROC'] is not None:
         # As the publication chose it: on the images that it is then measured on.
         results['youden_on_test'] = metrics.youden(scores, dataset.test.labels)
-    draw_figures(workdir / 'figures', results, dataset.test, maps, scores, log)
+    if devices.is_first():
+        draw_figures(workdir / 'figures', results, dataset.test, maps, scores, log)
     write_atomically(workdir / 'decision.json', json.dumps(chosen, indent=2) + '\n')
     write_atomically(workdir / 'results.json', json.dumps(results, indent=2) + '\n')
     return results
@@ -210,7 +217,11 @@ def train(config, workdir, split, network, backbone, backbone_variables):
     logging.info('%d images, %d steps per epoch', len(split.images), per_epoch)
 
     progress = tqdm.tqdm(
-        range(done + 1, config.epochs + 1), 'epoch', initial=done, total=config.epochs
+        range(done + 1, config.epochs + 1),
+        'epoch',
+        initial=done,
+        total=config.epochs,
+        disable=not devices.is_first(),
     )
     for epoch in progress:
         began = time.time()

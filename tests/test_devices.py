@@ -3,12 +3,14 @@
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
+import tiny
 
 from ssn_jax import devices
 
@@ -109,3 +111,129 @@ def test_processes_that_can_not_share_a_batch_are_told(monkeypatch):
     monkeypatch.setattr(jax, 'process_count', lambda: 2)
     with pytest.raises(devices.UserError, match=r'--config\.batch_size.*--num_processes'):
         devices.make_mesh(3)
+
+
+# Several processes
+
+
+def start(folder, workdir, *arguments):
+    """Starts the main job on the tiny data set."""
+    environment = {
+        'JAX_PLATFORMS': 'cpu',
+        'PYTHONPATH': str(ROOT),
+        'XLA_FLAGS': '--xla_backend_optimization_level=1',  # Compiled faster,
+        'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'),  # and once where it is the same.
+    }
+    return subprocess.Popen(
+        [
+            *(sys.executable, '-m', 'ssn_jax.main', '--config', 'configs/mod1_a.py'),
+            f'--workdir={workdir}',
+            f'--config.data.root={folder / "data"}',
+            '--config.data.category=nut',
+            f'--config.data.cache={folder / "cache"}',
+            f'--config.backbone.weights={folder / "w.safetensors"}',
+            '--config.image_size=(64, 64)',
+            '--config.batch_size=4',
+            '--config.epochs=2',
+            '--config.sparse=False',  # Compiles in half the time.
+            *arguments,
+        ],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    """Exit status, stdout and stderr of a started process."""
+    out, err = process.communicate(timeout=280)
+    return process.returncode, out, err
+
+
+def free_port():
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        return server.getsockname()[1]
+
+
+def two_processes(folder, workdir, *arguments):
+    """Both processes' results; begins anew when someone else was faster to take the port."""
+    for _ in range(3):
+        address = f'--coordinator=127.0.0.1:{free_port()}'
+        both = [
+            start(folder, workdir, address, '--num_processes=2', f'--process_id={i}', *arguments)
+            for i in (0, 1)
+        ]
+        try:
+            code, out, err = finish(both[0])
+            if code == 0 or 'port' not in err:
+                return [(code, out, err), finish(both[1])]
+        finally:
+            for process in both:
+                process.kill()
+                process.wait()
+    raise AssertionError('no free port in three attempts')
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_results_of_one(tmp_path):
+    """Over loopback, in one workdir that the first process writes; then the rerun of it by one."""
+    tiny.write_data(tmp_path / 'data')
+    tiny.write_weights(tmp_path / 'w.safetensors')
+    one, two = tmp_path / 'one', tmp_path / 'two'
+    code, out, err = finish(start(tmp_path, one))
+    assert code == 0, err[-3000:]
+    (first, table, err), (second, silent, err_of_second) = two_processes(tmp_path, two)
+    assert (first, second) == (0, 0), (err + err_of_second)[-3000:]
+    assert 'I-AUROC' in out and 'I-AUROC' in table and 'I-AUROC' not in silent
+    results = [json.loads((folder / 'results.json').read_text()) for folder in (one, two)]
+    for name, value in results[0]['metrics'].items():
+        assert results[1]['metrics'][name] == pytest.approx(value, abs=1e-4), name
+    threshold = results[0]['decision']['threshold']
+    assert results[1]['decision']['threshold'] == pytest.approx(threshold, rel=1e-3)
+    assert results[1]['devices'].startswith('2 x ')
+    losses = [
+        [row.split(',')[:-1] for row in (folder / 'train.csv').read_text().splitlines()[1:]]
+        for folder in (one, two)
+    ]
+    np.testing.assert_allclose(*(np.array(x, float) for x in losses), rtol=1e-4, atol=1e-6)
+    kept = {p.name for p in one.iterdir()}
+    assert kept == {p.name for p in two.iterdir()} and 'checkpoints' in kept
+    # A single process takes up what two have left.
+    code, _, err = finish(start(tmp_path, two))
+    assert code == 0 and 'after epoch 2' in err, err[-3000:]
+    again = json.loads((two / 'results.json').read_text())
+    assert again['metrics'] == pytest.approx(results[1]['metrics'], abs=1e-4)
+
+
+WRONG = {  # What is given, and what the error holds.
+    (False, 'a:1', None, None): ['--num_processes and --process_id'],
+    (False, None, 2, 0): ['add --coordinator'],
+    (False, 'a', 2, 0): ['--coordinator=a', 'HOST:PORT'],
+    (False, 'a:99999', 2, 0): ['--coordinator=a:99999'],
+    (False, 'a:1', 0, 0): ['--num_processes=0'],
+    (False, 'a:1', 2, 2): ['--process_id=2', '0..1'],
+}
+
+
+@pytest.mark.parametrize('given', WRONG)
+def test_processes_that_can_not_be(given):
+    with pytest.raises(devices.UserError) as caught:
+        devices.connect(*given)
+    assert '\n' not in str(caught.value)
+    for words in WRONG[given]:
+        assert words in str(caught.value)
+
+
+def test_a_taken_port_is_told():
+    with socket.create_server(('', 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(devices.UserError, match=f'127.0.0.1:{port}: its port'):
+            devices.connect(False, f'127.0.0.1:{port}', 2, 0)
+
+
+def test_without_flags_there_is_one_process():
+    devices.connect(False, None, None, None)
+    assert jax.process_count() == 1 and devices.is_first()
+    devices.wait_for_all('alone')
