@@ -6,7 +6,7 @@ from flax import linen as nn
 import jax
 import numpy as np
 
-from ssn_jax import deploy, metrics
+from ssn_jax import deploy, devices, metrics
 from ssn_jax.data import Split
 
 
@@ -22,30 +22,31 @@ def make_predictor(
     Returns:
       `predict(backbone_variables, variables, images)` for uint8 RGB images (N, H, W, 3) of any N:
       full-size anomaly logits (N, H, W) and score logits (N,), float32 on the host. The last
-      batch is padded; the padding is cut off again.
+      batch is padded; the padding is cut off again. Of several processes each predicts a share
+      and gets all.
     """
-    devices = jax.local_device_count()
-    parallel = jax.pmap(deploy.predict)
-    replicate = jax.pmap(lambda arrays, _: arrays, in_axes=(None, 0))
+    local = jax.local_devices()
+    parallel = jax.pmap(deploy.predict, devices=local)
+    replicate = jax.pmap(lambda arrays, _: arrays, in_axes=(None, 0), devices=local)
 
     def predict(backbone_variables, variables, images):
         fused = deploy.prepare(deploy.fuse(backbone_variables, variables, network))
-        arrays = replicate(fused, np.arange(devices))
+        arrays = replicate(fused, np.arange(len(local)))
         # A small split on many devices needs no batch larger than its share.
-        per_device = min(batch_size, -(-len(images) // devices))
-        chunk = per_device * devices
+        per_device = min(batch_size, -(-len(images) // len(local)))
+        chunk = per_device * len(local)
         maps, scores = [], []
         for start in range(0, len(images), chunk):
             part = images[start : start + chunk]
             padded = np.zeros((chunk, *part.shape[1:]), part.dtype)
             padded[: len(part)] = part
-            sharded = padded.reshape(devices, per_device, *part.shape[1:])
+            sharded = padded.reshape(len(local), per_device, *part.shape[1:])
             s, m = jax.device_get(parallel(arrays, sharded))
             maps.append(m.reshape(chunk, *m.shape[2:])[: len(part)])
             scores.append(s.reshape(chunk)[: len(part)])
         return np.concatenate(maps), np.concatenate(scores)
 
-    return predict
+    return devices.share_images(predict)
 
 
 def predict_scores(predict: Callable, *variables: dict, images: np.ndarray) -> np.ndarray:

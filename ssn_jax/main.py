@@ -22,6 +22,14 @@ _WORKDIR = flags.DEFINE_string(
 )
 _QUIET = flags.DEFINE_bool('quiet', False, 'Show warnings, errors and one line at the end only.')
 _TENSORBOARD = flags.DEFINE_bool('tensorboard', False, 'Write TensorBoard event files too.')
+_DISTRIBUTED = flags.DEFINE_bool(
+    'distributed', False, 'One of several processes, as the scheduler of the cluster says.'
+)
+_COORDINATOR = flags.DEFINE_string(
+    'coordinator', None, 'One of several processes: HOST:PORT of the one with --process_id=0.'
+)
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes there are.')
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0 on.')
 
 _NO_CONFIG = 'no config: add --config configs/mod2.py (or another of configs/).'
 
@@ -29,12 +37,15 @@ _NO_CONFIG = 'no config: add --config configs/mod2.py (or another of configs/).'
 def run(argv: list[str]) -> None:
     """Runs the main job for parsed flags."""
     del argv
-    from ssn_jax import train  # After the flags, so that a wrong one is told at once.
+    from ssn_jax import devices, train  # After the flags, so that a wrong one is told at once.
 
+    devices.connect(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     config = _CONFIG.value
     workdir = pathlib.Path(_WORKDIR.value or train.default_workdir(config))
     cli_lib.set_up_log(_QUIET.value)
     results = train.train_and_evaluate(config, workdir, _TENSORBOARD.value, _QUIET.value)
+    if not devices.is_first():
+        return
     if not _QUIET.value:
         print(train.format_table(results))
     print(train.summary(workdir))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from ssn_jax import losses, synthesis
+from ssn_jax import devices, losses, synthesis
 from ssn_jax.models import features as features_lib
 from ssn_jax.models.heads import NoiseGenerator
 from ssn_jax.models.simplenet import SimpleNet
@@ -318,26 +318,33 @@ def make_step(
     return step
 
 
-def make_epoch(config: ml_collections.ConfigDict, steps: int) -> Callable:
+def make_epoch(
+    config: ml_collections.ConfigDict, steps: int, mesh: jax.sharding.Mesh | None = None
+) -> Callable:
     """One epoch as one compiled call.
 
     Args:
       config: the run's config.
       steps: how many an epoch makes.
+      mesh: the devices that share each batch, as `devices.make_mesh` returns them; None is one.
 
     Returns:
       `epoch(state, data, order, key) -> (state, metrics)`, which donates the state. `data` is a
       batch of everything there is, `order` (steps, batch) says which of it each step sees; the
-      metrics are averaged.
+      metrics are averaged. With a mesh all of them lie on it, the data spread.
     """
     step = make_step(config, steps)
 
     def epoch(state, data, order, key):
         def body(state, inputs):
             indices, k = inputs
-            return step(state, jax.tree.map(lambda x: x[indices], data), k)
+            batch = jax.tree.map(lambda x: x[indices], data)
+            if mesh is not None:
+                batch = jax.lax.with_sharding_constraint(batch, devices.spread(mesh))
+            return step(state, batch, k)
 
         state, metrics = jax.lax.scan(body, state, (order, jax.random.split(key, steps)))
         return state, jax.tree.map(jnp.mean, metrics)
 
-    return jax.jit(epoch, donate_argnums=0)
+    where = {} if mesh is None else {'out_shardings': devices.replicated(mesh)}
+    return jax.jit(epoch, donate_argnums=0, **where)

@@ -17,6 +17,7 @@ from ssn_jax import (
     config as config_lib,
     data,
     decision,
+    devices,
     evaluate,
     files,
     metrics,
@@ -62,6 +63,12 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> N
         raise UserError(f'{workdir} is not empty and holds no run: choose another --workdir.')
 
 
+def write(path: pathlib.Path, text: str) -> None:
+    """Writes a file of the run, whole or not at all; of several processes the first one does."""
+    if devices.is_first():
+        files.write(path, text)
+
+
 class Log:
     """train.csv: one row of losses per epoch, without gaps or doubles after a resume.
 
@@ -71,7 +78,7 @@ class Log:
 
     def __init__(self, path: pathlib.Path, epochs_done: int, events: pathlib.Path | None = None):
         self.path = path
-        self.events = tensorboard.open_writer(events) if events else None
+        self.events = tensorboard.open_writer(events) if events and devices.is_first() else None
         self.rows: list[dict[str, str]] = []
         if path.exists():
             with path.open(newline='') as f:
@@ -83,7 +90,7 @@ class Log:
         """Adds an epoch's row and puts the file on disk."""
         self.rows.append({'epoch': str(epoch)} | {k: f'{v:.6g}' for k, v in values.items()})
         lines = [','.join(self.rows[0])] + [','.join(row.values()) for row in self.rows]
-        files.write(self.path, '\n'.join(lines) + '\n')
+        write(self.path, '\n'.join(lines) + '\n')
         self._add_event(self.rows[-1])
 
     def _add_event(self, row: dict[str, str]) -> None:
@@ -148,12 +155,13 @@ def train_and_evaluate(
     )
     logging.info('Backbone %s, weights: %s', config.backbone.name, origin)
 
+    devices.wait_for_all('workdir checked')  # Before the first one writes there.
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        files.write(workdir / 'config.json', config_lib.to_json(config))
+        write(workdir / 'config.json', config_lib.to_json(config))
         if config.supervision.kind == 'masks':
             masked = json.dumps(supervision.masked_files(split), indent=2) + '\n'
-            files.write(workdir / 'masked_images.json', masked)
+            write(workdir / 'masked_images.json', masked)
     except OSError as e:
         raise UserError(
             f'{workdir} can not be written ({e.strerror}): choose another --workdir.'
@@ -198,14 +206,15 @@ def train_and_evaluate(
         'train_seconds': round(sum(seconds), 1) if seconds else None,
         # The first epoch after a start compiles: the median leaves it out.
         'seconds_per_epoch': round(float(np.median(seconds)), 2) if seconds else None,
-        'devices': f'{jax.local_device_count()} x {jax.devices()[0].device_kind}',
+        'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
     }
     if values['I-AUROC'] is not None:
         # As the publication chose it: on the images that it is then measured on.
         results['youden_on_test'] = metrics.youden(scores, dataset.test.labels)
-    draw_figures(workdir / 'figures', results, dataset.test, maps, scores, log)
-    files.write(workdir / 'decision.json', json.dumps(chosen, indent=2) + '\n')
-    files.write(workdir / 'results.json', json.dumps(results, indent=2) + '\n')
+    if devices.is_first():
+        draw_figures(workdir / 'figures', results, dataset.test, maps, scores, log)
+    write(workdir / 'decision.json', json.dumps(chosen, indent=2) + '\n')
+    write(workdir / 'results.json', json.dumps(results, indent=2) + '\n')
     return results
 
 
@@ -213,26 +222,33 @@ def train(config, workdir, split, network, backbone, backbone_variables, events=
     """Runs the epochs that are missing; returns the final state and the log."""
     key = jax.random.key(config.seed)
     k_init, k_epochs = jax.random.split(key)
+    if config.supervision.kind != 'none':
+        split = supervision.with_flips(split)
+    next_order = image_order(config, split)
+    per_epoch, batch_size = next_order(0).shape
+    mesh = devices.make_mesh(batch_size)
     state = steps.init_state(config, k_init, sum(resnet.CHANNELS[config.backbone.name][1:]))
+    state = devices.put(mesh, state)
     manager = checkpoint.open_manager(workdir, config.checkpoint.keep)
     done, state = checkpoint.restore(manager, state)
     if done:
         logging.info('Resuming %s after epoch %d', workdir, done)
     log = Log(workdir / 'train.csv', done, workdir / 'tensorboard' if events else None)
     if done == config.epochs:
-        return state, log
+        return devices.take_local(mesh, state), log
 
-    contents, next_order = training_data(config, split, network, backbone, backbone_variables)
-    per_epoch = len(next_order(0))
-    run_epoch = steps.make_epoch(config, per_epoch)
+    contents = training_data(config, split, network, backbone, backbone_variables, mesh)
+    run_epoch = steps.make_epoch(config, per_epoch, mesh)
     logging.info('%d images, %d steps per epoch', len(split.images), per_epoch)
 
     epochs = range(done + 1, config.epochs + 1)
-    progress = tqdm.tqdm(epochs, 'epoch', initial=done, total=config.epochs, disable=quiet)
+    progress = tqdm.tqdm(
+        epochs, 'epoch', initial=done, total=config.epochs, disable=quiet or not devices.is_first()
+    )
     for epoch in progress:
         began = time.time()
-        k = jax.random.fold_in(k_epochs, epoch)
-        order = jax.device_put(next_order(epoch - 1))
+        k = devices.put(mesh, jax.random.fold_in(k_epochs, epoch))
+        order = devices.put(mesh, next_order(epoch - 1))
         with jax.transfer_guard('disallow'):
             state, values = run_epoch(state, contents, order, k)
         values = {name: float(v) for name, v in sorted(jax.device_get(values).items())}
@@ -240,29 +256,28 @@ def train(config, workdir, split, network, backbone, backbone_variables, events=
         progress.set_postfix(loss=f'{values["loss"]:.4f}')
         if epoch % config.checkpoint.every == 0 or epoch == config.epochs:
             checkpoint.save(manager, epoch, state)
-    return state, log
+    return devices.take_local(mesh, state), log
 
 
-def training_data(config, split, network, backbone, backbone_variables):
-    """Everything that is trained on, as one batch on the device, and `order(epoch)` into it."""
-    supervised = config.supervision.kind != 'none'
-    if supervised:
-        split = supervision.with_flips(split)
+def image_order(config, split):
+    """`order(epoch)`: indices (steps, batch) into the training images, flips included."""
+    total, defective = len(split.labels), int(split.labels.sum())
+    if config.supervision.kind == 'none':
+        return lambda epoch: sampling.uniform_order(config.seed, epoch, total, config.batch_size)
+    return lambda epoch: sampling.balanced_order(
+        config.seed, epoch, total - defective, defective, config.batch_size
+    )
+
+
+def training_data(config, split, network, backbone, backbone_variables, mesh):
+    """Everything that is trained on, as one batch on the devices of the mesh (None: one)."""
     layers = features_lib.extract_layers(
-        backbone, backbone_variables, split.images, frozen=network.frozen
+        backbone, backbone_variables, split.images, frozen=network.frozen, mesh=mesh
     )
-    if not supervised:
-        total = len(split.labels)
-        return {'layers': layers}, lambda epoch: sampling.uniform_order(
-            config.seed, epoch, total, config.batch_size
-        )
-    grid = features_lib.feature_grid(layers)
-    known = jax.device_put(supervision.truth(config.supervision, split, grid))
-    defective = int(split.labels.sum())
-    normal = len(split.labels) - defective
-    return {'layers': layers, **known}, lambda epoch: sampling.balanced_order(
-        config.seed, epoch, normal, defective, config.batch_size
-    )
+    if config.supervision.kind == 'none':
+        return {'layers': layers}
+    known = supervision.truth(config.supervision, split, features_lib.feature_grid(layers))
+    return {'layers': layers} | {k: devices.put_images(mesh, x) for k, x in known.items()}
 
 
 def count(params: dict) -> int:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ssn_jax import devices
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -24,21 +26,30 @@ def extract_layers(
     images: np.ndarray,
     batch_size: int = 16,
     frozen: Callable = lambda layers: layers,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[jax.Array, ...]:
-    """Frozen features of a whole split, computed once and left on the device.
+    """Frozen features of a whole split, computed once and left on the devices.
 
     Args:
       backbone: maps normalised images (N, H, W, 3) to its stages' outputs.
       variables: its parameters and statistics.
       images: uint8 RGB (N, H, W, 3).
-      batch_size: images at a time.
+      batch_size: images at a time (and device).
       frozen: what to keep of the layers, as the network says.
+      mesh: the devices that share the images; None is one.
 
     Returns:
       layer2 and layer3 (N, H_i, W_i, C_i) at their own grids, an eighth of the feature grid's
-      memory; or what `frozen` makes of them.
+      memory; or what `frozen` makes of them. On a mesh they are spread as `devices.map_images`
+      does it, and N may be larger.
     """
-    run = jax.jit(lambda v, x: frozen(backbone.apply(v, normalise(x))[1:]))
+
+    def layers_of(v, x):
+        return tuple(frozen(backbone.apply(v, normalise(x))[1:]))
+
+    if mesh is not None:
+        return devices.map_images(mesh, layers_of, variables, images, batch_size)
+    run = jax.jit(layers_of)
     parts = []
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]

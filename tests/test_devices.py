@@ -1,0 +1,239 @@
+"""Training on several devices: the same losses as on one."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from ssn_jax import devices
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# Three epochs of one step, on one device and on a mesh.
+PROGRAM = """
+import json
+import jax, numpy as np
+from ssn_jax import devices, sampling, sparse_loss, steps
+from ssn_jax.config import default_config
+
+def history(config, mesh):
+    rng = np.random.default_rng(0)
+    layers = [rng.normal(size=s).astype(np.float32) for s in ((6, 4, 4, 5), (6, 2, 2, 7))]
+    batch = {'layers': tuple(devices.put_images(mesh, x) for x in layers)}
+    state = devices.put(mesh, steps.init_state(config, jax.random.key(1), 12))
+    epoch = steps.make_epoch(config, 1, mesh)
+    rows = []
+    for i in range(3):
+        order = devices.put(mesh, sampling.uniform_order(0, i, 6, 4))
+        key = devices.put(mesh, jax.random.fold_in(jax.random.key(2), i))
+        with jax.transfer_guard('disallow'):
+            state, values = epoch(state, batch, order, key)
+        rows.append([float(values[name]) for name in sorted(values)])
+    return rows
+
+mesh, found = devices.make_mesh(4), {}
+assert mesh.size == 4
+# Two programs for two numbers of noisy positions instead of four: half the time to compile.
+sparse_loss._SURPLUS = np.array([0.5, np.inf])
+for form in ('sparse', 'direct'):
+    for kind in ('static', 'learned'):
+        config = default_config()
+        config.epochs, config.batch_size, config.noise.std = 3, 4, 0.3
+        config.sparse, config.noise.kind = form == 'sparse', kind
+        config.noise.discriminator_steps = 1
+        found[f'{form} {kind}'] = [history(config, m) for m in (None, mesh)]
+print(json.dumps(found))
+"""
+
+
+def on_four_devices(program, *arguments):
+    """What a program prints in a process with four devices on the host."""
+    environment = {
+        'JAX_PLATFORMS': 'cpu',
+        'XLA_FLAGS': '--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=1',
+        'PYTHONPATH': str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, '-c', program, *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_four_devices_give_the_losses_of_one():
+    for name, (one, four) in json.loads(on_four_devices(PROGRAM)).items():
+        assert np.all(np.isfinite(one)) and len({row[0] for row in one}) == 3
+        np.testing.assert_allclose(four, one, rtol=1e-5, atol=1e-9, err_msg=name)
+
+
+LAYOUT = """
+import jax, numpy as np
+from absl import logging
+from ssn_jax import devices
+logging.set_verbosity(logging.INFO)
+x = np.arange(26, dtype=np.float32).reshape(13, 2)
+for batch_size, size in ((8, 4), (6, 3), (2, 2)):
+    mesh = devices.make_mesh(batch_size)
+    assert mesh.size == size
+    for count in (1, 3, 16):
+        both = devices.map_images(mesh, lambda v, x: (x + v['a'], x[:, 0]), {'a': 1.0}, x, count)
+        for found, expected in zip(both, (x + 1, x[:, 0])):
+            np.testing.assert_array_equal(found[:13], expected)
+            assert len(found) == size * -(-13 // size)
+            assert len(found.addressable_shards[0].data) == -(-13 // size)
+    np.testing.assert_array_equal(devices.put_images(mesh, x)[:13], x)
+assert devices.make_mesh(7) is None
+"""
+
+
+def test_images_are_shared_by_as_many_devices_as_divide_a_batch():
+    on_four_devices(LAYOUT)
+
+
+def test_one_device_needs_no_mesh():
+    assert devices.make_mesh(8) is None or jax.local_device_count() > 1
+    assert isinstance(devices.put_images(None, np.zeros((2, 3))), jax.Array)
+
+
+def test_processes_that_can_not_share_a_batch_are_told(monkeypatch):
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    with pytest.raises(devices.UserError, match=r'--config\.batch_size.*--num_processes'):
+        devices.make_mesh(3)
+
+
+# Several processes
+
+
+def start(folder, workdir, *arguments):
+    """Starts the main job on the tiny data set."""
+    environment = {
+        'JAX_PLATFORMS': 'cpu',
+        'PYTHONPATH': str(ROOT),
+        'XLA_FLAGS': '--xla_backend_optimization_level=1',  # Compiled faster,
+        'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'),  # and once where it is the same.
+    }
+    return subprocess.Popen(
+        [
+            *(sys.executable, '-m', 'ssn_jax.main', '--config', 'configs/mod1_a.py'),
+            f'--workdir={workdir}',
+            f'--config.data.root={folder / "data"}',
+            '--config.data.category=nut',
+            f'--config.data.cache={folder / "cache"}',
+            f'--config.backbone.weights={folder / "w.safetensors"}',
+            '--config.image_size=(64, 64)',
+            '--config.batch_size=4',
+            '--config.epochs=2',
+            '--config.sparse=False',  # Compiles in half the time.
+            *arguments,
+        ],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    """Exit status, stdout and stderr of a started process."""
+    out, err = process.communicate(timeout=280)
+    return process.returncode, out, err
+
+
+def free_port():
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        return server.getsockname()[1]
+
+
+def two_processes(folder, workdir, *arguments):
+    """Both processes' results; begins anew when someone else was faster to take the port."""
+    for _ in range(3):
+        address = f'--coordinator=127.0.0.1:{free_port()}'
+        both = [
+            start(folder, workdir, address, '--num_processes=2', f'--process_id={i}', *arguments)
+            for i in (0, 1)
+        ]
+        try:
+            code, out, err = finish(both[0])
+            if code == 0 or 'port' not in err:
+                return [(code, out, err), finish(both[1])]
+        finally:
+            for process in both:
+                process.kill()
+                process.wait()
+    raise AssertionError('no free port in three attempts')
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_results_of_one(tmp_path):
+    """Over loopback, in one workdir that the first process writes; then the rerun of it by one."""
+    tiny.write_data(tmp_path / 'data')
+    tiny.write_weights(tmp_path / 'w.safetensors')
+    one, two = tmp_path / 'one', tmp_path / 'two'
+    code, out, err = finish(start(tmp_path, one))
+    assert code == 0, err[-3000:]
+    (first, table, err), (second, silent, err_of_second) = two_processes(tmp_path, two)
+    assert (first, second) == (0, 0), (err + err_of_second)[-3000:]
+    assert 'I-AUROC' in out and 'I-AUROC' in table and 'I-AUROC' not in silent
+    results = [json.loads((folder / 'results.json').read_text()) for folder in (one, two)]
+    for name, value in results[0]['metrics'].items():
+        assert results[1]['metrics'][name] == pytest.approx(value, abs=1e-4), name
+    threshold = results[0]['decision']['threshold']
+    assert results[1]['decision']['threshold'] == pytest.approx(threshold, rel=1e-3)
+    assert results[1]['devices'].startswith('2 x ')
+    losses = [
+        [row.split(',')[:-1] for row in (folder / 'train.csv').read_text().splitlines()[1:]]
+        for folder in (one, two)
+    ]
+    np.testing.assert_allclose(*(np.array(x, float) for x in losses), rtol=1e-4, atol=1e-6)
+    kept = {p.name for p in one.iterdir()}
+    assert kept == {p.name for p in two.iterdir()} and 'checkpoints' in kept
+    # A single process takes up what two have left.
+    code, _, err = finish(start(tmp_path, two))
+    assert code == 0 and 'after epoch 2' in err, err[-3000:]
+    again = json.loads((two / 'results.json').read_text())
+    assert again['metrics'] == pytest.approx(results[1]['metrics'], abs=1e-4)
+
+
+WRONG = {  # What is given, and what the error holds.
+    (False, 'a:1', None, None): ['--num_processes and --process_id'],
+    (False, None, 2, 0): ['add --coordinator'],
+    (False, 'a', 2, 0): ['--coordinator=a', 'HOST:PORT'],
+    (False, 'a:99999', 2, 0): ['--coordinator=a:99999'],
+    (False, 'a:1', 0, 0): ['--num_processes=0'],
+    (False, 'a:1', 2, 2): ['--process_id=2', '0..1'],
+}
+
+
+@pytest.mark.parametrize('given', WRONG)
+def test_processes_that_can_not_be(given):
+    with pytest.raises(devices.UserError) as caught:
+        devices.connect(*given)
+    assert '\n' not in str(caught.value)
+    for words in WRONG[given]:
+        assert words in str(caught.value)
+
+
+def test_a_taken_port_is_told():
+    with socket.create_server(('', 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(devices.UserError, match=f'127.0.0.1:{port}: its port'):
+            devices.connect(False, f'127.0.0.1:{port}', 2, 0)
+
+
+def test_without_flags_there_is_one_process():
+    devices.connect(False, None, None, None)
+    assert jax.process_count() == 1 and devices.is_first()
+    devices.wait_for_all('alone')
