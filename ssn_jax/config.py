@@ -38,6 +38,10 @@ def default_config() -> ml_collections.ConfigDict:
     backbone.name = 'resnet18'  # resnet18 or wide_resnet50_2.
     backbone.weights = ''  # A safetensors file; '' fetches the pinned one from the hub.
 
+    config.features = features = ml_collections.ConfigDict()
+    features.dtype = 'float32'  # What frozen features are kept in: float32 or bfloat16.
+    features.place = 'auto'  # Where: device, host (sent a few steps at a time), auto: what fits.
+
     config.system = 'supersimplenet'  # supersimplenet, gap_cam or simplenet.
     config.adaptor = 'linear'  # linear (published) or conv (Scenario B).
     config.adapt_cls_features = False  # Does the classification head see adapted features?
@@ -124,6 +128,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
         'resize',
         f'it is (0, 0), or (height, width) from image_size={tuple(size)} to 4096 pixels',
     )
+    for field, values in {
+        'dtype': ('float32', 'bfloat16'),
+        'place': ('auto', 'device', 'host'),
+    }.items():
+        rule = f'it is one of {", ".join(values)}'
+        require(config.features[field] in values, f'features.{field}', rule)
     systems = ('supersimplenet', 'gap_cam', 'simplenet')
     require(config.system in systems, 'system', f'it is one of {", ".join(systems)}')
     supervision = config.supervision
@@ -203,8 +213,8 @@ def fields(config: ml_collections.ConfigDict, prefix: str = '') -> Iterator[tupl
 def identity(config: ml_collections.ConfigDict) -> dict:
     """What makes a run itself, as field -> value: a rerun in its workdir must agree on it.
 
-    Where records are cached, how often checkpoints are written and how many images are evaluated
-    at a time changes no result; files may be spelled as one likes.
+    Where records are cached and features kept, how often checkpoints are written and how many
+    images are evaluated at a time changes no result; files may be spelled as one likes.
     """
     unimportant = ('checkpoint.every', 'checkpoint.keep', 'eval_batch_size', 'data.cache')
     flat = {name: value for name, value in fields(config) if name not in unimportant}

@@ -13,6 +13,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 
 from ssn_jax import devices, losses, synthesis
@@ -331,20 +332,64 @@ def make_epoch(
     Returns:
       `epoch(state, data, order, key) -> (state, metrics)`, which donates the state. `data` is a
       batch of everything there is, `order` (steps, batch) says which of it each step sees; the
-      metrics are averaged. With a mesh all of them lie on it, the data spread.
+      metrics are averaged. With a mesh all of them lie on it, the data spread. With a fifth
+      argument `start` the order holds some of the epoch's steps only, from that one on.
     """
     step = make_step(config, steps)
 
-    def epoch(state, data, order, key):
+    def epoch(state, data, order, key, start=None):
+        keys = jax.random.split(key, steps)
+        if start is not None:
+            keys = jax.lax.dynamic_slice_in_dim(keys, start, len(order))
+
         def body(state, inputs):
             indices, k = inputs
-            batch = jax.tree.map(lambda x: x[indices], data)
+            # Whatever precision features are kept in, they are computed with in float32.
+            batch = jax.tree.map(lambda x: x[indices].astype(jnp.float32), data)
             if mesh is not None:
                 batch = jax.lax.with_sharding_constraint(batch, devices.spread(mesh))
             return step(state, batch, k)
 
-        state, metrics = jax.lax.scan(body, state, (order, jax.random.split(key, steps)))
+        state, metrics = jax.lax.scan(body, state, (order, keys))
         return state, jax.tree.map(jnp.mean, metrics)
 
     where = {} if mesh is None else {'out_shardings': devices.replicated(mesh)}
     return jax.jit(epoch, donate_argnums=0, **where)
+
+
+def make_streamed_epoch(
+    config: ml_collections.ConfigDict,
+    steps: int,
+    mesh: jax.sharding.Mesh | None = None,
+    longest: int = 16,
+) -> Callable:
+    """`make_epoch` for data that stay on the host: what a few steps need is sent before them.
+
+    Args:
+      config: as of `make_epoch`, as are `steps` and `mesh`.
+      steps: how many an epoch makes.
+      mesh: the devices that share each batch.
+      longest: how many steps' images lie on the device at a time; fewer where `steps` is no
+        multiple of it, so that one program does for all.
+
+    Returns:
+      As `make_epoch`, with the data's arrays and the order on the host.
+    """
+    run = make_epoch(config, steps, mesh)
+    size = max(n for n in range(1, min(longest, steps) + 1) if steps % n == 0)
+    where = None if mesh is None else devices.spread(mesh)
+
+    def epoch(state, data, order, key):
+        parts = []
+        for start in range(0, steps, size):
+            # Row i of the part is the i-th image that its steps see.
+            needed = order[start : start + size].reshape(-1)
+            local = np.arange(needed.size).reshape(size, -1)
+            part = jax.tree.map(lambda x, n=needed: jax.device_put(x[n], where), data)
+            local, at = devices.put(mesh, (local, np.int32(start)))
+            state, metrics = run(state, part, local, key, at)
+            parts.append(metrics)
+        parts = jax.device_get(parts)
+        return state, jax.tree.map(lambda *x: np.mean(x), *parts)
+
+    return epoch

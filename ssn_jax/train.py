@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import pathlib
 import time
@@ -237,8 +238,10 @@ def train(config, workdir, split, network, backbone, backbone_variables, events=
     if done == config.epochs:
         return devices.take_local(mesh, state), log
 
-    contents = training_data(config, split, network, backbone, backbone_variables, mesh)
-    run_epoch = steps.make_epoch(config, per_epoch, mesh)
+    on_host = keep_on_host(config, split, network, backbone, backbone_variables)
+    contents = training_data(config, split, network, backbone, backbone_variables, mesh, on_host)
+    make = steps.make_streamed_epoch if on_host else steps.make_epoch
+    run_epoch = make(config, per_epoch, mesh)
     logging.info('%d images, %d steps per epoch', len(split.images), per_epoch)
 
     epochs = range(done + 1, config.epochs + 1)
@@ -248,7 +251,8 @@ def train(config, workdir, split, network, backbone, backbone_variables, events=
     for epoch in progress:
         began = time.time()
         k = devices.put(mesh, jax.random.fold_in(k_epochs, epoch))
-        order = devices.put(mesh, next_order(epoch - 1))
+        order = next_order(epoch - 1)
+        order = order if on_host else devices.put(mesh, order)
         with jax.transfer_guard('disallow'):
             state, values = run_epoch(state, contents, order, k)
         values = {name: float(v) for name, v in sorted(jax.device_get(values).items())}
@@ -269,15 +273,47 @@ def image_order(config, split):
     )
 
 
-def training_data(config, split, network, backbone, backbone_variables, mesh):
-    """Everything that is trained on, as one batch on the devices of the mesh (None: one)."""
+def keep_on_host(config, split, network, backbone, backbone_variables) -> bool:
+    """Whether features stay on the host: as the config says, or because a device is too small."""
+    several = jax.process_count() > 1
+    if config.features.place != 'auto' or several:
+        if config.features.place == 'host' and several:
+            raise UserError(
+                '--config.features.place=host is for one process: with several, each keeps its '
+                'share of the features on its devices.'
+            )
+        return config.features.place == 'host'
+    needed = features_lib.layers_bytes(
+        backbone, backbone_variables, split.images.shape, network.frozen, config.features.dtype
+    )
+    limit = (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit', math.inf)
+    # The other half is for a step's own arrays and for the copy that joins the batches.
+    if needed > limit / 2:
+        logging.info(
+            'Features of %.1f GB stay on the host: the device has %.1f GB',
+            needed / 1e9,
+            limit / 1e9,
+        )
+    return needed > limit / 2
+
+
+def training_data(config, split, network, backbone, backbone_variables, mesh, on_host):
+    """Everything that is trained on, as one batch: on the devices of the mesh, or on the host."""
     layers = features_lib.extract_layers(
-        backbone, backbone_variables, split.images, frozen=network.frozen, mesh=mesh
+        backbone,
+        backbone_variables,
+        split.images,
+        frozen=network.frozen,
+        mesh=mesh,
+        dtype=config.features.dtype,
+        to_host=on_host,
     )
     if config.supervision.kind == 'none':
         return {'layers': layers}
     known = supervision.truth(config.supervision, split, features_lib.feature_grid(layers))
-    return {'layers': layers} | {k: devices.put_images(mesh, x) for k, x in known.items()}
+    if not on_host:
+        known = {k: devices.put_images(mesh, x) for k, x in known.items()}
+    return {'layers': layers} | known
 
 
 def count(params: dict) -> int:

@@ -447,3 +447,29 @@ def test_epochs_are_reproducible_and_learn():
     assert same(first, again)
     assert losses_first == losses_again
     assert np.mean(losses_first[-3:]) < np.mean(losses_first[:3])
+
+
+@pytest.mark.parametrize('steps_per_epoch', [6, 5])
+def test_streamed_epochs_are_those_on_the_device(steps_per_epoch):
+    """Features on the host, sent a few steps at a time, give the same losses and parameters."""
+    config = default_config()
+    keys = jax.random.split(jax.random.key(0), 3)
+    layers = (
+        jax.random.uniform(keys[0], (8, 4, 5, 3)),
+        jax.random.uniform(keys[1], (8, 2, 3, 4)),
+    )
+    order = np.random.default_rng(0).integers(0, 8, (steps_per_epoch, 2))
+    results = []
+    for make, data in (
+        (steps.make_epoch, {'layers': layers}),
+        (
+            functools.partial(steps.make_streamed_epoch, longest=2),
+            {'layers': jax.device_get(layers)},
+        ),
+    ):
+        state = steps.init_state(config, keys[2], 7)
+        results.append(make(config, steps_per_epoch)(state, data, order, jax.random.key(1)))
+    (expected, values), (actual, streamed) = results
+    np.testing.assert_allclose(values['loss'], streamed['loss'], rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)

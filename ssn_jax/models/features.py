@@ -27,7 +27,9 @@ def extract_layers(
     batch_size: int = 16,
     frozen: Callable = lambda layers: layers,
     mesh: jax.sharding.Mesh | None = None,
-) -> tuple[jax.Array, ...]:
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    to_host: bool = False,
+) -> tuple[jax.Array | np.ndarray, ...]:
     """Frozen features of a whole split, computed once and left on the devices.
 
     Args:
@@ -37,6 +39,8 @@ def extract_layers(
       batch_size: images at a time (and device).
       frozen: what to keep of the layers, as the network says.
       mesh: the devices that share the images; None is one.
+      dtype: the precision they are kept in.
+      to_host: keep them in the host's memory instead; the mesh is not used then.
 
     Returns:
       layer2 and layer3 (N, H_i, W_i, C_i) at their own grids, an eighth of the feature grid's
@@ -45,9 +49,9 @@ def extract_layers(
     """
 
     def layers_of(v, x):
-        return tuple(frozen(backbone.apply(v, normalise(x))[1:]))
+        return tuple(y.astype(dtype) for y in frozen(backbone.apply(v, normalise(x))[1:]))
 
-    if mesh is not None:
+    if mesh is not None and not to_host:
         return devices.map_images(mesh, layers_of, variables, images, batch_size)
     run = jax.jit(layers_of)
     parts = []
@@ -55,8 +59,23 @@ def extract_layers(
         batch = images[start : start + batch_size]
         padding = batch_size - len(batch)
         padded = np.pad(batch, ((0, padding), (0, 0), (0, 0), (0, 0)))
-        parts.append([x[: len(batch)] for x in run(variables, padded)])
-    return tuple(jnp.concatenate(layer) for layer in zip(*parts, strict=True))
+        layers = [x[: len(batch)] for x in run(variables, padded)]
+        parts.append(jax.device_get(layers) if to_host else layers)
+    join = np.concatenate if to_host else jnp.concatenate
+    return tuple(join(layer) for layer in zip(*parts, strict=True))
+
+
+def layers_bytes(
+    backbone: nn.Module,
+    variables: dict,
+    shape: tuple[int, ...],
+    frozen: Callable = lambda layers: layers,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> int:
+    """How much memory `extract_layers` of images of `shape` (N, H, W, 3) takes."""
+    image = jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32)
+    layers = jax.eval_shape(lambda v, x: frozen(backbone.apply(v, x)[1:]), variables, image)
+    return shape[0] * sum(x.size for x in layers) * jnp.dtype(dtype).itemsize
 
 
 @functools.cache
