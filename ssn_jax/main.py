@@ -45,6 +45,9 @@ def run(argv: list[str]) -> None:
     if not devices.is_first():
         return
     print(train.format_table(results))
+    if config.seeds > 1:
+        print(f'Everything is in {workdir}: summary.json, and a run of each seed in seed-*/.')
+        return
     print(f'Everything is in {workdir}: results.json, train.csv, figures/, checkpoints/.')
 
 

@@ -247,15 +247,18 @@ def make_hinge_loss(config: ml_collections.ConfigDict, noise_fn: Callable | None
     return loss_fn
 
 
-def config_loss(config: ml_collections.ConfigDict) -> Callable:
-    """The loss that a config trains with, in its cheapest form."""
+def config_loss(config: ml_collections.ConfigDict, seeds_axis: str | None = None) -> Callable:
+    """The loss that a config trains with, in its cheapest form.
+
+    `seeds_axis` names the axis that `vmap` maps it over, if it does.
+    """
     if config.system == 'simplenet':
         return make_hinge_loss(config)
     if not config.sparse:
         return make_loss(config)
     if config.noise.kind == 'shuffled':
         return make_shuffled_loss(config, make_masks(config), make_shuffling(config))
-    return make_sparse_loss(config, make_masks(config), make_noise(config))
+    return make_sparse_loss(config, make_masks(config), make_noise(config), seeds_axis)
 
 
 def make_step(
@@ -319,7 +322,10 @@ def make_step(
 
 
 def make_epoch(
-    config: ml_collections.ConfigDict, steps: int, mesh: jax.sharding.Mesh | None = None
+    config: ml_collections.ConfigDict,
+    steps: int,
+    mesh: jax.sharding.Mesh | None = None,
+    several: bool = False,
 ) -> Callable:
     """One epoch as one compiled call.
 
@@ -327,13 +333,16 @@ def make_epoch(
       config: the run's config.
       steps: how many an epoch makes.
       mesh: the devices that share each batch, as `devices.make_mesh` returns them; None is one.
+      several: whether it is an epoch of several seeds at once.
 
     Returns:
       `epoch(state, data, order, key) -> (state, metrics)`, which donates the state. `data` is a
       batch of everything there is, `order` (steps, batch) says which of it each step sees; the
-      metrics are averaged. With a mesh all of them lie on it, the data spread.
+      metrics are averaged. With a mesh all of them lie on it, the data spread. Of several seeds
+      state (but its step, which they share), order, key and metrics have a leading axis.
     """
-    step = make_step(config, steps)
+    seeds_axis = 'seeds' if several else None
+    step = make_step(config, steps, config_loss(config, seeds_axis) if several else None)
 
     def epoch(state, data, order, key):
         def body(state, inputs):
@@ -346,5 +355,11 @@ def make_epoch(
         state, metrics = jax.lax.scan(body, state, (order, jax.random.split(key, steps)))
         return state, jax.tree.map(jnp.mean, metrics)
 
+    if several:
+        # One step for all seeds keeps the choice of the player a choice: mapped over, vmap would
+        # update both players on every step and select.
+        state_axes = TrainState(None, *[0] * 5)
+        axes = {'in_axes': (state_axes, None, 0, 0), 'out_axes': (state_axes, 0)}
+        epoch = jax.vmap(epoch, **axes, axis_name=seeds_axis)
     where = {} if mesh is None else {'out_shardings': devices.replicated(mesh)}
     return jax.jit(epoch, donate_argnums=0, **where)
