@@ -22,6 +22,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.version = VERSION
     config.name = 'mod1_a'  # The row of the results table.
     config.seed = 0  # Initialisation, data order, masks and noise follow from it.
+    config.seeds = 1  # How many runs at once: seed, seed + 1, ..., each in its own folder.
     config.epochs = 300
     config.batch_size = 32  # Images per step, before they are doubled.
     config.image_size = (256, 256)  # Height, width in pixels, as the backbone sees them.
@@ -188,6 +189,24 @@ def validate(config: ml_collections.ConfigDict) -> None:
             flag = f'optimizer.{field}'
             require(0 <= value < math.inf, flag, 'it must be a number and not negative')
     require(0 <= config.seed < 2**32, 'seed', 'it must be in 0..2**32-1')
+    require(
+        1 <= config.seeds <= 2**32 - config.seed,
+        'seeds',
+        'it is at least 1, and the last seed is at most 2**32-1',
+    )
+    if config.seeds > 1:  # They share their images, and what is known of them.
+        require(
+            config.decision.holdout == 0,
+            'decision.holdout',
+            'each seed holds other images out, so give each its own command, with --config.seeds=1',
+        )
+        require(
+            supervision.kind != 'masks'
+            or (supervision.mask_count == -1 and supervision.mask_fraction == 1),
+            'seeds',
+            'each seed would use the masks of other images, so give each its own command, with '
+            '--config.seeds=1, or all of them --config.supervision.mask_fraction=1',
+        )
     require(config.noise.discriminator_steps >= 0, 'noise.discriminator_steps', 'at least 0')
     require(0 <= config.perlin.empty < 1, 'perlin.empty', 'it is a probability below 1')
     drops = config.optimizer.drops

@@ -28,7 +28,10 @@ _SURPLUS = np.array([-0.5, 1.0, 3.0, np.inf])
 
 
 def make_sparse_loss(
-    config: ml_collections.ConfigDict, masks_fn: Callable, noise_fn: Callable
+    config: ml_collections.ConfigDict,
+    masks_fn: Callable,
+    noise_fn: Callable,
+    seeds_axis: str | None = None,
 ) -> Callable:
     """The loss of both players; arguments and result as of `steps.make_loss`.
 
@@ -37,6 +40,7 @@ def make_sparse_loss(
       masks_fn: `(key, n, size) -> masks`, (n, *size, 1).
       noise_fn: `(generator, adapted, key) -> noise`, called with the K anomalous positions'
         adapted features (K, C).
+      seeds_axis: the name of the axis that `vmap` maps it over, if it does.
     """
     unsupervised = config.supervision.kind == 'none'
     fraction, deviation = masked_fraction(masks_fn)
@@ -57,7 +61,12 @@ def make_sparse_loss(
                 config, params, batch_stats, layers, placed, noise, capacity, stop_map_gradient
             )
 
-        fitting = jnp.searchsorted(np.array(capacities[:-1]), mask.sum())
+        noisy = mask.sum()
+        if seeds_axis is not None:
+            # All seeds take the program that fits the one with the most. Were it each one's own,
+            # vmap would run all programs and select.
+            noisy = jax.lax.pmax(noisy, seeds_axis)
+        fitting = jnp.searchsorted(np.array(capacities[:-1]), noisy)
         branches = [functools.partial(run, capacity) for capacity in capacities]
         return jax.lax.switch(fitting, branches, params, generator)
 

@@ -7,6 +7,7 @@ own `jax.grad` with the other's parameters held constant.
 """
 
 from collections.abc import Callable
+import functools
 import math
 
 from flax import struct
@@ -248,15 +249,18 @@ def make_hinge_loss(config: ml_collections.ConfigDict, noise_fn: Callable | None
     return loss_fn
 
 
-def config_loss(config: ml_collections.ConfigDict) -> Callable:
-    """The loss that a config trains with, in its cheapest form."""
+def config_loss(config: ml_collections.ConfigDict, seeds_axis: str | None = None) -> Callable:
+    """The loss that a config trains with, in its cheapest form.
+
+    `seeds_axis` names the axis that `vmap` maps it over, if it does.
+    """
     if config.system == 'simplenet':
         return make_hinge_loss(config)
     if not config.sparse:
         return make_loss(config)
     if config.noise.kind == 'shuffled':
         return make_shuffled_loss(config, make_masks(config), make_shuffling(config))
-    return make_sparse_loss(config, make_masks(config), make_noise(config))
+    return make_sparse_loss(config, make_masks(config), make_noise(config), seeds_axis)
 
 
 def make_step(
@@ -320,7 +324,10 @@ def make_step(
 
 
 def make_epoch(
-    config: ml_collections.ConfigDict, steps: int, mesh: jax.sharding.Mesh | None = None
+    config: ml_collections.ConfigDict,
+    steps: int,
+    mesh: jax.sharding.Mesh | None = None,
+    several: bool = False,
 ) -> Callable:
     """One epoch as one compiled call.
 
@@ -328,14 +335,17 @@ def make_epoch(
       config: the run's config.
       steps: how many an epoch makes.
       mesh: the devices that share each batch, as `devices.make_mesh` returns them; None is one.
+      several: whether it is an epoch of several seeds at once.
 
     Returns:
       `epoch(state, data, order, key) -> (state, metrics)`, which donates the state. `data` is a
       batch of everything there is, `order` (steps, batch) says which of it each step sees; the
-      metrics are averaged. With a mesh all of them lie on it, the data spread. With a fifth
-      argument `start` the order holds some of the epoch's steps only, from that one on.
+      metrics are averaged. With a mesh all of them lie on it, the data spread. Of several seeds
+      state (but its step, which they share), order, key and metrics have a leading axis. With a
+      fifth argument `start` the order holds some of the epoch's steps only, from that one on.
     """
-    step = make_step(config, steps)
+    seeds_axis = 'seeds' if several else None
+    step = make_step(config, steps, config_loss(config, seeds_axis) if several else None)
 
     def epoch(state, data, order, key, start=None):
         keys = jax.random.split(key, steps)
@@ -353,29 +363,39 @@ def make_epoch(
         state, metrics = jax.lax.scan(body, state, (order, keys))
         return state, jax.tree.map(jnp.mean, metrics)
 
+    def each(state, data, order, key, start=None):
+        # One step for all seeds keeps the choice of the player a choice: mapped over, vmap would
+        # update both players on every step and select.
+        state_axes = TrainState(None, *[0] * 5)
+        axes = {'in_axes': (state_axes, None, 0, 0), 'out_axes': (state_axes, 0)}
+        mapped = jax.vmap(functools.partial(epoch, start=start), **axes, axis_name=seeds_axis)
+        return mapped(state, data, order, key)
+
     where = {} if mesh is None else {'out_shardings': devices.replicated(mesh)}
-    return jax.jit(epoch, donate_argnums=0, **where)
+    return jax.jit(each if several else epoch, donate_argnums=0, **where)
 
 
 def make_streamed_epoch(
     config: ml_collections.ConfigDict,
     steps: int,
     mesh: jax.sharding.Mesh | None = None,
+    several: bool = False,
     longest: int = 16,
 ) -> Callable:
     """`make_epoch` for data that stay on the host: what a few steps need is sent before them.
 
     Args:
-      config: as of `make_epoch`, as are `steps` and `mesh`.
+      config: as of `make_epoch`, as are the three that follow.
       steps: how many an epoch makes.
       mesh: the devices that share each batch.
+      several: whether there are several seeds.
       longest: how many steps' images lie on the device at a time; fewer where `steps` is no
         multiple of it, so that one program does for all.
 
     Returns:
       As `make_epoch`, with the data's arrays and the order on the host.
     """
-    run = make_epoch(config, steps, mesh)
+    run = make_epoch(config, steps, mesh, several)
     size = max(n for n in range(1, min(longest, steps) + 1) if steps % n == 0)
     where = None if mesh is None else devices.spread(mesh)
 
@@ -383,13 +403,13 @@ def make_streamed_epoch(
         parts = []
         for start in range(0, steps, size):
             # Row i of the part is the i-th image that its steps see.
-            needed = order[start : start + size].reshape(-1)
-            local = np.arange(needed.size).reshape(size, -1)
-            part = jax.tree.map(lambda x, n=needed: jax.device_put(x[n], where), data)
+            rows = order[..., start : start + size, :]
+            local, rows = np.arange(rows.size).reshape(rows.shape), rows.reshape(-1)
+            part = jax.tree.map(lambda x, rows=rows: jax.device_put(x[rows], where), data)
             local, at = devices.put(mesh, (local, np.int32(start)))
             state, metrics = run(state, part, local, key, at)
             parts.append(metrics)
         parts = jax.device_get(parts)
-        return state, jax.tree.map(lambda *x: np.mean(x), *parts)
+        return state, jax.tree.map(lambda *x: np.mean(x, 0), *parts)
 
     return epoch

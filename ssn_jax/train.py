@@ -1,6 +1,7 @@
 """The main job: `train_and_evaluate(config, workdir)`, from records to results."""
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from ssn_jax import (
     files,
     metrics,
     sampling,
+    seeds,
     steps,
     supervision,
     tensorboard,
@@ -38,7 +40,8 @@ def default_workdir(config: ml_collections.ConfigDict) -> pathlib.Path:
     category = config.data.category
     if config.data.name == 'folder':
         category = pathlib.Path(config.data.root).resolve().name
-    return pathlib.Path('runs') / f'{config.name}-{where}-{category}-{config.seed}'
+    last = config.seed if config.seeds == 1 else 'seeds'
+    return pathlib.Path('runs') / f'{config.name}-{where}-{category}-{last}'
 
 
 def check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -121,18 +124,21 @@ def train_and_evaluate(
 
     Args:
       config: as `config.default_config` describes it.
-      workdir: receives config.json, train.csv, checkpoints/, results.json and figures/.
+      workdir: receives config.json, train.csv, checkpoints/, results.json and figures/; with
+        several seeds (`config.seeds`) a folder seed-N for each that does, and summary.json.
       events: whether to write TensorBoard event files to tensorboard/ too.
       quiet: shows no progress bar.
 
     Returns:
-      What results.json holds.
+      What results.json holds; of several seeds, what summary.json does.
 
     Raises:
       UserError: the config, the data, the weights or the workdir are of no use.
     """
     config_lib.validate(config)
-    check_workdir(config, workdir)
+    runs = seeds.runs_of(config, workdir)
+    for run in runs:
+        check_workdir(*run)
     if events:
         tensorboard.require()
     dataset = data.load(config.data, config.image_size, config.resize)
@@ -157,6 +163,27 @@ def train_and_evaluate(
     logging.info('Backbone %s, weights: %s', config.backbone.name, origin)
 
     devices.wait_for_all('workdir checked')  # Before the first one writes there.
+    for run in runs:
+        begin_workdir(*run, split)
+
+    network = steps.build_network(config)
+    trained = train(runs, split, network, backbone, backbone_variables, events, quiet)
+    predict = evaluate.make_predictor(network, config.eval_batch_size)
+
+    def measure_run(run, state, log):
+        variables = backbone_variables, {'params': state.params, 'batch_stats': state.batch_stats}
+        return measure(*run, dataset, split, held_out, predict, variables, origin, log)
+
+    results = [measure_run(run, *after) for run, after in zip(runs, trained, strict=True)]
+    if config.seeds == 1:
+        return results[0]
+    summary = seeds.summarise(results)
+    write(workdir / 'summary.json', json.dumps(summary, indent=2) + '\n')
+    return summary
+
+
+def begin_workdir(config, workdir, split) -> None:
+    """Writes what a run's folder holds before it trains."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         write(workdir / 'config.json', config_lib.to_json(config))
@@ -168,17 +195,15 @@ def train_and_evaluate(
             f'{workdir} can not be written ({e.strerror}): choose another --workdir.'
         ) from None
 
-    network = steps.build_network(config)
-    state, log = train(config, workdir, split, network, backbone, backbone_variables, events, quiet)
 
-    predict = evaluate.make_predictor(network, config.eval_batch_size)
-    variables = {'params': state.params, 'batch_stats': state.batch_stats}
-    maps, scores = predict(backbone_variables, variables, dataset.test.images)
+def measure(config, workdir, dataset, split, held_out, predict, variables, origin, log) -> dict:
+    """Evaluates a trained run, chooses its threshold and writes both with figures; its results."""
+    maps, scores = predict(*variables, dataset.test.images)
     values, reasons = evaluate.evaluate(maps, scores, dataset.test)
     log.close(config.epochs, values)
 
     def scores_of(images):
-        return evaluate.predict_scores(predict, backbone_variables, variables, images=images)
+        return evaluate.predict_scores(predict, *variables, images=images)
 
     chosen = decision.decide(config, scores_of, split, held_out)
     if chosen['threshold'] is not None:
@@ -203,7 +228,7 @@ def train_and_evaluate(
         'train_defects': int(split.labels.sum()),
         'train_masks': len(supervision.masked_files(split)),
         'test_images': len(dataset.test.labels),
-        'parameters': count(backbone_variables['params']) + count(state.params),
+        'parameters': sum(count(v['params']) for v in variables),
         'train_seconds': round(sum(seconds), 1) if seconds else None,
         # The first epoch after a start compiles: the median leaves it out.
         'seconds_per_epoch': round(float(np.median(seconds)), 2) if seconds else None,
@@ -219,30 +244,72 @@ def train_and_evaluate(
     return results
 
 
-def train(config, workdir, split, network, backbone, backbone_variables, events=False, quiet=False):
-    """Runs the epochs that are missing; returns the final state and the log."""
-    key = jax.random.key(config.seed)
-    k_init, k_epochs = jax.random.split(key)
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a run goes on.
+
+    Attributes:
+      config: of the run.
+      state: after `done` epochs.
+      manager: of its checkpoints.
+      log: its train.csv.
+      key: the epochs' keys follow from it.
+    """
+
+    config: ml_collections.ConfigDict
+    done: int
+    state: steps.TrainState
+    manager: object
+    log: Log
+    key: jax.Array
+
+
+def train(runs, split, network, backbone, backbone_variables, events=False, quiet=False):
+    """Runs the epochs that are missing; returns each run's final state and its log."""
+    config, _ = runs[0]
     if config.supervision.kind != 'none':
         split = supervision.with_flips(split)
-    next_order = image_order(config, split)
-    per_epoch, batch_size = next_order(0).shape
-    mesh = devices.make_mesh(batch_size)
+    mesh = devices.make_mesh(image_order(config, split)(0).shape[1])
+    starts = [find_start(*run, mesh, events) for run in runs]
+    states = [start.state for start in starts]
+    missing = sorted({start.done for start in starts} - {config.epochs})
+    if missing:
+        on_host = keep_on_host(config, split, network, backbone, backbone_variables)
+        frozen = network, backbone, backbone_variables
+        contents = training_data(config, split, *frozen, mesh, on_host)
+    # A kill between two seeds' checkpoints leaves seeds at different epochs: those of the same
+    # go on together.
+    for done in missing:
+        members = [i for i, start in enumerate(starts) if start.done == done]
+        together = [starts[i] for i in members]
+        trained = train_together(together, split, contents, mesh, on_host, quiet)
+        for i, state in zip(members, trained, strict=True):
+            states[i] = state
+    logs = [start.log for start in starts]
+    return list(zip(devices.take_local(mesh, states), logs, strict=True))
+
+
+def find_start(config, workdir, mesh, events) -> Start:
+    """A run's newest checkpoint, or its beginning."""
+    k_init, k_epochs = jax.random.split(jax.random.key(config.seed))
     state = steps.init_state(config, k_init, sum(resnet.CHANNELS[config.backbone.name][1:]))
-    state = devices.put(mesh, state)
     manager = checkpoint.open_manager(workdir, config.checkpoint.keep)
-    done, state = checkpoint.restore(manager, state)
+    done, state = checkpoint.restore(manager, devices.put(mesh, state))
     if done:
         logging.info('Resuming %s after epoch %d', workdir, done)
     log = Log(workdir / 'train.csv', done, workdir / 'tensorboard' if events else None)
-    if done == config.epochs:
-        return devices.take_local(mesh, state), log
+    return Start(config, done, state, manager, log, k_epochs)
 
-    on_host = keep_on_host(config, split, network, backbone, backbone_variables)
-    contents = training_data(config, split, network, backbone, backbone_variables, mesh, on_host)
+
+def train_together(starts, split, contents, mesh, on_host, quiet):
+    """Trains runs that differ in their seed alone from the same epoch on; their last states."""
+    config, done, several = starts[0].config, starts[0].done, len(starts)
+    orders = [image_order(start.config, split) for start in starts]
+    per_epoch = len(orders[0](0))
     make = steps.make_streamed_epoch if on_host else steps.make_epoch
-    run_epoch = make(config, per_epoch, mesh)
+    run_epoch = make(config, per_epoch, mesh, several=several > 1)
     logging.info('%d images, %d steps per epoch', len(split.images), per_epoch)
+    state = devices.put(mesh, seeds.stack_states([start.state for start in starts]))
 
     epochs = range(done + 1, config.epochs + 1)
     progress = tqdm.tqdm(
@@ -250,17 +317,23 @@ def train(config, workdir, split, network, backbone, backbone_variables, events=
     )
     for epoch in progress:
         began = time.time()
-        k = devices.put(mesh, jax.random.fold_in(k_epochs, epoch))
-        order = next_order(epoch - 1)
-        order = order if on_host else devices.put(mesh, order)
+        keys = seeds.stack([jax.random.fold_in(start.key, epoch) for start in starts])
+        order = seeds.stack([next_order(epoch - 1) for next_order in orders])
+        keys = devices.put(mesh, keys)
+        order = np.asarray(order) if on_host else devices.put(mesh, order)
         with jax.transfer_guard('disallow'):
-            state, values = run_epoch(state, contents, order, k)
-        values = {name: float(v) for name, v in sorted(jax.device_get(values).items())}
-        log.append(epoch, values | {'seconds': time.time() - began})
-        progress.set_postfix(loss=f'{values["loss"]:.4f}')
+            state, values = run_epoch(state, contents, order, keys)
+        each = seeds.unstack(jax.device_get(values), several)
+        each = [{name: float(v) for name, v in sorted(one.items())} for one in each]
+        seconds = (time.time() - began) / several  # Of each, so that their sum is what it took.
+        for start, one in zip(starts, each, strict=True):
+            start.log.append(epoch, one | {'seconds': seconds})
+        progress.set_postfix(loss=f'{np.mean([one["loss"] for one in each]):.4f}')
         if epoch % config.checkpoint.every == 0 or epoch == config.epochs:
-            checkpoint.save(manager, epoch, state)
-    return devices.take_local(mesh, state), log
+            states = seeds.unstack_states(state, several)
+            for start, one in zip(starts, states, strict=True):
+                checkpoint.save(start.manager, epoch, one)
+    return seeds.unstack_states(state, several)
 
 
 def image_order(config, split):
@@ -352,7 +425,9 @@ def draw_figures(folder, results, split, maps, scores, log) -> None:
 
 
 def format_table(results: dict) -> str:
-    """The seven metrics as a table for the terminal."""
+    """The seven metrics, or several seeds' summary of them, as a table for the terminal."""
+    if 'seeds' in results:
+        return seeds.format_summary(results)
     embedded = ', embedded data' if results['embedded'] else ''
     head = f'{results["config"]} on {results["data"]} {results["category"]}{embedded}'
     return '\n'.join(
@@ -368,6 +443,7 @@ def summary(workdir: pathlib.Path) -> str:
     """Where everything of a run is, in one line."""
     parts = {
         'results.json': 'metrics',
+        'summary.json': 'mean and deviation of the metrics over the runs seed-*/',
         'decision.json': 'threshold',
         'train.csv': 'losses',
         'figures': 'pictures',

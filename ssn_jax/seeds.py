@@ -1,0 +1,115 @@
+"""Several seeds of one config at once: they share the features, and each is a run of its own.
+
+`steps.make_epoch` maps an epoch over a leading axis of seeds, which `stack` adds and `unstack`
+takes away again. One seed has no such axis.
+"""
+
+import pathlib
+import re
+import statistics
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from ssn_jax import metrics
+from ssn_jax.errors import UserError
+
+
+def runs_of(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> list[tuple[ml_collections.ConfigDict, pathlib.Path]]:
+    """The config and workdir of each seed's run, as if it were the only one.
+
+    Args:
+      config: the user's; `seeds` runs from `seed` on.
+      workdir: of the one run, or the folder of their workdirs, seed-N.
+
+    Raises:
+      UserError: there are several, and the folder holds something else.
+    """
+    if config.seeds == 1:
+        return [(config, workdir)]
+    _check_folder(workdir)
+    runs = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        single = config.copy_and_resolve_references()
+        single.seed, single.seeds = seed, 1
+        runs.append((single, workdir / f'seed-{seed}'))
+    return runs
+
+
+def _check_folder(workdir: pathlib.Path) -> None:
+    if (workdir / 'config.json').exists():
+        raise UserError(
+            f'{workdir} holds a single run, and --config.seeds makes a folder for each of '
+            'several: choose another --workdir.'
+        )
+    names = [p.name for p in workdir.iterdir()] if workdir.is_dir() else []
+    other = [name for name in names if not re.fullmatch(r'seed-\d+|summary\.json(\.tmp)?', name)]
+    if other:
+        raise UserError(
+            f'{workdir} holds something else than runs of several seeds ({min(other)}): choose '
+            'another --workdir.'
+        )
+
+
+def stack(trees: list):
+    """Trees of arrays, one of each seed, as one with a leading axis; the tree of one as it is."""
+    return trees[0] if len(trees) == 1 else jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
+
+def unstack(tree, count: int) -> list:
+    """The trees of each of `count` seeds."""
+    if count == 1:
+        return [tree]
+    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(count)]
+
+
+def stack_states(states: list):
+    """Train states of the same step as one, which has that step."""
+    return stack(states).replace(step=states[0].step)
+
+
+def unstack_states(state, count: int) -> list:
+    """The train states of each of `count` seeds."""
+    if count == 1:
+        return [state]
+    each = unstack(state.replace(step=()), count)
+    return [one.replace(step=state.step) for one in each]
+
+
+def summarise(results: list[dict]) -> dict:
+    """What summary.json holds, of several runs' results.
+
+    Returns:
+      config, data, category, embedded and epochs of all, `seeds`, and under `metrics` each
+      metric's `mean`, `std` (of a sample) and `values` by seed; None where it is undefined.
+    """
+    summary = {k: results[0][k] for k in ('config', 'data', 'category', 'embedded', 'epochs')}
+    summary |= {'seeds': [r['seed'] for r in results], 'metrics': {}, 'undefined': {}}
+    for name in metrics.METRICS:
+        values = [r['metrics'][name] for r in results]
+        if None in values:  # What is undefined follows from the test split, for all alike.
+            summary['metrics'][name] = None
+            summary['undefined'][name] = results[0]['undefined'][name]
+            continue
+        mean, std = statistics.fmean(values), statistics.stdev(values)
+        summary['metrics'][name] = {'mean': mean, 'std': std, 'values': values}
+    return summary
+
+
+def format_summary(summary: dict) -> str:
+    """Mean and standard deviation of the seven metrics as a table for the terminal."""
+    embedded = ', embedded data' if summary['embedded'] else ''
+    shown = summary['seeds']
+    lines = [
+        f'{summary["config"]} on {summary["data"]} {summary["category"]}{embedded}, '
+        f'{summary["epochs"]} epochs, seeds {shown[0]} to {shown[-1]}, mean ± standard deviation'
+    ]
+    for name, value in summary['metrics'].items():
+        text = summary['undefined'].get(name)
+        if value is not None:
+            text = f'{100 * value["mean"]:6.2f} ± {100 * value["std"]:.2f} %'
+        lines.append(f'  {name:12s} {text}')
+    return '\n'.join(lines)
