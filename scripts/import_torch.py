@@ -167,6 +167,8 @@ def import_checkpoint(
     Raises:
       UserError: the file or the folder is of no use.
     """
+    if config.seeds != 1:
+        raise UserError(f'--config.seeds={config.seeds}: a checkpoint is of one seed, leave it 1.')
     if (workdir / 'config.json').exists():
         raise UserError(f'{workdir} holds a run already: choose another --workdir.')
     train.check_workdir(config, workdir)

@@ -180,6 +180,8 @@ def put(mesh: jax.sharding.Mesh | None, tree):
     def put_leaf(x):
         if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):  # Can not go to other processes.
             return jax.random.wrap_key_data(put_leaf(jax.random.key_data(x)))
+        if isinstance(x, jax.Array) and x.sharding == replicated(mesh):
+            return x
         return jax.device_put(x, replicated(mesh))
 
     return jax.tree.map(put_leaf, tree)

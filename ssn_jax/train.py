@@ -250,7 +250,8 @@ class Start:
 
     Attributes:
       config: of the run.
-      state: after `done` epochs.
+      done: epochs that it has behind it.
+      state: after them.
       manager: of its checkpoints.
       log: its train.csv.
       key: the epochs' keys follow from it.
