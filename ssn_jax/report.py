@@ -17,7 +17,7 @@ import statistics
 import cv2
 import ml_collections
 
-from ssn_jax import config as config_lib, decision, figures, metrics, published, train
+from ssn_jax import config as config_lib, decision, figures, metrics, published, seeds, train
 from ssn_jax.errors import UserError
 
 NOTHING = '–'
@@ -530,7 +530,7 @@ def write_report(
     """Writes report.md, report.html and figures/ of runs into `output`, all or nothing.
 
     Args:
-      workdirs: the runs' folders.
+      workdirs: the runs' folders; that of several seeds stands for all of them.
       output: a folder that is new, empty, or holds an earlier report, which is replaced.
       benchmark: output of scripts/benchmark.py --json, for the times of inference.
 
@@ -538,7 +538,8 @@ def write_report(
       UserError: a folder is no finished run, or `output` can not be used.
     """
     check_output(output)
-    distinct = {workdir.resolve(): workdir for workdir in reversed(workdirs)}
+    single = [one for workdir in workdirs for one in seeds.single_runs(workdir)]
+    distinct = {workdir.resolve(): workdir for workdir in reversed(single)}
     rows = make_rows([read_run(workdir) for workdir in distinct.values()])
     measured = read_benchmark(benchmark) if benchmark else None
     draft = output.absolute().with_name(f'.{output.absolute().name}.draft')

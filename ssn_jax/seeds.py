@@ -39,6 +39,13 @@ def runs_of(
     return runs
 
 
+def single_runs(workdir: pathlib.Path) -> list[pathlib.Path]:
+    """The workdirs of each seed's run in a folder that `runs_of` made; else the folder itself."""
+    if (workdir / 'config.json').exists():
+        return [workdir]
+    return sorted(workdir.glob('seed-*')) or [workdir]
+
+
 def _check_folder(workdir: pathlib.Path) -> None:
     if (workdir / 'config.json').exists():
         raise UserError(

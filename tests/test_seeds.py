@@ -195,3 +195,13 @@ def test_summary_of_an_undefined_metric():
 def _several(config):
     config.seeds = 2
     return config
+
+
+def test_a_folder_of_several_seeds_stands_for_its_runs(tmp_path):
+    for name in ('many/seed-1', 'many/seed-0', 'one'):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / 'one' / 'config.json').write_text('{}')
+    many = [tmp_path / 'many' / 'seed-0', tmp_path / 'many' / 'seed-1']
+    assert seeds.single_runs(tmp_path / 'many') == many
+    assert seeds.single_runs(tmp_path / 'one') == [tmp_path / 'one']
+    assert seeds.single_runs(tmp_path / 'none') == [tmp_path / 'none']
