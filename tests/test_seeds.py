@@ -41,9 +41,9 @@ def epochs_of(config, numbers):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', ['static', 'learned'])
-def test_epochs_of_two_seeds_are_those_of_each(kind):
-    config = tiny_config(kind)
+@pytest.mark.parametrize('kind, sparse', [('static', True), ('learned', False)])
+def test_epochs_of_two_seeds_are_those_of_each(kind, sparse):
+    config = tiny_config(kind, sparse)
     states, losses = epochs_of(config, [3, 4])
     (state,), alone = epochs_of(config, [4])
     np.testing.assert_allclose(losses[:, 1], alone[:, 0], rtol=1e-4)
@@ -53,10 +53,10 @@ def test_epochs_of_two_seeds_are_those_of_each(kind):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), together, single)
 
 
-@pytest.mark.parametrize('kind', ['static', 'learned'])
-def test_what_is_a_choice_for_one_seed_is_one_for_several(kind):
+@pytest.mark.slow
+def test_what_is_a_choice_for_one_seed_is_one_for_several():
     """No select between all programs: as many conditionals as one seed's epoch has."""
-    config = tiny_config(kind)
+    config = tiny_config('learned')
     layers = (jnp.zeros((8, 4, 4, 5)), jnp.zeros((8, 2, 2, 7)))
     counts = []
     for numbers in ([0], [0, 1]):
@@ -81,7 +81,7 @@ def folder(tmp_path_factory):
 
 
 def run_config(folder):
-    config = tiny_config('static')
+    config = tiny_config('static', sparse=False)  # Compiles in half the time.
     config.image_size = (64, 64)
     config.backbone.weights = str(folder / 'w.safetensors')
     config.data.update(category='nut', root=str(folder / 'data'), cache=str(folder / 'cache'))
