@@ -323,6 +323,11 @@ def make_step(
     return step
 
 
+def _exact(x):
+    """Features that are kept in bfloat16 are computed with in float32."""
+    return x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
+
+
 def make_epoch(
     config: ml_collections.ConfigDict,
     steps: int,
@@ -354,8 +359,7 @@ def make_epoch(
 
         def body(state, inputs):
             indices, k = inputs
-            # Whatever precision features are kept in, they are computed with in float32.
-            batch = jax.tree.map(lambda x: x[indices].astype(jnp.float32), data)
+            batch = jax.tree.map(lambda x: _exact(x[indices]), data)
             if mesh is not None:
                 batch = jax.lax.with_sharding_constraint(batch, devices.spread(mesh))
             return step(state, batch, k)

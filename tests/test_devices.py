@@ -42,13 +42,12 @@ mesh, found = devices.make_mesh(4), {}
 assert mesh.size == 4
 # Two programs for two numbers of noisy positions instead of four: half the time to compile.
 sparse_loss._SURPLUS = np.array([0.5, np.inf])
-for form in ('sparse', 'direct'):
-    for kind in ('static', 'learned'):
-        config = default_config()
-        config.epochs, config.batch_size, config.noise.std = 3, 4, 0.3
-        config.sparse, config.noise.kind = form == 'sparse', kind
-        config.noise.discriminator_steps = 1
-        found[f'{form} {kind}'] = [history(config, m) for m in (None, mesh)]
+for form, kind in (('direct', 'static'), ('sparse', 'learned')):
+    config = default_config()
+    config.epochs, config.batch_size, config.noise.std = 3, 4, 0.3
+    config.sparse, config.noise.kind = form == 'sparse', kind
+    config.noise.discriminator_steps = 1
+    found[f'{form} {kind}'] = [history(config, m) for m in (None, mesh)]
 print(json.dumps(found))
 """
 
@@ -88,7 +87,7 @@ for batch_size, size in ((8, 4), (6, 3), (2, 2)):
     mesh = devices.make_mesh(batch_size)
     assert mesh.size == size
     for count in (1, 3, 16):
-        both = devices.map_images(mesh, lambda v, x: (x + v['a'], x[:, 0]), {'a': 1.0}, x, count)
+        both = devices.map_images(mesh, lambda v, x: (x + v['a'], x[:, 0]), {'a': np.float32(1)}, x, count)
         for found, expected in zip(both, (x + 1, x[:, 0])):
             np.testing.assert_array_equal(found[:13], expected)
             assert len(found) == size * -(-13 // size)
