@@ -4,6 +4,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# A file's tests share what they set up. Each process takes up to 4 GB.
+PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
 DEMO_FLAGS ?= --config.epochs=4 --config.batch_size=16
 
 .PHONY: demo test lint clean
@@ -14,8 +16,8 @@ demo: $(STAMP)
 
 # The quick tests first: they tell most of what is wrong within a minute.
 test: $(STAMP)
-	$(BIN)/python -m pytest -m 'not slow'
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow'
+	$(BIN)/python -m pytest $(PARALLEL) -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -87,7 +87,8 @@ for batch_size, size in ((8, 4), (6, 3), (2, 2)):
     mesh = devices.make_mesh(batch_size)
     assert mesh.size == size
     for count in (1, 3, 16):
-        both = devices.map_images(mesh, lambda v, x: (x + v['a'], x[:, 0]), {'a': np.float32(1)}, x, count)
+        one = {'a': np.float32(1)}
+        both = devices.map_images(mesh, lambda v, x: (x + v['a'], x[:, 0]), one, x, count)
         for found, expected in zip(both, (x + 1, x[:, 0])):
             np.testing.assert_array_equal(found[:13], expected)
             assert len(found) == size * -(-13 // size)
