@@ -96,7 +96,7 @@ def test_other_data_on_four_devices(workdir, tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert 'mvtec_ad bolt: 4 test images' in done.stdout

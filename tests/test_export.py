@@ -79,7 +79,7 @@ def test_stablehlo_needs_jax_alone(run, expected, tmp_path):
         env={name: v for name, v in os.environ.items() if name != 'PYTHONPATH'},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     check_metadata(json.loads(done.stdout))

@@ -265,7 +265,7 @@ def test_the_command(tmp_path):
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
 
     first = command('first')
