@@ -21,6 +21,11 @@ from ssn_jax import config as config_lib, decision, figures, metrics, published,
 from ssn_jax.errors import UserError
 
 NOTHING = '–'
+EXPLANATION = (
+    'Metrics are of the last epoch and in percent; with several seeds they are mean ± standard '
+    'deviation. Published results are those of 300 epochs of batch 32 (SimpleNet: 160 of batch 8); '
+    'differences are own minus published, in percentage points.'
+)
 
 
 # --- Runs and their rows --------------------------------------------------------------------------
@@ -205,7 +210,7 @@ def mean_and_spread(values: Sequence[float | None], scale: float = 1.0, digits: 
 
 def metrics_table(rows: Sequence[Row]) -> Table:
     """The seven metrics in percent, each row with the published ones and the differences."""
-    table = Table(['system', 'epochs', 'seeds', *metrics.METRICS], [])
+    table = Table(['system', 'epochs', 'seeds', *metrics.METRICS, 'seconds of training'], [])
     for row in rows:
         values = {name: row.each(lambda r, n=name: r['metrics'][n]) for name in metrics.METRICS}
         table.add(
@@ -213,6 +218,7 @@ def metrics_table(rows: Sequence[Row]) -> Table:
             str(row.runs[0].config.epochs),
             str(len(row.runs)),
             *(mean_and_spread(v, 100) for v in values.values()),
+            mean_and_spread(row.each(lambda r: r.get('train_seconds'))),
         )
         if row.beside is None:
             continue
@@ -223,8 +229,8 @@ def metrics_table(rows: Sequence[Row]) -> Table:
             theirs.append(NOTHING if value is None else f'{100 * value:.1f}')
             difference = 100 * (statistics.fmean(known) - value) if both else None
             differences.append(NOTHING if difference is None else f'{difference:+.1f}')
-        table.add('published', '', '', *theirs, quiet=True)
-        table.add('difference', '', '', *differences, quiet=True)
+        table.add('published', '', '', *theirs, '', quiet=True)
+        table.add('difference', '', '', *differences, '', quiet=True)
     return table
 
 
@@ -359,12 +365,7 @@ def make_blocks(
     """
     blocks: list[tuple] = [
         ('heading', 1, 'SuperSimpleNet in JAX: results'),
-        (
-            'text',
-            'Metrics are of the last epoch and in percent; with several seeds they are mean ± '
-            'standard deviation. Published results are those of 300 epochs of batch 32 (SimpleNet: '
-            '160 of batch 8); differences are own minus published, in percentage points.',
-        ),
+        ('text', EXPLANATION),
     ]
     sections: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
