@@ -145,6 +145,8 @@ def plan(
             config_lib.validate(config)
         row = Row(setting, configs, workdir)
         name = urllib.parse.quote(row.label.replace(' ', ''), safe='=,()')
+        if len(name) > 255:
+            raise UserError(f'{row.label} is too long for the name of a folder: shorten its paths.')
         rows.append(dataclasses.replace(row, workdir=workdir / name))
     _check_folder(rows, workdir)
     return rows
@@ -287,7 +289,7 @@ def write_tables(workdir: pathlib.Path, rows: Sequence[Row], failed: Mapping) ->
         config = next(iter(row.configs.values()))
         lost = [seed for label, seed in failed if label == row.label]
         values = [_mean_and_std(run.results['metrics'][n] for run in runs) for n in metrics.METRICS]
-        seconds, _ = _mean_and_std(run.results['train_seconds'] for run in runs)
+        seconds, _ = _mean_and_std(run.results.get('train_seconds') for run in runs)
         writer.writerow(
             [
                 *(*row.setting.values(), len(runs), ' '.join(map(str, lost)), config.epochs),

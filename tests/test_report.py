@@ -212,7 +212,7 @@ def test_page_is_whole_and_self_contained(made):
         image = np.frombuffer(base64.b64decode(encoded, validate=True), np.uint8)
         assert cv2.imdecode(image, cv2.IMREAD_COLOR) is not None
     widths = [len(row) for row in page.rows]
-    assert set(widths) >= {3 + len(metrics.METRICS)}
+    assert set(widths) >= {4 + len(metrics.METRICS)}
     assert any('drawn <b>' in cell for row in page.rows for cell in row)  # Names are no markup.
     assert 'procedurally drawn' in text and 'random weights' in text
 
