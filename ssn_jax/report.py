@@ -56,11 +56,13 @@ class Row:
       label: the config's name, and whatever tells the row from others of the same config.
       runs: by seed.
       beside: the published result of the same, if there is one.
+      setting: the values that the label tells, by field.
     """
 
     label: str
     runs: list[Run]
     beside: published.Result | None
+    setting: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
     @property
     def where(self) -> tuple[str, str]:
@@ -128,11 +130,16 @@ def make_rows(runs: Sequence[Run]) -> list[Row]:
     for key, members in groups.items():
         first = members[0]
         others = [fields[k] for k, m in groups.items() if alike(m[0]) == alike(first)]
-        differing = [f for f in fields[key] if any(o[f] != fields[key][f] for o in others)]
-        label = ' · '.join([first.config.name, *(f'{f}={fields[key][f]}' for f in differing)])
+        setting = {f: v for f, v in fields[key].items() if any(o[f] != v for o in others)}
+        label = make_label(first.config.name, setting)
         members.sort(key=lambda run: run.config.seed)
-        rows.append(Row(label, members, published.find(first.config, first.results)))
+        rows.append(Row(label, members, published.find(first.config, first.results), setting))
     return sorted(rows, key=lambda row: (row.where, row.label))
+
+
+def make_label(name: str, setting: Mapping[str, object]) -> str:
+    """A config's name, and what tells it from others of the same name."""
+    return ' · '.join([name, *(f'{field}={value}' for field, value in setting.items())])
 
 
 def read_benchmark(path: pathlib.Path) -> tuple[str, dict[str, dict]]:
@@ -326,6 +333,17 @@ def section_figures(
             figures.trade_off(folder / file, ours, theirs, f'{title} · trade-off', devices)
             groups.append(('Trade-off', [Picture(file, f'I-AUROC against latency, {title}')]))
 
+    numbers = {f for row in rows for f, v in row.setting.items() if type(v) in (int, float)}
+    pictures = []
+    for i, field in enumerate(sorted(numbers), 1):
+        ours, theirs = lines_over(rows, field)
+        if any(len(points) > 1 for points in ours.values()):
+            file = f'setting-{number}-{i}.png'
+            figures.over_setting(folder / file, ours, theirs, f'{title} · {field}', field)
+            pictures.append(Picture(file, f'I-AUROC over {field}, {title}'))
+    if pictures:
+        groups.append(('Settings', pictures))
+
     histories = {row.label: row.runs[0].history for row in rows if 'loss' in row.runs[0].history}
     if histories:
         file = f'losses-{number}.png'
@@ -353,6 +371,33 @@ def section_figures(
         if pictures:
             groups.append((heading, pictures))
     return groups
+
+
+def lines_over(
+    rows: Sequence[Row], field: str
+) -> tuple[dict[str, list[tuple]], dict[str, list[tuple]]]:
+    """I-AUROC over the values of a config field.
+
+    Returns:
+      A line for all rows that differ in this field alone: (value, mean, standard deviation or 0)
+      in order; and the same of published results for particular values, (value, I-AUROC).
+    """
+    ours: dict[str, list[tuple]] = {}
+    theirs: dict[str, list[tuple]] = {}
+    for row in sorted(rows, key=lambda row: row.setting.get(field, 0)):
+        known = [v for v in row.each(lambda r: r['metrics']['I-AUROC']) if v is not None]
+        if field not in row.setting or not known:
+            continue
+        name, value = row.runs[0].config.name, row.setting[field]
+        others = {f: v for f, v in row.setting.items() if f != field}
+        spread = statistics.stdev(known) if len(known) > 1 else 0.0
+        point = value, statistics.fmean(known), spread
+        ours.setdefault(make_label(name, others), []).append(point)
+        if row.beside and field in row.beside.fields and 'I-AUROC' in row.beside.metrics:
+            point = value, row.beside.metrics['I-AUROC']
+            if point not in theirs.setdefault(name, []):
+                theirs[name].append(point)
+    return ours, theirs
 
 
 def make_blocks(

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import pytest
 
-from ssn_jax import config as config_lib, figures, metrics, published, report
+from ssn_jax import config as config_lib, figures, metrics, published, report, seeds
 from ssn_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -194,6 +194,25 @@ def test_efficiency_and_decision(runs, tmp_path):
     assert lines[2][2:] == ['0.5000', 'train', '80.0', '–', '0.5000', '90.0', '10.0']
 
 
+def test_a_sweep_beside_what_is_published(tmp_path):
+    expected = []
+    for beta, auroc, theirs in ((0.05, 0.6, 0.723), (0.1, 0.5, 0.678), (0.2, 0.4, None)):
+        for seed in (0, 1):
+            config = config_lib.default_config()
+            config.name, config.noise.kind, config.noise.beta = 'mod2', 'learned', beta
+            folder = tmp_path / 'sweep' / f'noise.beta={beta}' / f'seed-{seed}'
+            write_run(folder, config=config, seed=seed, auroc=auroc + 0.1 * seed)
+        expected.append((beta, auroc + 0.05, statistics.stdev((0, 0.1)), theirs))
+    runs = [report.read_run(run) for run in seeds.single_runs(tmp_path / 'sweep')]
+    ours, theirs = report.lines_over(report.make_rows(runs), 'noise.beta')
+    assert list(ours) == ['mod2']
+    for point, expect in zip(ours['mod2'], expected, strict=True):
+        assert point == pytest.approx(expect[:3])
+    assert theirs == {'mod2': [(0.05, 0.723), (0.1, 0.678)]}
+    report.write_report([tmp_path / 'sweep'], tmp_path / 'report')
+    assert (tmp_path / 'report' / 'figures' / 'setting-1-1.png').exists()
+
+
 # --- The page -------------------------------------------------------------------------------------
 
 
@@ -204,8 +223,8 @@ def test_page_is_whole_and_self_contained(made):
     tags = {tag for tag, _ in page.tags}
     assert not tags & {'script', 'link', 'iframe', 'object'}
     assert 'http://' not in text and 'https://' not in text and 'url(' not in text
-    # Overlays of four rows, losses of two categories, the trade-off of one.
-    assert len(page.sources) == 7
+    # Overlays of four rows, losses of two categories, trade-off and noise.std of one.
+    assert len(page.sources) == 8
     for source in page.sources:
         head, _, encoded = source.partition(',')
         assert head == 'data:image/png;base64'
@@ -332,7 +351,7 @@ def test_page_in_a_browser(width, made, browser):
     browser.send('Page.navigate', url=url)
     browser.wait('Page.loadEventFired')
     images = '[...document.images].map(i => i.complete && i.naturalWidth > 0)'
-    assert browser.evaluate(images) == [True] * 7
+    assert browser.evaluate(images) == [True] * 8
     assert browser.evaluate('document.documentElement.scrollWidth') <= width
     assert browser.evaluate('document.compatMode') == 'CSS1Compat'
     for event in browser.events:
