@@ -161,12 +161,16 @@ def read_benchmark(path: pathlib.Path) -> tuple[str, dict[str, dict]]:
 
 
 def speed_of(row: Row, benchmark: tuple[str, dict] | None) -> Mapping:
-    """What a benchmark measured of a row's config, {} if it measured none or another network."""
-    found = benchmark[1].get(row.runs[0].config.name, {}) if benchmark else {}
-    # A run may have changed its config's backbone or image size.
+    """What a benchmark measured of a row's network, {} if it did not.
+
+    Configs that differ in training alone have one network: another's measurement of the same size
+    stands in. A run may have changed its config's backbone or image size, so its name is no proof.
+    """
     run = row.runs[0]
     ours = run.results['parameters'], list(run.config.image_size)
-    return found if (found.get('params'), found.get('image_size')) == ours else {}
+    measured = benchmark[1] if benchmark else {}
+    same = {n: m for n, m in measured.items() if (m['params'], m['image_size']) == ours}
+    return same.get(run.config.name) or next(iter(same.values()), {})
 
 
 # --- Tables ---------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def runs(tmp_path):
     louder.noise.std = 0.5
     write_run(runs / 'louder', config=louder, auroc=0.8)
     write_run(runs / 'mod2', 'mod2', auroc=0.7)
-    write_run(runs / 'drawn <b>', 'mod1_b', embedded=True)
+    write_run(runs / 'drawn <b>', 'mod1_b', embedded=True, parameters=5_740_227)
     return sorted(runs.iterdir())
 
 
@@ -179,6 +179,10 @@ def test_efficiency_and_decision(runs, tmp_path):
     lines = report.efficiency_table(rows, benchmark).lines
     assert lines[0][2:] == ['4.6', '3.00 ± 1.00', '1 x cpu', '10.00', '120.00', '50.00']
     assert lines[1][2:] == ['4.5', '–', '–', '7.78', '398.47', '52.43']
+    # Another training of the same network has its speed.
+    measured = [report.speed_of(row, benchmark).get('ms') for row in rows]
+    assert measured == [10.0, 10.0, 10.0, None]
+    assert report.speed_of(rows[0], None) == {}
     # Another backbone under the same name has another speed, and nothing published beside it.
     other = config_lib.default_config()
     other.backbone.name = 'wide_resnet50_2'
