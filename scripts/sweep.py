@@ -1,7 +1,7 @@
 """Trains the cross product of config values, and writes one table of all results.
 
-    python scripts/sweep.py --config configs/mod2.py --sweep noise.beta=0.5,0.05 \
-      --sweep seed=0,1,2 --workdir sweeps/beta
+    python scripts/sweep.py --config configs/mod2.py --workdir sweeps/beta
+        --sweep noise.beta=0.5,0.05 --sweep seed=0,1,2
 
 Values are separated by commas; those with commas of their own stand in brackets:
 --sweep image_size='(256,256),(320,320)'. All other --config.FIELD=VALUE hold for every run. The

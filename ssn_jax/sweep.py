@@ -202,7 +202,7 @@ def run(rows: Sequence[Row], arguments: Sequence[str], finish_row: Callable[[dic
                 if seed not in row.finished():
                     failed[row.label, seed] = reason or 'it left no results.json'
         for seed, done in row.finished().items():
-            loss = done.history['loss'][-1] if done.history else 0
+            loss = [0, *done.history.get('loss', [])][-1]  # An imported checkpoint has none.
             if not math.isfinite(loss):
                 failed[row.label, seed] = f'diverged: its loss is {loss} in the end'
         for (label, seed), reason in failed.items():
@@ -299,7 +299,7 @@ def write_tables(workdir: pathlib.Path, rows: Sequence[Row], failed: Mapping) ->
         if runs:
             beside = published.find(config, runs[0].results)
             shown.append(report.Row(row.label, runs, beside))
-    files.write(workdir / 'results.csv', table.getvalue())
+    files.write_output(workdir / 'results.csv', table.getvalue(), '--workdir')
 
     first = next(iter(rows[0].configs.values()))
     cells, done = sum(len(row.configs) for row in rows), sum(len(runs) for _, runs in finished)
@@ -315,7 +315,7 @@ def write_tables(workdir: pathlib.Path, rows: Sequence[Row], failed: Mapping) ->
         blocks.append(('table', report.metrics_table(shown)))
     blocks += [('text', f'{label}, seed {seed}: {why}') for (label, seed), why in failed.items()]
     text = report.markdown(blocks, '.')
-    files.write(workdir / 'results.md', text)
+    files.write_output(workdir / 'results.md', text, '--workdir')
     return text
 
 
