@@ -68,9 +68,53 @@ def make_sparse_loss(
             noisy = jax.lax.pmax(noisy, seeds_axis)
         fitting = jnp.searchsorted(np.array(capacities[:-1]), noisy)
         branches = [functools.partial(run, capacity) for capacity in capacities]
-        return jax.lax.switch(fitting, branches, params, generator)
+        (loss, of_generator), (terms, stats) = _switch(fitting, branches, params, generator)
+        return loss, (terms | {'loss': loss, 'generator_loss': of_generator}, stats)
 
     return loss_fn
+
+
+def _switch(index: jax.Array, branches: list[Callable], *players: dict) -> tuple:
+    """`jax.lax.switch` with each branch's gradient inside it.
+
+    The gradient of `jax.lax.switch` hands what a branch needs for its own out of it, in shapes that
+    differ, and has every branch fill those of all others with zeros.
+
+    Args:
+      index: which branch to take.
+      branches: functions of the players' parameters that return ((loss of the first, loss of the
+        second), anything else). By each one's parameters only its own loss can be differentiated.
+      *players: both players' parameters.
+    """
+
+    @jax.custom_vjp
+    def run(*players):
+        return jax.lax.switch(index, branches, *players)
+
+    def forward(*players):
+        learns = [any(x.perturbed for x in jax.tree.leaves(p)) for p in players]
+        players = jax.tree.map(lambda x: x.value, players)
+
+        def graded(branch, *players):
+            def objective(i, own):
+                both, rest = branch(*players[:i], own, *players[i + 1 :])
+                return both[i], (both, rest)
+
+            gradients = [None, None]
+            for i in range(2):
+                if learns[i]:
+                    of_own = jax.grad(functools.partial(objective, i), has_aux=True)
+                    gradients[i], result = of_own(players[i])
+            return result, gradients
+
+        return jax.lax.switch(index, [functools.partial(graded, b) for b in branches], *players)
+
+    def backward(gradients, cotangents):
+        scales = zip(gradients, cotangents[0], strict=True)
+        return tuple(jax.tree.map(lambda x, scale=scale: scale * x, g) for g, scale in scales)
+
+    run.defvjp(forward, backward, symbolic_zeros=True)
+    return run(*players)
 
 
 def masked_fraction(masks_fn: Callable, n: int = 256, size: int = 32) -> tuple[float, float]:
@@ -115,7 +159,7 @@ def _loss(config, params, batch_stats, layers, placed, noise_fn, capacity, stop_
         logits = logits.reshape(2 * n, height, width, 1)
     loss, terms, more = _score(config, params, batch_stats, placed, logits, x, stop_map_gradient)
     terms |= losses.generator_terms(loss, power, config.noise.penalty)
-    return loss, (terms, stats | more)
+    return (loss, terms['generator_loss']), (terms, stats | more)
 
 
 def make_shuffled_loss(
