@@ -77,7 +77,7 @@ def open_run(workdir: pathlib.Path, epoch: int | None = None, overrides: dict | 
         epoch=epoch,
         network=steps.build_network(config),
         backbone_variables=backbone_variables,
-        variables={'params': state.params, 'batch_stats': state.batch_stats},
+        variables=state.variables(),
         origin=origin,
         decision=_read(workdir / 'decision.json') if epoch == config.epochs else None,
     )

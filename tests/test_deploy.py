@@ -17,6 +17,7 @@ TOLERANCE = 1e-5  # Relative to an array's largest value.
 SIMPLENET = SimpleNet(embedding=96, hidden=64)
 NETWORKS = [
     *(SuperSimpleNet(adaptor, adapted) for adaptor in ('linear', 'conv') for adapted in (0, 1)),
+    SuperSimpleNet(classify=False),
     GapCam('linear'),
     GapCam('conv'),
     SIMPLENET,

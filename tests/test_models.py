@@ -279,3 +279,15 @@ def test_stopped_map_gradient_keeps_the_score_out_of_the_segmentation_head():
     }
     assert norms[True] == 0
     assert norms[False] > 0
+
+
+@pytest.mark.parametrize('grid', [(4, 6), (5, 7), (1, 3), (8, 8)])
+def test_features_at_sampled_places_are_those_of_the_grid(grid):
+    keys = jax.random.split(jax.random.key(sum(grid)), 3)
+    half = tuple(-(-s // 2) for s in grid)
+    layers = (jax.random.normal(keys[0], (3, *grid, 5)), jax.random.normal(keys[1], (3, *half, 9)))
+    features = features_lib.upscale_pool(layers).reshape(3, -1, 14)
+    places = jax.random.randint(keys[2], (3, 50), 0, features.shape[1])
+    sampled = features_lib.sample_features(layers, places)
+    expected = jnp.take_along_axis(features, places[..., None], 1)
+    np.testing.assert_allclose(sampled, expected, atol=1e-5)

@@ -153,6 +153,37 @@ def upscale_pool(layers: tuple[jax.Array, ...], scale: int = 2) -> jax.Array:
     )
 
 
+def sample_features(layers: tuple[jax.Array, ...], places: jax.Array, scale: int = 2) -> jax.Array:
+    """`upscale_pool(layers)` at some places of each image, without building the feature grid.
+
+    Args:
+      layers: outputs of the backbone (N, H_i, W_i, C_i), finest first.
+      places: (N, P) int, indices into the grid's H * W positions, row by row.
+      scale: how many times finer than the first layer the grid is.
+
+    Returns:
+      (N, P, sum of C_i).
+    """
+    height, width = feature_grid(layers, scale)
+    image = jnp.arange(len(places))[:, None, None, None]
+    parts = []
+    for x in layers:
+        rows, of_rows = (t[places // width] for t in _taps(x.shape[1], height))
+        columns, of_columns = (t[places % width] for t in _taps(x.shape[2], width))
+        near = x[image, rows[..., :, None], columns[..., None, :]]
+        parts.append(jnp.einsum('npyxc,npy,npx->npc', near, of_rows, of_columns))
+    return jnp.concatenate(parts, -1)
+
+
+def _taps(size_in: int, size_out: int) -> tuple[jax.Array, jax.Array]:
+    """What each row of `grid_matrix` reads: (size_out, taps) indices, and their weights."""
+    matrix = grid_matrix(size_in, size_out)
+    taps = (matrix != 0).sum(1).max()
+    # The largest weights first; what is beyond a row's own taps has weight 0.
+    order = np.argsort(-matrix, axis=1, kind='stable')[:, :taps]
+    return jnp.asarray(order), jnp.asarray(np.take_along_axis(matrix, order, 1))
+
+
 @functools.cache
 def blur_matrix(
     size: int, sigma: float = 4.0, taps: int = 25, repeat_edge: bool = False

@@ -47,14 +47,21 @@ class SuperSimpleNet(_OnFeatureGrid):
     Attributes:
       adapt_cls_features: whether the classification head sees adapted features (first paper,
         ICPR 2024) or the frozen ones (journal version).
+      classify: whether there is a classification head; without, the score is the map's maximum.
     """
 
     adapt_cls_features: bool = False
+    classify: bool = True
 
     def setup(self):
         super().setup()
         self.seg_head = SegmentationHead()
-        self.cls_head = ClassificationHead()
+        if self.classify:
+            self.cls_head = ClassificationHead()
+
+    def segment(self, adapted: jax.Array, train: bool = False) -> jax.Array:
+        """Adapted features (..., C) to anomaly logits (..., 1), each position by itself."""
+        return self.seg_head(adapted, train)
 
     def discriminate(
         self,
@@ -69,6 +76,8 @@ class SuperSimpleNet(_OnFeatureGrid):
         through the map (unsupervised training).
         """
         logits = self.seg_head(adapted, train)
+        if not self.classify:
+            return logits, logits.max((1, 2, 3))
         seen = jax.lax.stop_gradient(logits) if stop_map_gradient else logits
         cls_features = adapted if self.adapt_cls_features else features
         return logits, self.cls_head(cls_features, seen, train)
