@@ -40,6 +40,7 @@ def default_config() -> ml_collections.ConfigDict:
     backbone.weights = ''  # A safetensors file; '' fetches the pinned one from the hub.
 
     config.features = features = ml_collections.ConfigDict()
+    features.layers = (2, 3)  # Of the backbone: (2, 3) (published), (1, 2, 3) or (1, 2).
     features.dtype = 'float32'  # What frozen features are kept in: float32 or bfloat16.
     features.place = 'auto'  # Where: device, host (sent a few steps at a time), auto: what fits.
 
@@ -147,6 +148,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
     }.items():
         rule = f'it is one of {", ".join(values)}'
         require(config.features[field] in values, f'features.{field}', rule)
+    choices = ((2, 3),) if config.system == 'simplenet' else ((2, 3), (1, 2, 3), (1, 2))
+    rule = f'with --config.system={config.system} they are {" or ".join(map(str, choices))}'
+    require(tuple(config.features.layers) in choices, 'features.layers', rule)
     systems = ('supersimplenet', 'gap_cam', 'simplenet')
     require(config.system in systems, 'system', f'it is one of {", ".join(systems)}')
     supervision = config.supervision

@@ -10,6 +10,7 @@ reference that tests compare with.
 """
 
 from collections.abc import Callable
+import functools
 
 from flax import linen as nn
 import jax
@@ -41,7 +42,12 @@ def fuse(backbone_variables: dict, variables: dict, network: nn.Module) -> dict:
     # Products of weights are formed in float64: folding adds no rounding to that of `predict`.
     variables = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(variables))
     fused = {'backbone': fuse_backbone(backbone_variables)}
-    channels = [stage[-1]['convs'][-1]['bias'].size for stage in fused['backbone']['stages'][1:]]
+    stages = [stage[-1]['convs'][-1]['bias'] for stage in fused['backbone']['stages']]
+    outputs = tuple(np.zeros((1, 8 >> i, 8 >> i, b.size)) for i, b in enumerate(stages))
+    select = functools.partial(
+        features_lib.select_layers, layers=getattr(network, 'layers', (2, 3))
+    )
+    channels = [x.shape[-1] for x in jax.eval_shape(select, outputs)]
     fuse_heads = _fuse_simplenet if 'discriminator' in variables['params'] else _fuse_heads
     fused |= fuse_heads(variables['params'], variables['batch_stats'], network, channels)
     return jax.tree.map(np.float32, fused)
@@ -164,10 +170,21 @@ def predict(
       Score logits (N,) and full-size anomaly logits (N, *image_size), both float32.
     """
     images = resize_images(images, image_size or images.shape[1:3])
-    layers = backbone(fused['backbone'], images)[1:]
+    stages = backbone(fused['backbone'], images)
+    layers = features_lib.select_layers(stages, _layers_read(fused, stages))
     scores, logits = heads(fused, layers, for_cache)
     smooth = simplenet.full_size_map if 'patches' in fused else features_lib.full_size_map
     return scores, smooth(logits[..., None], images.shape[1:3])[..., 0]
+
+
+def _layers_read(fused, stages):
+    """Which of the backbone's stages meet the first kernels: what their shapes say."""
+    if 'patches' in fused:
+        return (2, 3)
+    part = next(fused[name] for name in ('adaptor', 'cls', 'hidden') if name in fused)
+    kernels = part if isinstance(part, tuple | list) else part['kernel']
+    first = (1, 2) if kernels[0].shape[-2] > stages[1].shape[-1] else (2,)
+    return first + (3,) * (len(kernels) > 1)
 
 
 def make_predictor(

@@ -91,7 +91,7 @@ def _restore(workdir, config, epoch):
     if epoch is not None and str(epoch) not in known:
         known = ', '.join(sorted(known, key=int))
         raise UserError(f'{workdir} holds no checkpoint of epoch {epoch}: it has {known}.')
-    channels = sum(resnet.CHANNELS[config.backbone.name][1:])
+    channels = resnet.feature_channels(config.backbone.name, config.features.layers)
     # Shapes are enough for a template.
     template = jax.eval_shape(
         lambda: steps.init_state(config, jax.random.key(config.seed), channels)

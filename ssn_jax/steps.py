@@ -55,10 +55,15 @@ def build_network(config: ml_collections.ConfigDict) -> SuperSimpleNet | GapCam 
     """The trained network a config describes."""
     match config.system:
         case 'gap_cam':
-            return GapCam(config.adaptor)
+            return GapCam(config.adaptor, tuple(config.features.layers))
         case 'simplenet':
             return SimpleNet(config.simplenet.embedding, config.simplenet.hidden)
-    return SuperSimpleNet(config.adaptor, config.adapt_cls_features, config.image_score == 'head')
+    return SuperSimpleNet(
+        config.adaptor,
+        config.adapt_cls_features,
+        classify=config.image_score == 'head',
+        layers=tuple(config.features.layers),
+    )
 
 
 def discriminator_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:

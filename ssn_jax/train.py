@@ -292,7 +292,9 @@ def train(runs, split, network, backbone, backbone_variables, events=False, quie
 def find_start(config, workdir, mesh, events) -> Start:
     """A run's newest checkpoint, or its beginning."""
     k_init, k_epochs = jax.random.split(jax.random.key(config.seed))
-    state = steps.init_state(config, k_init, sum(resnet.CHANNELS[config.backbone.name][1:]))
+    state = steps.init_state(
+        config, k_init, resnet.feature_channels(config.backbone.name, config.features.layers)
+    )
     manager = checkpoint.open_manager(workdir, config.checkpoint.keep)
     done, state = checkpoint.restore(manager, devices.put(mesh, state))
     if done:

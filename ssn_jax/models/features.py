@@ -25,7 +25,7 @@ def extract_layers(
     variables: dict,
     images: np.ndarray,
     batch_size: int = 16,
-    frozen: Callable = lambda layers: layers,
+    frozen: Callable = lambda stages: stages[1:],
     mesh: jax.sharding.Mesh | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
     to_host: bool = False,
@@ -37,7 +37,7 @@ def extract_layers(
       variables: its parameters and statistics.
       images: uint8 RGB (N, H, W, 3).
       batch_size: images at a time (and device).
-      frozen: what to keep of the layers, as the network says.
+      frozen: what to keep of the stages' outputs, as the network says.
       mesh: the devices that share the images; None is one.
       dtype: the precision they are kept in.
       to_host: keep them in the host's memory instead; the mesh is not used then.
@@ -49,7 +49,7 @@ def extract_layers(
     """
 
     def layers_of(v, x):
-        return tuple(y.astype(dtype) for y in frozen(backbone.apply(v, normalise(x))[1:]))
+        return tuple(y.astype(dtype) for y in frozen(backbone.apply(v, normalise(x))))
 
     if mesh is not None and not to_host:
         return devices.map_images(mesh, layers_of, variables, images, batch_size)
@@ -69,13 +69,36 @@ def layers_bytes(
     backbone: nn.Module,
     variables: dict,
     shape: tuple[int, ...],
-    frozen: Callable = lambda layers: layers,
+    frozen: Callable = lambda stages: stages[1:],
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> int:
     """How much memory `extract_layers` of images of `shape` (N, H, W, 3) takes."""
     image = jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32)
-    layers = jax.eval_shape(lambda v, x: frozen(backbone.apply(v, x)[1:]), variables, image)
+    layers = jax.eval_shape(lambda v, x: frozen(backbone.apply(v, x)), variables, image)
     return shape[0] * sum(x.size for x in layers) * jnp.dtype(dtype).itemsize
+
+
+def select_layers(
+    stages: tuple[jax.Array, ...], layers: tuple[int, ...] = (2, 3)
+) -> tuple[jax.Array, ...]:
+    """What of a backbone's outputs features are made of.
+
+    Layer1 is brought to layer2's grid, by averages around the places that layer2's own stride
+    keeps, and joins its channels: the grid, and the cost at it, do not grow.
+
+    Args:
+      stages: outputs of layer1 (if it is chosen), layer2 and layer3 (N, H_i, W_i, C_i).
+      layers: (2, 3), (1, 2, 3) or (1, 2).
+
+    Returns:
+      At layer2's grid (N, H_2, W_2, C_2), or with layer1 (N, H_2, W_2, C_2 + C_1); and layer3.
+    """
+    first = stages[-2]
+    if 1 in layers:
+        around = {'window_shape': (3, 3), 'strides': (2, 2), 'padding': ((1, 1), (1, 1))}
+        halved = nn.avg_pool(stages[-3], **around, count_include_pad=False)
+        first = jnp.concatenate([first, halved], -1)
+    return (first, stages[-1]) if 3 in layers else (first,)
 
 
 @functools.cache

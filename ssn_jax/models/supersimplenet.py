@@ -24,10 +24,10 @@ class _OnFeatureGrid(nn.Module):
     features = staticmethod(features_lib.upscale_pool)
     full_size_map = staticmethod(features_lib.full_size_map)
 
-    @staticmethod
-    def frozen(layers: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        """The layers as they are."""
-        return layers
+    @nn.nowrap
+    def frozen(self, stages: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """The layers that it reads, at their own grids."""
+        return features_lib.select_layers(stages, self.layers)
 
     def setup(self):
         self.adapt_features = ADAPTORS[self.adaptor](name='adaptor')
@@ -48,10 +48,12 @@ class SuperSimpleNet(_OnFeatureGrid):
       adapt_cls_features: whether the classification head sees adapted features (first paper,
         ICPR 2024) or the frozen ones (journal version).
       classify: whether there is a classification head; without, the score is the map's maximum.
+      layers: of the backbone, as `features.select_layers` takes them.
     """
 
     adapt_cls_features: bool = False
     classify: bool = True
+    layers: tuple[int, ...] = (2, 3)
 
     def setup(self):
         super().setup()
@@ -84,7 +86,13 @@ class SuperSimpleNet(_OnFeatureGrid):
 
 
 class GapCam(_OnFeatureGrid):
-    """Adaptor and one head, taught by image labels alone; its map explains its score."""
+    """Adaptor and one head, taught by image labels alone; its map explains its score.
+
+    Attributes:
+      layers: of the backbone, as `features.select_layers` takes them.
+    """
+
+    layers: tuple[int, ...] = (2, 3)
 
     def setup(self):
         super().setup()
