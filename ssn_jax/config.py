@@ -95,6 +95,7 @@ def default_config() -> ml_collections.ConfigDict:
 
     config.sparse = True  # Train at the cost of what is new; False: the direct form, its equal.
     config.eval_batch_size = 8  # Test images per step and device.
+    config.debug_nans = False  # Find the operation that makes a NaN or infinity; slow once it does.
     return config
 
 
@@ -232,10 +233,12 @@ def fields(config: ml_collections.ConfigDict, prefix: str = '') -> Iterator[tupl
 def identity(config: ml_collections.ConfigDict) -> dict:
     """What makes a run itself, as field -> value: a rerun in its workdir must agree on it.
 
-    Where records are cached and features kept, how often checkpoints are written and how many
-    images are evaluated at a time changes no result; files may be spelled as one likes.
+    Where records are cached and features kept, how often checkpoints are written, how many images
+    are evaluated at a time and what is looked for changes no result; files may be spelled as one
+    likes.
     """
     unimportant = ('checkpoint.every', 'checkpoint.keep', 'eval_batch_size', 'data.cache')
+    unimportant += ('debug_nans',)
     flat = {name: value for name, value in fields(config) if name not in unimportant}
     for field in ('data.root', 'backbone.weights'):
         flat[field] = flat[field] and str(pathlib.Path(flat[field]).expanduser().resolve())

@@ -1,0 +1,264 @@
+"""Nothing lost, nothing silent: runs that are killed, stopped, and robbed of what they wrote."""
+
+import csv
+import functools
+import json
+import os
+import re
+import shutil
+import signal
+import time
+
+import commands
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from ssn_jax import checkpoint, config as config_lib, steps
+
+EPOCHS = 4
+
+
+class Job:
+    """The same small training as often as needed; runs differ in their workdir alone."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        tiny.write_data(folder / 'data')
+        tiny.write_weights(folder / 'w.safetensors')
+
+    def start(self, workdir, *flags):
+        arguments = {
+            'config': commands.ROOT / 'configs' / 'mod2.py',
+            'workdir': workdir,
+            'config.data.root': self.folder / 'data',
+            'config.data.category': 'nut',
+            'config.data.cache': self.folder / 'cache',
+            'config.backbone.weights': self.folder / 'w.safetensors',
+            'config.image_size': '(32, 32)',
+            'config.batch_size': 3,
+            'config.epochs': EPOCHS,
+            'config.checkpoint.every': 1,
+            'config.sparse': False,  # Compiles in half the time.
+        }
+        return commands.start(
+            'main',
+            *(f'--{name}={value}' for name, value in arguments.items()),
+            *flags,
+            cwd=self.folder,
+            XLA_FLAGS='--xla_backend_optimization_level=1',
+            JAX_COMPILATION_CACHE_DIR=str(self.folder / 'compiled'),
+        )
+
+    def finish(self, workdir, *flags):
+        """Runs to the end, which must be a good one; what was logged."""
+        command = self.start(workdir, *flags)
+        assert command.end() == 0, command.err[-3000:]
+        return command.err
+
+
+@pytest.fixture(scope='module')
+def job(tmp_path_factory):
+    return Job(tmp_path_factory.mktemp('job'))
+
+
+@pytest.fixture(scope='module')
+def whole(job):
+    """The workdir of a run that nothing has happened to."""
+    job.finish(job.folder / 'whole')
+    return job.folder / 'whole'
+
+
+def rows(workdir):
+    """The rows of train.csv as text, without how long they took; [] before the first."""
+    if not (workdir / 'train.csv').exists():
+        return []
+    with (workdir / 'train.csv').open(newline='') as file:
+        return [{k: v for k, v in row.items() if k != 'seconds'} for row in csv.DictReader(file)]
+
+
+def last_state(workdir):
+    """Epoch and state of the newest checkpoint, read as any command reads it."""
+    config = config_lib.from_json(workdir / 'config.json')
+    template = jax.eval_shape(lambda: steps.init_state(config, jax.random.key(0), 384))
+    return checkpoint.restore(checkpoint.open_manager(workdir, 2), template)
+
+
+def results(workdir):
+    """results.json without what the clock says."""
+    content = json.loads((workdir / 'results.json').read_text())
+    return {name: value for name, value in content.items() if 'seconds' not in name}
+
+
+def check_same(workdir, whole):
+    """Both runs are complete, and their parameters, losses and results have the same bits."""
+    assert rows(workdir) == rows(whole)
+    assert [row['epoch'] for row in rows(workdir)] == [str(i + 1) for i in range(EPOCHS)]
+    (epoch, state), (_, expected) = last_state(workdir), last_state(whole)
+    assert epoch == EPOCHS
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        assert x.dtype == y.dtype and np.array_equal(x, y)
+    assert results(workdir) == results(whole)
+    names = {p.relative_to(workdir).as_posix() for p in workdir.glob('*')}
+    assert names == {p.relative_to(whole).as_posix() for p in whole.glob('*')}
+    assert not list((workdir / 'checkpoints').glob('*tmp*'))
+
+
+def wait_for(condition, command, seconds=120):
+    """Waits until a condition holds of a command that is still running."""
+    deadline = time.time() + seconds
+    while not condition():
+        assert command.process.is_alive(), command.err[-3000:]
+        assert time.time() < deadline, command.err[-3000:]
+        time.sleep(0.002)
+
+
+# How to tell where a run is, from what is in its folder.
+PHASES = {
+    'features': lambda w: (w / 'config.json').exists(),
+    'an epoch': lambda w: len(rows(w)) >= 1,
+    'a checkpoint': lambda w: list(w.glob('checkpoints/*.orbax-checkpoint-tmp*')),
+    'results': lambda w: (w / 'figures').exists(),
+}
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_in_every_phase_ends_as_if_it_had_not_been(job, whole, tmp_path):
+    """SIGKILL in feature extraction, in an epoch, while checkpoint and results are written.
+
+    `scripts/soak.py` does it at any moments, and more often.
+    """
+    workdir, rng = tmp_path / 'killed', np.random.default_rng(0)
+    for phase, reached in PHASES.items():
+        command = job.start(workdir)
+        wait_for(lambda reached=reached: reached(workdir), command)
+        time.sleep({'features': 1, 'an epoch': 0.2}.get(phase, 0.02) * rng.random())
+        command.process.kill()
+        assert command.end() == -signal.SIGKILL
+        assert not (workdir / 'results.json').exists()
+        done = [int(row['epoch']) for row in rows(workdir)]
+        assert done == list(range(1, len(done) + 1))
+    job.finish(workdir)
+    check_same(workdir, whole)
+
+
+@pytest.mark.slow
+def test_stopped_runs_save_what_they_have_and_nobody_else_gets_in(job, whole, tmp_path):
+    """SIGTERM, Ctrl-C: within 10 s a checkpoint that was not due, and a line that says so."""
+    workdir, rare = tmp_path / 'stopped', '--config.checkpoint.every=99'
+    for number, name in ((signal.SIGTERM, 'SIGTERM'), (signal.SIGINT, 'SIGINT')):
+        before = len(rows(workdir))
+        command = job.start(workdir, rare)
+        wait_for(lambda before=before: len(rows(workdir)) > before, command)
+        if number == signal.SIGTERM:
+            os.kill(command.process.pid, signal.SIGSTOP)  # It would be through before the second.
+            second = job.start(workdir, rare)
+            assert second.end() == 1
+            assert f'error: {workdir} is in use by another run' in second.err
+            os.kill(command.process.pid, signal.SIGCONT)
+        began = time.time()
+        os.kill(command.process.pid, number)
+        assert command.end(20) == 128 + number and time.time() - began < 10
+        epoch = len(rows(workdir))
+        said = f'stopped by {name}: epoch {epoch} is saved in {workdir}, the same command goes on'
+        assert said in command.err.splitlines()[-1]
+        assert (workdir / 'checkpoints' / str(epoch)).is_dir()
+    assert f'after epoch {epoch}' in job.finish(workdir, rare)
+    check_same(workdir, whole)
+
+
+BUSY = """
+import functools, jax, os, pathlib, signal, sys, threading
+from ssn_jax import checkpoint, main, signals
+jax.config.update('jax_platforms', 'cpu')
+keeper = checkpoint.Keeper()
+keeper.reached(7, lambda: print('written', flush=True))
+send = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
+threading.Timer(1, send).start()
+with signals.answered(functools.partial(main._leave, pathlib.Path('runs/x'), keeper)):
+    jax.block_until_ready(jax.jit(lambda: jax.lax.while_loop(
+        lambda i: i < 10, lambda i: 9 - i, 0))())
+"""
+
+
+def test_a_signal_does_not_wait_for_compiled_code(tmp_path):
+    """An epoch is one compiled call; this one never ends."""
+    (tmp_path / 'busy.py').write_text(BUSY)
+    command = commands.start(tmp_path / 'busy', cwd=tmp_path)
+    assert command.end(60) == 128 + signal.SIGTERM
+    assert command.out == 'written\n'
+    assert command.err.splitlines() == [
+        '',
+        'stopped by SIGTERM: epoch 7 is saved in runs/x, the same command goes on from there.',
+    ]
+
+
+# --- Numbers --------------------------------------------------------------------------------------
+
+
+def loss_of(terms_of):
+    """A loss for `steps.make_step`; `terms_of` makes the terms of parameters and the batch."""
+
+    def loss_fn(params, generator, batch_stats, batch, key, stop_map_gradient=True):
+        terms = terms_of(sum(x.sum() for x in jax.tree.leaves(params)), batch['layers'][0].sum())
+        terms = {'loss': sum(terms.values())} | terms
+        return terms['loss'], (terms, batch_stats)
+
+    return loss_fn
+
+
+NOT_FINITE = {  # From the sum of all parameters and what step 4 of 6 alone sees as 1: the terms.
+    'the loss (b)': lambda p, x: {'a': 1e-3 * p, 'b': jnp.log(1 - x)},
+    'the loss (a, b)': lambda p, x: {'a': jnp.sqrt(-x), 'b': p * jnp.sqrt(-x)},
+    # The root of 0 is 0, its slope infinite.
+    'a gradient of the loss': lambda p, x: {'a': p * 1e-3, 'b': jnp.sqrt(0 * x * p) * (x > 0)},
+}
+
+
+@pytest.mark.parametrize('streamed', [False, True])
+@pytest.mark.parametrize('what', NOT_FINITE)
+def test_what_is_not_finite_is_told_by_step_and_term(what, streamed, monkeypatch):
+    loss = loss_of(NOT_FINITE[what])
+    monkeypatch.setattr(steps, 'config_loss', lambda config, seeds_axis=None: loss)
+    config = config_lib.default_config()
+    state = steps.init_state(config, jax.random.key(0), 4)
+    make = functools.partial(steps.make_streamed_epoch, longest=3) if streamed else steps.make_epoch
+    run = make(config, 6)
+    data, key = {'layers': (np.eye(1, 6, 3)[0],)}, jax.random.key(0)
+    _, values = run(state, data, np.arange(6)[:, None], key)
+    assert steps.describe_bad(jax.device_get(values['bad'])) == (3, what)
+    _, values = run(state, data, np.array([[0, 1, 2, 4, 5, 0]]).T, key)
+    assert steps.describe_bad(jax.device_get(values['bad'])) is None
+
+
+@pytest.mark.slow
+def test_a_run_stops_where_its_numbers_do(job, whole, tmp_path):
+    """Parameters that are finite still; the same command then finds the operation."""
+    workdir = tmp_path / 'run'
+    shutil.copytree(whole, workdir, ignore=shutil.ignore_patterns('4', '*.json'))
+    shutil.copy(whole / 'config.json', workdir)
+    epoch, state = last_state(workdir)
+    assert epoch == EPOCHS - 1
+    huge = state.replace(params=jax.tree.map(lambda x: x * 1e30, state.params))
+    shutil.rmtree(workdir / 'checkpoints')
+    checkpoint.save(checkpoint.open_manager(workdir, 2), epoch, huge)
+    lines = (whole / 'train.csv').read_text().splitlines(keepends=True)
+    (workdir / 'train.csv').write_text(''.join(lines[:EPOCHS]))
+
+    def error(*flags):
+        command = job.start(workdir, *flags)
+        assert command.end() == 1 and 'Traceback' not in command.err
+        [said] = [line for line in command.err.splitlines() if line.startswith('error: ')]
+        assert len(rows(workdir)) == epoch and not (workdir / 'results.json').exists()
+        return said
+
+    assert re.fullmatch(
+        rf'error: epoch {EPOCHS}, step 1 of 2 \(seed 0\): the loss \(.*map_l1.*\) became NaN or '
+        rf'infinite; the last good checkpoint is {workdir}/checkpoints/{epoch}\. The same command '
+        r'with --config.debug_nans=True finds the operation\.',
+        error(),
+    )
+    said = error('--config.debug_nans=True')
+    assert re.search(r'encountered in \w+.*/ssn_jax/\w+(/\w+)?\.py, line \d+: ', said), said
