@@ -10,7 +10,7 @@ import pathlib
 
 import numpy as np
 
-from ssn_jax import cli, data, figures, runs, supervision
+from ssn_jax import cli, data, figures, files, runs, supervision
 from ssn_jax.errors import UserError
 
 
@@ -43,6 +43,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--output', type=pathlib.Path, required=True, help='a .png to write')
     parser.add_argument('--count', type=int, default=6, help='defective images to show')
     arguments = parser.parse_args(argv)
+    if arguments.count < 1:
+        raise UserError(f'--count={arguments.count} can not be used: at least 1.')
+    if arguments.output.suffix != '.png':
+        raise UserError(f'--output={arguments.output} can not be used: it ends in .png.')
+    files.check_output(arguments.output, '--output')
     compare(arguments.runs, arguments.output, arguments.count)
 
 

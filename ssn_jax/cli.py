@@ -8,7 +8,7 @@ import os
 import pathlib
 import sys
 
-from absl import logging
+from absl import flags, logging
 
 from ssn_jax import config as config_lib, signals
 from ssn_jax.errors import UserError
@@ -151,6 +151,7 @@ def use_compilation_cache() -> None:
 
 def log_to_stderr(quiet: bool = False) -> None:
     """`set_up_log` for a command that is not started by absl."""
+    flags.FLAGS.mark_as_parsed()  # There are none; absl would warn that they are still to come.
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
     set_up_log(quiet)

@@ -18,7 +18,10 @@ from ml_collections import config_flags
 from ssn_jax import cli as cli_lib, config as config_lib, signals
 from ssn_jax.errors import UserError
 
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'The config to train, configs/*.py.')
+try:
+    _CONFIG = config_flags.DEFINE_config_file('config', None, 'The config to train, configs/*.py.')
+except flags.Error as e:  # It reads the files of --flagfile at once.
+    sys.exit(f'error: {" ".join(str(e).split()).removeprefix("ERROR:: ")}')
 _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Folder of the run; the same folder resumes it. Default: runs/NAME.'
 )
@@ -109,11 +112,12 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _config_path(argv: list[str]) -> str | None:
     """What --config is set to, or None; read by hand, for messages on what does not parse."""
+    path = None
     for arg, following in zip(argv, [*argv[1:], ''], strict=True):
         name, assigned, value = arg.partition('=')
         if name in ('-config', '--config'):
-            return value if assigned else following
-    return None
+            path = value if assigned else following
+    return path
 
 
 def _check_fields(argv: list[str]) -> None:

@@ -223,7 +223,15 @@ def measure(config, workdir, dataset, split, held_out, predict, variables, origi
         on_test = decision.rates(scores, dataset.test.labels, chosen['threshold'])
         chosen |= {f'test_{name}': value for name, value in on_test.items()}
 
-    seconds = log.history().get('seconds')  # An imported checkpoint was not trained here.
+    history = log.history()
+    seconds = history.get('seconds')  # An imported checkpoint was not trained here.
+    diverged = seconds and history['loss'][-1] > 2 * history['loss'][0]
+    if diverged:
+        logging.warning(
+            'The loss has grown from %.4g to %.4g: this training diverged, and its results say so.',
+            history['loss'][0],
+            history['loss'][-1],
+        )
     results = {
         'config': config.name,
         'data': dataset.name,
@@ -243,6 +251,7 @@ def measure(config, workdir, dataset, split, held_out, predict, variables, origi
         'test_images': len(dataset.test.labels),
         'parameters': sum(count(v['params']) for v in variables),
         'train_seconds': round(sum(seconds), 1) if seconds else None,
+        'diverged': bool(diverged) if seconds else None,
         # The first epoch after a start compiles: the median leaves it out.
         'seconds_per_epoch': round(float(np.median(seconds)), 2) if seconds else None,
         'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
