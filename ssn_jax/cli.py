@@ -121,8 +121,9 @@ def set_up_log(quiet: bool = False) -> None:
     ours = str(pathlib.Path(__file__).parent) + os.sep
 
     def shown(record: py_logging.LogRecord) -> bool:
+        # What orbax finds wrong with a checkpoint, `checkpoint.restore` tells.
         return (
-            record.levelno >= py_logging.WARNING
+            (record.levelno >= py_logging.WARNING and 'orbax' not in record.pathname)
             or (record.pathname.startswith(ours) and not quiet)
             or logging.get_verbosity() > logging.INFO
         )

@@ -112,7 +112,7 @@ CASES = {
         ('=main', 'no config: add --config'),
         ('--config=missing.py', "no config file at 'missing.py'"),
         ('--config=c.py', 'c.py can not be used as a config', write('c.py', b'x = = 1')),
-        ('--config=c.py', 'no ConfigDict', write('c.py', b'def get_config(): return 3')),
+        ('=main --config=c.py', 'no ConfigDict', write('c.py', b'def get_config(): return 3')),
         ('--config=c.py', 'no way', write('c.py', b'def get_config(): raise OSError("no way")')),
         ('--config.qqq=1', 'no config field --config.qqq'),
         ('--config.noise.bta=1', 'did you mean noise.beta'),
