@@ -150,4 +150,6 @@ def _restore(manager, epoch, abstract):
 
 
 def _reason(error: Exception) -> str:
+    if 'No space left' in str(error):
+        return 'no space left'
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -261,11 +261,23 @@ def from_json(path: pathlib.Path) -> ml_collections.ConfigDict:
             )
         config = default_config()
         config.update(_tuples(values))
+        found = dict(fields(config))
+        for name, default in fields(default_config()):
+            if not _alike(found[name], default):
+                raise ValueError(f'{name} can not be {found[name]!r}')
         return config
     except FileNotFoundError:
         raise UserError(f'{path} does not exist: this folder is no run of ssn_jax.') from None
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f'{path} is no config of ssn_jax ({e}): delete the run.') from None
+        reason = ' '.join(str(e).split())
+        raise UserError(f'{path} is no config of ssn_jax ({reason}): delete the run.') from None
+
+
+def _alike(value, default) -> bool:
+    """Whether a value is of a field's type; all tuples are of numbers."""
+    if isinstance(default, tuple) and isinstance(value, tuple):
+        return all(type(v) in (int, float) for v in value)
+    return type(value) is type(default)
 
 
 def _tuples(values):

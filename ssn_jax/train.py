@@ -225,13 +225,6 @@ def measure(config, workdir, dataset, split, held_out, predict, variables, origi
 
     history = log.history()
     seconds = history.get('seconds')  # An imported checkpoint was not trained here.
-    diverged = seconds and history['loss'][-1] > 2 * history['loss'][0]
-    if diverged:
-        logging.warning(
-            'The loss has grown from %.4g to %.4g: this training diverged, and its results say so.',
-            history['loss'][0],
-            history['loss'][-1],
-        )
     results = {
         'config': config.name,
         'data': dataset.name,
@@ -251,7 +244,7 @@ def measure(config, workdir, dataset, split, held_out, predict, variables, origi
         'test_images': len(dataset.test.labels),
         'parameters': sum(count(v['params']) for v in variables),
         'train_seconds': round(sum(seconds), 1) if seconds else None,
-        'diverged': bool(diverged) if seconds else None,
+        'diverged': has_diverged(history),
         # The first epoch after a start compiles: the median leaves it out.
         'seconds_per_epoch': round(float(np.median(seconds)), 2) if seconds else None,
         'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
@@ -264,6 +257,16 @@ def measure(config, workdir, dataset, split, held_out, predict, variables, origi
     write(workdir / 'decision.json', json.dumps(chosen, indent=2) + '\n')
     write(workdir / 'results.json', json.dumps(results, indent=2) + '\n')
     return results
+
+
+def has_diverged(history: dict[str, list[float]]) -> bool | None:
+    """Whether the loss ended at more than twice what it began at; None without a history."""
+    if not history.get('loss'):
+        return None
+    first, last = history['loss'][0], history['loss'][-1]
+    if last > 2 * first:
+        logging.warning('The loss grew from %.4g to %.4g: this training diverged.', first, last)
+    return last > 2 * first
 
 
 @dataclasses.dataclass(frozen=True)

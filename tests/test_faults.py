@@ -7,16 +7,18 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import time
 
 import commands
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
-from ssn_jax import checkpoint, config as config_lib, steps
+from ssn_jax import checkpoint, config as config_lib, metrics, steps, train
 
 EPOCHS = 4
 
@@ -43,10 +45,10 @@ class Job:
             'config.checkpoint.every': 1,
             'config.sparse': False,  # Compiles in half the time.
         }
+        arguments |= dict(flag[2:].split('=', 1) for flag in flags)
         return commands.start(
             'main',
             *(f'--{name}={value}' for name, value in arguments.items()),
-            *flags,
             cwd=self.folder,
             XLA_FLAGS='--xla_backend_optimization_level=1',
             JAX_COMPILATION_CACHE_DIR=str(self.folder / 'compiled'),
@@ -262,3 +264,133 @@ def test_a_run_stops_where_its_numbers_do(job, whole, tmp_path):
     )
     said = error('--config.debug_nans=True')
     assert re.search(r'encountered in \w+.*/ssn_jax/\w+(/\w+)?\.py, line \d+: ', said), said
+
+
+@pytest.mark.slow
+def test_images_without_content_and_a_test_split_of_one_class(job, tmp_path):
+    """Black, constant and saturated images, a mask that fills its image; then normal ones alone."""
+    levels = {'train/good': (0, 0, 90, 90, 255, 255), 'test/good': (0, 90, 255)}
+    for folder, values in (levels | {'test/spot': (0, 90, 255)}).items():
+        for i, value in enumerate(values):
+            write_image(tmp_path / 'data/nut' / folder / f'{i}.png', value)
+            if folder == 'test/spot':
+                write_image(tmp_path / 'data/nut/ground_truth/spot' / f'{i}_mask.png', 255)
+            write_image(
+                tmp_path / 'data/bolt' / folder.replace('spot', 'good') / f'{i}a.png', value
+            )
+    workdir, data = tmp_path / 'run', f'--config.data.root={tmp_path / "data"}'
+    job.finish(workdir, data)
+    assert all(np.isfinite(float(v)) for row in rows(workdir) for v in row.values())
+    found = results(workdir)
+    assert found['undefined'] == {} and all(0 <= v <= 1 for v in found['metrics'].values())
+    assert np.isfinite(found['decision']['threshold'])
+
+    other = commands.start(
+        *('evaluate', '--workdir', workdir, data, '--config.data.category=bolt'),
+        cwd=tmp_path,
+        JAX_COMPILATION_CACHE_DIR=str(job.folder / 'compiled'),
+    )
+    assert other.end() == 0, other.err[-3000:]
+    for name in metrics.METRICS:
+        [line] = [line for line in other.out.splitlines() if line.split()[0] == name]
+        assert re.search('no defective image( has a mask)?$', line)
+    assert 'test TPR unknown, test FPR' in other.out
+
+
+@pytest.mark.slow
+def test_one_training_image_and_a_batch_of_more(job, tmp_path):
+    """Shuffled features take their anomalies from another image of the batch; there is none."""
+    shutil.copytree(job.folder / 'data/nut', tmp_path / 'nut')
+    for file in list((tmp_path / 'nut/train/good').iterdir())[1:]:
+        file.unlink()
+    job.finish(
+        *(tmp_path / 'run', f'--config={commands.ROOT / "configs/shuffled.py"}'),
+        *(f'--config.data.root={tmp_path}', '--config.batch_size=32', '--config.epochs=2'),
+    )
+    assert [float(row['loss']) > 0 for row in rows(tmp_path / 'run')] == [True, True]
+    assert all(0 <= v <= 1 for v in results(tmp_path / 'run')['metrics'].values())
+
+
+def write_image(file, value):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(file), np.full((32, 32, 3), value, np.uint8))
+
+
+def test_a_loss_that_grows_is_reported(caplog):
+    history = {'loss': [0.5, 3.0, 82.0], 'seconds': [1.0] * 3}
+    assert train.has_diverged(history)
+    assert 'from 0.5 to 82' in caplog.text
+    assert not train.has_diverged(history | {'loss': [0.5, 82.0, 0.9]})
+    assert train.has_diverged({}) is None
+
+
+# --- The disk -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of its own in memory, and `remount(options)`; room for one checkpoint."""
+    folder = tmp_path / 'disk'
+    folder.mkdir()
+
+    def mount(*arguments):
+        done = subprocess.run(['mount', *arguments, folder], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f'file systems can not be mounted here: {done.stderr.strip()}')
+
+    if shutil.which('mount') is None:
+        pytest.skip('there is no mount')
+    mount('-t', 'tmpfs', '-o', 'size=35m', 'tmpfs')
+    yield folder, lambda options: mount('-o', f'remount,{options}')
+    subprocess.run(['umount', '-l', folder], check=True)
+
+
+def one_error(command):
+    """The only error of a command that ended with status 1."""
+    assert command.end() == 1, command.err[-3000:]
+    assert 'Traceback' not in command.err, command.err[-3000:]
+    [said] = [line for line in command.err.splitlines() if line.startswith('error: ')]
+    return said
+
+
+@pytest.mark.slow
+def test_a_full_and_a_read_only_disk(job, whole, disk, tmp_path):
+    """What was written stays, the run goes on when there is room; whoever only reads, can."""
+    folder, remount = disk
+    workdir = folder / 'run'
+    said = one_error(job.start(workdir))
+    assert 'checkpoints/2 can not be written' in said and 'o space left' in said, said
+    assert [p.name for p in (workdir / 'checkpoints').iterdir()] == ['1']
+    remount('size=200m')
+    assert 'after epoch 1' in job.finish(workdir)
+    check_same(workdir, whole)
+
+    remount('ro')
+    assert f'{workdir} is not writable: choose another --workdir' in one_error(job.start(workdir))
+    arguments = ['predict', '--workdir', workdir, '--input', job.folder / 'data/nut/test/good']
+    arguments += ['--quiet', '--output']
+    cached = {'cwd': tmp_path, 'XDG_CACHE_HOME': str(tmp_path / 'cache')}
+    said = one_error(commands.start(*arguments, folder / 'out', **cached))
+    assert 'is not writable: choose another --output' in said
+    reader = commands.start(*arguments, tmp_path / 'out', **cached)
+    assert (reader.end(), reader.err) == (0, '')
+    assert len((tmp_path / 'out/predictions.csv').read_text().splitlines()) == 4
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_noticed_and_made_again(job, whole, tmp_path):
+    workdir = tmp_path / 'run'
+    shutil.copytree(whole, workdir)
+    (workdir / 'results.json').unlink()
+    newest = workdir / 'checkpoints' / str(EPOCHS)
+    file = max((p for p in newest.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    log = job.finish(workdir)
+    assert re.search(rf'warning: the checkpoint {newest} can not be restored \(.*going on', log)
+    assert f'after epoch {EPOCHS - 1}' in log
+    check_same(workdir, whole)
+    assert (workdir / 'checkpoints' / f'{EPOCHS}.damaged').is_dir()
+    (workdir / 'train.csv').write_text('epoch,loss\n1,half a li')
+    assert f'{workdir}/train.csv is damaged' in one_error(job.start(workdir))
