@@ -6,6 +6,7 @@ A server imports the libraries once, with nothing of JAX started, and forks for 
 import dataclasses
 import logging
 import multiprocessing
+from multiprocessing import resource_tracker
 import os
 import pathlib
 import runpy
@@ -75,6 +76,7 @@ def _run(program, arguments, cwd, folder, environment):
     sys.stdout, sys.stderr = (open(n, 'w', buffering=1, closefd=False) for n in (1, 2))
     os.environ.update(environment)
     os.chdir(cwd)
+    resource_tracker.register = lambda *_: None  # The locks of who is killed are no leak.
     logging.root.handlers.clear()  # A library of the server's has set one up.
     import jax  # It has read the environment when the server imported it.
 
