@@ -244,7 +244,7 @@ def measure(config, workdir, dataset, split, held_out, predict, variables, origi
         'test_images': len(dataset.test.labels),
         'parameters': sum(count(v['params']) for v in variables),
         'train_seconds': round(sum(seconds), 1) if seconds else None,
-        'diverged': has_diverged(history),
+        'loss_grew': loss_grew(history),
         # The first epoch after a start compiles: the median leaves it out.
         'seconds_per_epoch': round(float(np.median(seconds)), 2) if seconds else None,
         'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
@@ -259,13 +259,15 @@ def measure(config, workdir, dataset, split, held_out, predict, variables, origi
     return results
 
 
-def has_diverged(history: dict[str, list[float]]) -> bool | None:
-    """Whether the loss ended at more than twice what it began at; None without a history."""
+def loss_grew(history: dict[str, list[float]]) -> bool | None:
+    """Tells whether the loss ended at more than twice what it began at; None without a history."""
     if not history.get('loss'):
         return None
     first, last = history['loss'][0], history['loss'][-1]
     if last > 2 * first:
-        logging.warning('The loss grew from %.4g to %.4g: this training diverged.', first, last)
+        logging.warning(
+            'The loss grew from %.4g to %.4g: the training may have diverged.', first, last
+        )
     return last > 2 * first
 
 

@@ -153,7 +153,7 @@ CASES = {
         ('--process_id=1', 'several processes need'),
         ('--coordinator=a --num_processes=2 --process_id=0', 'no HOST:PORT'),
         ('', f'{IMAGE[5:]}: does not decode', write(IMAGE)),
-        ('', f'{IMAGE[5:]}: is cut off', cut(IMAGE)),
+        ('', f'{IMAGE[5:]}: does not decode', cut(IMAGE)),
         ('', f'{IMAGE[5:]}: does not decode', write(IMAGE, b'no image')),
         ('', 'a.jpg: does not decode', write(f'{IMAGE}.a.jpg', encoded('.jpg')[:-500])),
         ('', 'x.png: cannot be read', lambda w: (w / 'data/nut/test/good/x.png').mkdir()),

@@ -241,10 +241,10 @@ def write_image(file, value):
 
 def test_a_loss_that_grows_is_reported(caplog):
     history = {'loss': [0.5, 3.0, 82.0], 'seconds': [1.0] * 3}
-    assert train.has_diverged(history)
+    assert train.loss_grew(history)
     assert 'from 0.5 to 82' in caplog.text
-    assert not train.has_diverged(history | {'loss': [0.5, 82.0, 0.9]})
-    assert train.has_diverged({}) is None
+    assert not train.loss_grew(history | {'loss': [0.5, 82.0, 0.9]})
+    assert train.loss_grew({}) is None
 
 
 # --- The disk -------------------------------------------------------------------------------------
