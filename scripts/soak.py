@@ -29,7 +29,7 @@ from ssn_jax import cli  # noqa: E402
 
 
 def kills(folder: pathlib.Path, arguments, deadline: float) -> str:
-    """SIGKILL at random moments of a training, and the same command again."""
+    """SIGKILL at random moments of a training and of its parts, and the same command again."""
     job = runs_again.Job(folder)
     job.finish(folder / 'first')  # Compiles.
     began = time.time()
@@ -39,7 +39,13 @@ def kills(folder: pathlib.Path, arguments, deadline: float) -> str:
     while len(moments) < arguments.kills and time.time() < deadline:
         workdir = folder / 'run'
         command = job.start(workdir)
-        command.process.join(rng.uniform(0, duration))
+        where = [None, *runs_again.PHASES][len(moments) % 5]
+        if where:
+            reached, seconds = runs_again.PHASES[where]
+            runs_again.wait_for(reached, workdir, command)
+            time.sleep(2 * seconds * rng.random())
+        else:
+            command.process.join(rng.uniform(0, duration))
         if not command.process.is_alive():  # Faster this time than the measured one.
             shutil.rmtree(workdir)
             continue

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import time
 
 import commands
 import jax
@@ -84,3 +85,21 @@ def check_same(workdir, whole):
     names = {p.relative_to(workdir).as_posix() for p in workdir.glob('*')}
     assert names == {p.relative_to(whole).as_posix() for p in whole.glob('*')}
     assert not list((workdir / 'checkpoints').glob('*tmp*'))
+
+
+def wait_for(reached, workdir, command, seconds=120):
+    """Waits until `reached(workdir)` holds of a command that is still running."""
+    deadline = time.time() + seconds
+    while not reached(workdir):
+        assert command.process.is_alive(), command.err[-3000:]
+        assert time.time() < deadline, command.err[-3000:]
+        time.sleep(0.002)
+
+
+# How to tell where a run is, from what is in its folder, and about how many seconds it is there.
+PHASES = {
+    'features': (lambda w: (w / 'config.json').exists(), 1),
+    'an epoch': (lambda w: len(rows(w)) >= 1, 0.2),
+    'a checkpoint': (lambda w: list(w.glob('checkpoints/*.orbax-checkpoint-tmp*')), 0.02),
+    'results': (lambda w: (w / 'figures').exists(), 0.02),
+}

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs_again import EPOCHS, Job, check_same, last_state, results, rows
+from runs_again import EPOCHS, PHASES, Job, check_same, last_state, results, rows, wait_for
 
 from ssn_jax import checkpoint, config as config_lib, metrics, steps, train
 
@@ -31,24 +31,6 @@ def whole(job):
     return job.folder / 'whole'
 
 
-def wait_for(condition, command, seconds=120):
-    """Waits until a condition holds of a command that is still running."""
-    deadline = time.time() + seconds
-    while not condition():
-        assert command.process.is_alive(), command.err[-3000:]
-        assert time.time() < deadline, command.err[-3000:]
-        time.sleep(0.002)
-
-
-# How to tell where a run is, from what is in its folder.
-PHASES = {
-    'features': lambda w: (w / 'config.json').exists(),
-    'an epoch': lambda w: len(rows(w)) >= 1,
-    'a checkpoint': lambda w: list(w.glob('checkpoints/*.orbax-checkpoint-tmp*')),
-    'results': lambda w: (w / 'figures').exists(),
-}
-
-
 @pytest.mark.slow
 def test_a_run_that_is_killed_in_every_phase_ends_as_if_it_had_not_been(job, whole, tmp_path):
     """SIGKILL in feature extraction, in an epoch, while checkpoint and results are written.
@@ -56,10 +38,10 @@ def test_a_run_that_is_killed_in_every_phase_ends_as_if_it_had_not_been(job, who
     `scripts/soak.py` does it at any moments, and more often.
     """
     workdir, rng = tmp_path / 'killed', np.random.default_rng(0)
-    for phase, reached in PHASES.items():
+    for reached, seconds in PHASES.values():
         command = job.start(workdir)
-        wait_for(lambda reached=reached: reached(workdir), command)
-        time.sleep({'features': 1, 'an epoch': 0.2}.get(phase, 0.02) * rng.random())
+        wait_for(reached, workdir, command)
+        time.sleep(seconds * rng.random())
         command.process.kill()
         assert command.end() == -signal.SIGKILL
         assert not (workdir / 'results.json').exists()
@@ -76,7 +58,7 @@ def test_stopped_runs_save_what_they_have_and_nobody_else_gets_in(job, whole, tm
     for number, name in ((signal.SIGTERM, 'SIGTERM'), (signal.SIGINT, 'SIGINT')):
         before = len(rows(workdir))
         command = job.start(workdir, rare)
-        wait_for(lambda before=before: len(rows(workdir)) > before, command)
+        wait_for(lambda w, before=before: len(rows(w)) > before, workdir, command)
         if number == signal.SIGTERM:
             os.kill(command.process.pid, signal.SIGSTOP)  # It would be through before the second.
             second = job.start(workdir, rare)
@@ -142,8 +124,9 @@ NOT_FINITE = {  # From the sum of all parameters and what step 4 of 6 alone sees
 }
 
 
-@pytest.mark.parametrize('streamed', [False, True])
-@pytest.mark.parametrize('what', NOT_FINITE)
+@pytest.mark.parametrize(
+    'what, streamed', [*((what, False) for what in NOT_FINITE), ('the loss (b)', True)]
+)
 def test_what_is_not_finite_is_told_by_step_and_term(what, streamed, monkeypatch):
     loss = loss_of(NOT_FINITE[what])
     monkeypatch.setattr(steps, 'config_loss', lambda config, seeds_axis=None: loss)
