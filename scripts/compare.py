@@ -13,7 +13,7 @@ import pathlib
 
 import numpy as np
 
-from ssn_jax import cli, data, decision, figures, runs, supervision
+from ssn_jax import cli, data, decision, figures, files, runs, supervision
 from ssn_jax.errors import UserError
 
 
@@ -83,6 +83,11 @@ def main(argv: list[str] | None = None) -> None:
         '--select', choices=('spread', 'failures'), default='spread', help='which images to show'
     )
     arguments = parser.parse_args(argv)
+    if arguments.count < 1:
+        raise UserError(f'--count={arguments.count} can not be used: at least 1.')
+    if arguments.output.suffix != '.png':
+        raise UserError(f'--output={arguments.output} can not be used: it ends in .png.')
+    files.check_output(arguments.output, '--output')
     compare(arguments.runs, arguments.output, arguments.count, arguments.select)
 
 

@@ -108,6 +108,7 @@ def default_config() -> ml_collections.ConfigDict:
 
     config.sparse = True  # Train at the cost of what is new; False: the direct form, its equal.
     config.eval_batch_size = 8  # Test images per step and device.
+    config.debug_nans = False  # Find the operation that makes a NaN or infinity; slow once it does.
     return config
 
 
@@ -297,10 +298,12 @@ def fields(config: ml_collections.ConfigDict, prefix: str = '') -> Iterator[tupl
 def identity(config: ml_collections.ConfigDict) -> dict:
     """What makes a run itself, as field -> value: a rerun in its workdir must agree on it.
 
-    Where records are cached and features kept, how often checkpoints are written and how many
-    images are evaluated at a time changes no result; files may be spelled as one likes.
+    Where records are cached and features kept, how often checkpoints are written, how many images
+    are evaluated at a time and what is looked for changes no result; files may be spelled as one
+    likes.
     """
     unimportant = ('checkpoint.every', 'checkpoint.keep', 'eval_batch_size', 'data.cache')
+    unimportant += ('debug_nans',)
     flat = {name: value for name, value in fields(config) if name not in unimportant}
     for field in ('data.root', 'backbone.weights'):
         flat[field] = flat[field] and str(pathlib.Path(flat[field]).expanduser().resolve())
@@ -323,11 +326,23 @@ def from_json(path: pathlib.Path) -> ml_collections.ConfigDict:
             )
         config = default_config()
         config.update(_tuples(values))
+        found = dict(fields(config))
+        for name, default in fields(default_config()):
+            if not _alike(found[name], default):
+                raise ValueError(f'{name} can not be {found[name]!r}')
         return config
     except FileNotFoundError:
         raise UserError(f'{path} does not exist: this folder is no run of ssn_jax.') from None
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f'{path} is no config of ssn_jax ({e}): delete the run.') from None
+        reason = ' '.join(str(e).split())
+        raise UserError(f'{path} is no config of ssn_jax ({reason}): delete the run.') from None
+
+
+def _alike(value, default) -> bool:
+    """Whether a value is of a field's type; all tuples are of numbers."""
+    if isinstance(default, tuple) and isinstance(value, tuple):
+        return all(type(v) in (int, float) for v in value)
+    return type(value) is type(default)
 
 
 def _tuples(values):

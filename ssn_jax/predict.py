@@ -84,7 +84,7 @@ def predict(
       source: an image file, or a folder.
       output: receives predictions.csv (`COLUMNS`: path relative to `source`, probability, decision,
         and `strongest_region` in pixels of the image), overlays/, and unreadable.csv if there is
-        one (file, reason).
+        one (file, reason). An interrupted call leaves predictions.partial.csv instead.
       threshold: from which score logit on an image is defective; None: as the run decided.
       max_pixels: an image of more is refused before it is decoded.
       overlays: whether to draw them.
@@ -123,21 +123,28 @@ def predict(
         ):
             rows = csv.writer(table, lineterminator='\n')
             rows.writerow(COLUMNS)
-            for loaded in _loaded(paths, pool, run.config, batch_size, max_pixels):
-                for path, image in loaded:
-                    if isinstance(image, UserError):
-                        failures.append((path.relative_to(root).as_posix(), str(image)))
-                        logging.warning('%s', image)
-                named = [
-                    (path.relative_to(root).as_posix(), *image)
-                    for path, image in loaded
-                    if not isinstance(image, UserError)
-                ]
-                if named:
-                    folder = output / 'overlays' if overlays else None
-                    rows.writerows(_predict(run, predictor, named, threshold, folder, pool))
-                done += len(named)
-                named = path = image = None  # Not to be held while others are loaded.
+            try:
+                for loaded in _loaded(paths, pool, run.config, batch_size, max_pixels):
+                    for path, image in loaded:
+                        if isinstance(image, UserError):
+                            failures.append((path.relative_to(root).as_posix(), str(image)))
+                            logging.warning('%s', image)
+                    named = [
+                        (path.relative_to(root).as_posix(), *image)
+                        for path, image in loaded
+                        if not isinstance(image, UserError)
+                    ]
+                    if named:
+                        folder = output / 'overlays' if overlays else None
+                        rows.writerows(_predict(run, predictor, named, threshold, folder, pool))
+                    done += len(named)
+                    named = path = image = None  # Not to be held while others are loaded.
+            except KeyboardInterrupt:
+                table.flush()
+                partial = output / 'predictions.partial.csv'
+                draft.replace(partial)
+                logging.warning('%s holds the first %d of %d images.', partial, done, total)
+                raise
         if failures:
             with (
                 files.replacing(output / 'unreadable.csv') as draft,

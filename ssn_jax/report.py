@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import html as html_lib
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -592,7 +593,7 @@ def write_report(
     distinct = {workdir.resolve(): workdir for workdir in reversed(single)}
     rows = make_rows([read_run(workdir) for workdir in distinct.values()])
     measured = read_benchmark(benchmark) if benchmark else None
-    draft = output.absolute().with_name(f'.{output.absolute().name}.draft')
+    draft = output.absolute().with_name(f'.{output.absolute().name}.{os.getpid()}.draft')
     try:
         shutil.rmtree(draft, ignore_errors=True)
         (draft / 'figures').mkdir(parents=True)

@@ -23,6 +23,9 @@ from ssn_jax.models.heads import NoiseGenerator
 from ssn_jax.models.simplenet import SimpleNet
 from ssn_jax.models.supersimplenet import GapCam, SuperSimpleNet
 
+# The number of the step at which something happens that does not.
+NEVER = np.iinfo(np.int32).max
+
 
 @struct.dataclass
 class TrainState:
@@ -377,11 +380,12 @@ def make_epoch(
       several: whether it is an epoch of several seeds at once.
 
     Returns:
-      `epoch(state, data, order, key) -> (state, metrics)`, which donates the state. `data` is a
-      batch of everything there is, `order` (steps, batch) says which of it each step sees; the
-      metrics are averaged. With a mesh all of them lie on it, the data spread. Of several seeds
-      state (but its step, which they share), order, key and metrics have a leading axis. With a
-      fifth argument `start` the order holds some of the epoch's steps only, from that one on.
+      `epoch(state, data, order, key) -> (state, metrics)`. `data` is a batch of everything there
+      is, `order` (steps, batch) says which of it each step sees; the metrics are averaged, and
+      `metrics['bad']` tells what became NaN or infinite, as `first_bad` does. With a mesh all of
+      them lie on it, the data spread. Of several seeds state (but its step, which they share),
+      order, key and metrics have a leading axis. With a fifth argument `start` the order holds
+      some of the epoch's steps only, from that one on.
     """
     seeds_axis = 'seeds' if several else None
     step = make_step(config, steps, config_loss(config, seeds_axis) if several else None)
@@ -396,10 +400,13 @@ def make_epoch(
             batch = jax.tree.map(lambda x: _exact(x[indices]), data)
             if mesh is not None:
                 batch = jax.lax.with_sharding_constraint(batch, devices.spread(mesh))
-            return step(state, batch, k)
+            state, terms = step(state, batch, k)
+            return state, (terms, finite(state, terms))
 
-        state, metrics = jax.lax.scan(body, state, (order, keys))
-        return state, jax.tree.map(jnp.mean, metrics)
+        state, (terms, sound) = jax.lax.scan(body, state, (order, keys))
+        return state, jax.tree.map(jnp.mean, terms) | {
+            'bad': first_bad(sound, 0 if start is None else start)
+        }
 
     def each(state, data, order, key, start=None):
         # One step for all seeds keeps the choice of the player a choice: mapped over, vmap would
@@ -410,7 +417,8 @@ def make_epoch(
         return mapped(state, data, order, key)
 
     where = {} if mesh is None else {'out_shardings': devices.replicated(mesh)}
-    return jax.jit(each if several else epoch, donate_argnums=0, **where)
+    # The state is not donated: until the next one is there, it may have to be written.
+    return jax.jit(each if several else epoch, **where)
 
 
 def make_streamed_epoch(
@@ -448,6 +456,38 @@ def make_streamed_epoch(
             state, metrics = run(state, part, local, key, at)
             parts.append(metrics)
         parts = jax.device_get(parts)
-        return state, jax.tree.map(lambda *x: np.mean(x, 0), *parts)
+        bad = jax.tree.map(lambda *x: np.min(x, 0), *(part.pop('bad') for part in parts))
+        return state, jax.tree.map(lambda *x: np.mean(x, 0), *parts) | {'bad': bad}
 
     return epoch
+
+
+def finite(state: TrainState, terms: dict) -> dict[str, jax.Array]:
+    """Which of a step's terms, and under 'gradients' of the parameters after it, are finite.
+
+    A gradient that is NaN or infinite leaves a parameter so; looking at one of both is enough.
+    """
+    parameters = jax.tree.leaves((state.params, state.generator))
+    sound = jnp.stack([jnp.isfinite(x).all() for x in parameters]).all()
+    return {name: jnp.isfinite(x) for name, x in terms.items()} | {'gradients': sound}
+
+
+def first_bad(sound: dict[str, jax.Array], start: jax.Array | int = 0) -> dict[str, jax.Array]:
+    """The first step, counted from `start`, at which each entry (steps,) is False; else `NEVER`."""
+    return {
+        name: jnp.where(ok.all(), NEVER, start + jnp.argmin(ok)).astype(jnp.int32)
+        for name, ok in sound.items()
+    }
+
+
+def describe_bad(bad: dict[str, int]) -> tuple[int, str] | None:
+    """The first bad step of a `first_bad` on the host, and in words what was bad; None for none."""
+    step = min(bad.values())
+    if step == NEVER:
+        return None
+    names = [name for name, first in bad.items() if first == step]
+    # A bad term makes its sums and gradients bad too.
+    terms = [name for name in names if name not in ('loss', 'generator_loss', 'gradients')]
+    sums = [name for name in names if name != 'gradients']
+    named = terms or sums[:1]
+    return int(step), f'the loss ({", ".join(named)})' if named else 'a gradient of the loss'

@@ -258,6 +258,21 @@ def test_a_report_replaces_an_earlier_one(made, runs):
     assert len(list((made / 'figures').iterdir())) == 2
 
 
+def test_no_run_leads_out_of_the_report(tmp_path):
+    """What a run calls itself is text; a folder of its figures may be a link, and is only read."""
+    odd = config_lib.default_config()
+    odd.name = odd.data.category = odd.data.name = '../../evil'
+    run = write_run(tmp_path / 'runs/a', config=odd, weights='/etc/passwd', devices='`<b>|')
+    (run / 'figures').rename(tmp_path / 'elsewhere')
+    (run / 'figures').symlink_to(tmp_path / 'elsewhere')
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')}
+    report.write_report([run], tmp_path / 'report')
+    after = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')}
+    made = {p.relative_to(tmp_path).parts[0] for p in after.keys() - before.keys()}
+    assert made == {'report'} and before == {p: after[p] for p in before}
+    assert '../../evil' in (tmp_path / 'report/report.html').read_text()
+
+
 @pytest.mark.parametrize('losses', [[], [float('nan')], [0.0, -1.0], [1e9, 1e-9]])
 def test_new_figures_of_odd_values(losses, tmp_path):
     history = {'epoch': list(range(1, len(losses) + 1)), 'loss': losses}
