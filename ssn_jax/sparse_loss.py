@@ -303,7 +303,8 @@ def _score(config, params, batch_stats, placed, logits, x, stop_map_gradient):
     x += cls['conv']['bias']
     if not gap_cam:
         seen = jax.lax.stop_gradient(logits) if stop_map_gradient else logits
-        x += conv2d(seen, cls['conv']['kernel'][:, :, -1:])
+        of_map = cls['conv']['kernel'][:, :, -1:]
+        x += native.by_image(lambda y: conv2d(y, of_map), seen)
     x, stats = _batch_norm(cls, batch_stats['cls_head'], x)
     x = jax.nn.relu(x)
     if gap_cam:
