@@ -209,7 +209,7 @@ def _base(config, params, batch_stats, layers):
       The features where the adaptor is linear, else the adapted ones; running averages.
     """
     if config.adaptor == 'linear':
-        return upscale_pool(layers), {}
+        return native.by_image(upscale_pool, layers), {}
     adaptor = params['adaptor']
     x = native.convolve(layers, adaptor['conv']['kernel']) + adaptor['conv']['bias']
     x, stats = _batch_norm(adaptor, batch_stats['adaptor'], x)
