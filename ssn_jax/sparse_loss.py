@@ -226,7 +226,7 @@ def _base(config, params, batch_stats, layers):
       The features where the adaptor is linear, else the adapted ones; running averages.
     """
     if config.adaptor == 'linear':
-        return upscale_pool(layers), {}
+        return native.by_image(upscale_pool, layers), {}
     adaptor = params['adaptor']
     x = native.convolve(layers, adaptor['conv']['kernel']) + adaptor['conv']['bias']
     x, stats = _batch_norm(adaptor, batch_stats['adaptor'], x)
@@ -324,7 +324,8 @@ def _score(config, params, batch_stats, placed, logits, x, stop_map_gradient):
     x += cls['conv']['bias']
     if not gap_cam:
         seen = jax.lax.stop_gradient(logits) if stop_map_gradient else logits
-        x += conv2d(seen, cls['conv']['kernel'][:, :, -1:])
+        of_map = cls['conv']['kernel'][:, :, -1:]
+        x += native.by_image(lambda y: conv2d(y, of_map), seen)
     x, stats = _batch_norm(cls, batch_stats['cls_head'], x)
     x = jax.nn.relu(x)
     if gap_cam:
