@@ -137,6 +137,7 @@ def with_drawn(config: ml_collections.ConfigDict, split: Split) -> Split:
     if not copies:
         return split
     drawn, masks = defects.draw(normal.images, copies, config.drawn.seed)
+    logging.info('%d copies of normal training images have a defect drawn into them', len(drawn))
     return Split(
         images=np.concatenate([split.images, drawn]),
         masks=np.concatenate([split.masks, masks]),
