@@ -262,7 +262,8 @@ def make_hinge_loss(config: ml_collections.ConfigDict, noise_fn: Callable | None
     def loss_fn(params, generator, batch_stats, batch, key):
         variables = {'params': params, 'batch_stats': batch_stats}
         clean = network.apply(variables, network.features(batch['layers']), method='adapt')
-        noise = noise_fn(generator, clean, key)
+        [scale] = synthesis.noise_scales(config.noise.unit, synthesis.thin(clean))
+        noise = noise_fn(generator, clean, key) * scale
         logits, updates = network.apply(
             variables,
             jnp.concatenate([clean, clean + noise]),

@@ -9,7 +9,7 @@ import optax
 import pytest
 import rule
 
-from ssn_jax import losses, sampling, steps, weights
+from ssn_jax import losses, sampling, sparse_loss, steps, weights
 from ssn_jax.config import default_config
 from ssn_jax.models import features as features_lib
 
@@ -177,7 +177,7 @@ def scattered(key, n, size):
 
 def config_loss(config):
     """The config's loss, in the form it asks for."""
-    make = steps.make_sparse_loss if config.sparse else steps.make_loss
+    make = sparse_loss.make_sparse_loss if config.sparse else steps.make_loss
     return make(config, scattered, steps.make_noise(config))
 
 
