@@ -75,8 +75,8 @@ def phase(workdir: pathlib.Path) -> str:
 
 def signals(folder: pathlib.Path, arguments, deadline: float) -> str:
     """SIGTERM at random moments of epochs that take seconds."""
-    job = runs_again.Job(folder, size=256, train=32)
-    flags = ['--config.image_size=(256, 256)', '--config.batch_size=8', '--config.epochs=99']
+    job = runs_again.Job(folder, size=128, train=32)
+    flags = ['--config.image_size=(128, 128)', '--config.batch_size=8', '--config.epochs=99']
     flags += [f'--config={ROOT / "configs/mod1_a.py"}', '--config.checkpoint.every=99']
     rng, seconds, workdir = np.random.default_rng(arguments.seed), [], folder / 'run'
     while len(seconds) < arguments.signals and time.time() < deadline:
