@@ -134,20 +134,29 @@ def set_up_log(quiet: bool = False) -> None:
     handler.setFormatter(_LogFormatter())
 
 
+def compilation_cache() -> dict[str, str | float]:
+    """JAX's settings, by name, that keep compiled programs below the user's cache folder."""
+    from ssn_jax.data import pipeline
+
+    return {
+        'jax_compilation_cache_dir': str(pipeline.cache_folder() / 'compiled'),
+        'jax_persistent_cache_min_compile_time_secs': 0.1,
+    }
+
+
 def use_compilation_cache() -> None:
     """Keeps compiled programs below the user's cache folder, so that a second start is quick."""
     import jax
 
-    from ssn_jax.data import pipeline
-
-    folder = pipeline.cache_folder() / 'compiled'
+    settings = compilation_cache()
+    folder = pathlib.Path(settings['jax_compilation_cache_dir'])
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         logging.warning('%s can not be written (%s): nothing is kept there.', folder, e.strerror)
         return
-    jax.config.update('jax_compilation_cache_dir', str(folder))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+    for name, value in settings.items():
+        jax.config.update(name, value)
 
 
 def log_to_stderr(quiet: bool = False) -> None:

@@ -90,7 +90,7 @@ def cli(run_fn=run) -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     """Parses the command line into absl's flags; UserError for whatever is wrong with it."""
-    _check_fields(argv)
+    check_fields(argv)
     path = _config_path(argv)
     try:
         rest = flags.FLAGS(argv)
@@ -117,7 +117,7 @@ def _config_path(argv: list[str]) -> str | None:
     return path
 
 
-def _check_fields(argv: list[str]) -> None:
+def check_fields(argv: list[str]) -> None:
     """Raises UserError for a --config.FIELD that no config has."""
     known = [name for name, _ in config_lib.fields(config_lib.default_config())]
     for arg in argv:

@@ -40,10 +40,14 @@ def runs_of(
 
 
 def single_runs(workdir: pathlib.Path) -> list[pathlib.Path]:
-    """The workdirs of each seed's run in a folder that `runs_of` made; else the folder itself."""
+    """The workdirs of each seed's run in a folder that `runs_of` made; else the folder itself.
+
+    Of a sweep those that have results: results.md beside them says what failed.
+    """
     if (workdir / 'config.json').exists():
         return [workdir]
-    return sorted(workdir.glob('seed-*')) or [workdir]
+    swept = [path.parent for path in workdir.glob('*/seed-*/results.json')]
+    return sorted(workdir.glob('seed-*')) or sorted(swept) or [workdir]
 
 
 def _check_folder(workdir: pathlib.Path) -> None:

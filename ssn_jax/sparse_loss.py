@@ -68,9 +68,53 @@ def make_sparse_loss(
             noisy = jax.lax.pmax(noisy, seeds_axis)
         fitting = jnp.searchsorted(np.array(capacities[:-1]), noisy)
         branches = [functools.partial(run, capacity) for capacity in capacities]
-        return jax.lax.switch(fitting, branches, params, generator)
+        (loss, of_generator), (terms, stats) = _switch(fitting, branches, params, generator)
+        return loss, (terms | {'loss': loss, 'generator_loss': of_generator}, stats)
 
     return loss_fn
+
+
+def _switch(index: jax.Array, branches: list[Callable], *players: dict) -> tuple:
+    """`jax.lax.switch` with each branch's gradient inside it.
+
+    The gradient of `jax.lax.switch` hands what a branch needs for its own out of it, in shapes that
+    differ, and has every branch fill those of all others with zeros.
+
+    Args:
+      index: which branch to take.
+      branches: functions of the players' parameters that return ((loss of the first, loss of the
+        second), anything else). By each one's parameters only its own loss can be differentiated.
+      *players: both players' parameters.
+    """
+
+    @jax.custom_vjp
+    def run(*players):
+        return jax.lax.switch(index, branches, *players)
+
+    def forward(*players):
+        learns = [any(x.perturbed for x in jax.tree.leaves(p)) for p in players]
+        players = jax.tree.map(lambda x: x.value, players)
+
+        def graded(branch, *players):
+            def objective(i, own):
+                both, rest = branch(*players[:i], own, *players[i + 1 :])
+                return both[i], (both, rest)
+
+            gradients = [None, None]
+            for i in range(2):
+                if learns[i]:
+                    of_own = jax.grad(functools.partial(objective, i), has_aux=True)
+                    gradients[i], result = of_own(players[i])
+            return result, gradients
+
+        return jax.lax.switch(index, [functools.partial(graded, b) for b in branches], *players)
+
+    def backward(gradients, cotangents):
+        scales = zip(gradients, cotangents[0], strict=True)
+        return tuple(jax.tree.map(lambda x, scale=scale: scale * x, g) for g, scale in scales)
+
+    run.defvjp(forward, backward, symbolic_zeros=True)
+    return run(*players)
 
 
 def masked_fraction(masks_fn: Callable, n: int = 256, size: int = 32) -> tuple[float, float]:
@@ -87,56 +131,52 @@ def _loss(config, params, batch_stats, layers, placed, noise_fn, capacity, stop_
     positions = n * height * width
     flat = placed.noise.reshape(-1)
     # Noisy positions of the doubled batch, and the same of the single one they stem from.
-    (where,) = jnp.nonzero(flat > 0, size=capacity, fill_value=0)
-    source = where % positions
-    valid = (jnp.arange(capacity) < flat.sum())[:, None]
-    # How many of a position's two copies are clean.
-    clean = 2.0 - flat[:positions] - flat[positions:]
-    linear = config.adaptor == 'linear'
-    once, hidden, adapted, stats = _features(config, params, batch_stats, layers)
+    (where,) = jnp.nonzero(flat > 0, size=capacity, fill_value=2 * positions)
+    valid = (where < 2 * positions)[:, None]
+    base, stats = _base(config, params, batch_stats, layers)
+    convolved = _convolved(config, params, layers, base)
 
     # The noise, at its positions.
-    if linear and config.noise.kind == 'learned':
+    rows = base.reshape(positions, -1)[where % positions]
+    seen = rows
+    if config.adaptor == 'linear' and config.noise.kind == 'learned':
         projection = params['adaptor']['projection']
-        rows = upscale_pool(layers).reshape(positions, -1)[source]
-        rows = rows @ projection['kernel'] + projection['bias']
-    elif linear:
-        rows = jnp.zeros((capacity, params['adaptor']['projection']['bias'].size))
-    else:
-        rows = adapted.reshape(positions, -1)[source]
-    noise = noise_fn(rows) * valid
+        seen = rows @ projection['kernel'] + projection['bias']
+    noise = noise_fn(jax.lax.stop_gradient(seen)) * valid
     power = losses.mean_where(noise**2, valid)
 
-    def total_loss(logits, x):
-        loss, terms, more = _score(
-            config, params, batch_stats, placed, logits, x, stop_map_gradient
-        )
-        terms |= losses.generator_terms(loss, power, config.noise.penalty)
-        return loss, (terms, stats | more)
+    for_map, for_score = _noise_scales(config, params, layers, base)
 
     # Classification head: a convolution of the features, clean ones once and noise on top.
-    k_features = _feature_kernel(config, params)
-    x = jnp.concatenate([once, once])
-    x += _convolve_sparse(noise, where, k_features, (2 * n, height, width))
-    if hidden is None:
-        return total_loss(None, x)
+    shape = 2 * n, height, width
+    x = _convolve_sparse(noise * for_score, where, _feature_kernel(config, params), shape)
+    x += jnp.concatenate([convolved, convolved])
+    logits = None
+    if config.system != 'gap_cam':
+        # Segmentation head: clean positions once, noisy ones in their place.
+        clean = 2.0 - flat[:positions] - flat[positions:]
+        logits, noisy, stats['seg_head'] = _segment(
+            config, params, batch_stats, layers, base, clean, (rows, noise * for_map, valid)
+        )
+        logits = jnp.tile(logits.reshape(-1), 2).at[where].set(noisy, mode='drop')
+        logits = logits.reshape(2 * n, height, width, 1)
+    loss, terms, more = _score(config, params, batch_stats, placed, logits, x, stop_map_gradient)
+    terms |= losses.generator_terms(loss, power, config.noise.penalty)
+    return (loss, terms['generator_loss']), (terms, stats | more)
 
-    # Segmentation head: clean positions once, noisy ones on top.
-    seg = params['seg_head']
-    hidden = hidden.reshape(positions, -1)
-    noisy = hidden[source] + noise @ seg['hidden']['kernel']
-    total = 2 * positions
-    mean = (clean @ hidden + valid[:, 0] @ noisy) / total
-    variance = (clean @ (hidden - mean) ** 2 + valid[:, 0] @ (noisy - mean) ** 2) / total
-    stats['seg_head'] = {'norm': _running(batch_stats['seg_head']['norm'], mean, variance)}
-    gain, offset = _affine(seg['norm'], mean, variance)
 
-    def head(x):
-        return jax.nn.leaky_relu(x * gain + offset, SLOPE) @ seg['out']['kernel']
-
-    both = jnp.tile(head(hidden), (2, 1))
-    change = (head(noisy) - both[where]) * valid
-    return total_loss(both.at[where].add(change).reshape(2 * n, height, width, 1), x)
+def _noise_scales(config, params, layers, base):
+    """What noise is multiplied with on its way into the map and into the score."""
+    some, features = synthesis.thin(base), base
+    if config.adaptor == 'linear':
+        projection = params['adaptor']['projection']
+        some = some @ projection['kernel'] + projection['bias']
+    elif config.noise.unit != 'absolute':
+        features = upscale_pool(layers)
+    unit = config.noise.unit
+    for_map, for_score = synthesis.noise_scales(unit, some, synthesis.thin(features))
+    adapted = config.system == 'gap_cam' or config.adapt_cls_features
+    return for_map, for_map if adapted else for_score
 
 
 def make_shuffled_loss(
@@ -158,12 +198,13 @@ def make_shuffled_loss(
         layers = jax.tree.map(synthesis.double, batch['layers'])
         placed = synthesis.place(masks_fn(k_mask, len(layers[0]), feature_grid(layers)), batch)
         layers = shuffle_fn(k_shuffle, layers, placed.noise)
-        x, hidden, _, stats = _features(config, params, batch_stats, layers)
-        logits = None
-        if hidden is not None:
-            seg = params['seg_head']
-            normal, stats['seg_head'] = _batch_norm(seg, batch_stats['seg_head'], hidden)
-            logits = jax.nn.leaky_relu(normal, SLOPE) @ seg['out']['kernel']
+        base, stats = _base(config, params, batch_stats, layers)
+        x, logits = _convolved(config, params, layers, base), None
+        if config.system != 'gap_cam':
+            every = jnp.ones(base[..., 0].size)
+            logits, _, stats['seg_head'] = _segment(
+                config, params, batch_stats, layers, base, every
+            )
         loss, terms, more = _score(
             config, params, batch_stats, placed, logits, x, stop_map_gradient
         )
@@ -178,38 +219,98 @@ def _feature_kernel(config, params):
     return kernel if config.system == 'gap_cam' else kernel[:, :, :-1]
 
 
-def _features(config, params, batch_stats, layers):
-    """What of both heads is linear in the features (N, H, W, C), from the layers.
+def _base(config, params, batch_stats, layers):
+    """The grid (N, H, W, C) from which on all is linear up to the heads' BatchNorms.
 
     Returns:
-      The classification head's convolution of the features (N, H, W, D), the segmentation head's
-      hidden channels before BatchNorm (None for GAP+CAM), the adapted features where the adaptor
-      is not linear, and its running averages.
+      The features where the adaptor is linear, else the adapted ones; running averages.
     """
-    adaptor, k_features = params['adaptor'], _feature_kernel(config, params)
-    gap_cam, adapted, stats = config.system == 'gap_cam', None, {}
-    linear = config.adaptor == 'linear'
+    if config.adaptor == 'linear':
+        return native.by_image(upscale_pool, layers), {}
+    adaptor = params['adaptor']
+    x = native.convolve(layers, adaptor['conv']['kernel']) + adaptor['conv']['bias']
+    x, stats = _batch_norm(adaptor, batch_stats['adaptor'], x)
+    return jax.nn.relu(x), {'adaptor': stats}
+
+
+def _convolved(config, params, layers, base):
+    """The classification head's convolution of the features: (N, H, W, D)."""
+    kernel = _feature_kernel(config, params)
+    if not (config.system == 'gap_cam' or config.adapt_cls_features):
+        return native.convolve(layers, kernel)
+    if config.adaptor != 'linear':
+        return conv2d(base, kernel)
+    weight, bias = (params['adaptor']['projection'][name] for name in ('kernel', 'bias'))
+    convolved = native.convolve(layers, jnp.einsum('ab,debo->deao', weight, kernel))
+    return convolved + native.convolve_constant(bias, kernel, feature_grid(layers))
+
+
+def _segment(config, params, batch_stats, layers, base, clean, noisy=None):
+    """The segmentation head without an array of all positions' hidden channels in memory.
+
+    Mean and variance of the hidden channels follow from mean and covariance of what they are
+    linear in, and BatchNorm with them becomes part of the weights.
+
+    Args:
+      config, params, batch_stats, layers: as of the loss.
+      base: as `_base` returns it.
+      clean: how often each of its positions counts in the statistics, (N * H * W,).
+      noisy: rows of `base` (K, C), the noise on them once adapted, and which of them count (K, 1).
+
+    Returns:
+      Logits of all positions (N, H, W, 1) and of the noisy ones (K,), and running averages.
+    """
+    seg, linear = params['seg_head'], config.adaptor == 'linear'
+    hidden, b_hidden, out = (
+        seg['hidden']['kernel'],
+        seg['hidden']['bias'],
+        seg['out']['kernel'][:, 0],
+    )
+    adapt, center = lambda x: x, jax.lax.stop_gradient(base.mean((0, 1, 2)))
     if linear:
-        weight, bias = adaptor['projection']['kernel'], adaptor['projection']['bias']
-    else:
-        x = native.convolve(layers, adaptor['conv']['kernel']) + adaptor['conv']['bias']
-        x, stats['adaptor'] = _batch_norm(adaptor, batch_stats['adaptor'], x)
-        adapted = jax.nn.relu(x)
-    if not (gap_cam or config.adapt_cls_features):
-        convolved = native.convolve(layers, k_features)
-    elif linear:
-        convolved = native.convolve(layers, jnp.einsum('ab,debo->deao', weight, k_features))
-        convolved += native.convolve_constant(bias, k_features, feature_grid(layers))
-    else:
-        convolved = conv2d(adapted, k_features)
-    if gap_cam:
-        return convolved, None, adapted, stats
-    w_hidden, b_hidden = (params['seg_head']['hidden'][name] for name in ('kernel', 'bias'))
+        projection = params['adaptor']['projection']
+        adapt = lambda x: x @ projection['kernel']  # noqa: E731
+    # Sums over positions, all less the center: products of small differences, not of large values.
+    centered = base.reshape(-1, base.shape[-1]) - center
+    first = adapt(clean @ centered)
+    second = adapt(adapt(centered.T @ (clean[:, None] * centered)).T)
+    total = clean.sum()
+    if noisy is not None:
+        rows, noise, valid = noisy
+        rows = adapt(rows - center) * valid + noise
+        first, second, total = first + rows.sum(0), second + rows.T @ rows, total + valid.sum()
+    first = first / total
+    covariance = second / total - jnp.outer(first, first)
+    mean = (adapt(center) + first) @ hidden + b_hidden
     if linear:
-        hidden = native.project(layers, weight @ w_hidden) + (bias @ w_hidden + b_hidden)
-    else:
-        hidden = adapted @ w_hidden + b_hidden
-    return convolved, hidden, adapted, stats
+        mean += projection['bias'] @ hidden
+    variance = (hidden * (covariance @ hidden)).sum(0)
+    stats = {'norm': _running(batch_stats['seg_head']['norm'], mean, variance)}
+
+    # Scaled by the weights of the output too, a LeakyReLU only has to be summed.
+    gain = seg['norm']['scale'] * jax.lax.rsqrt(variance + EPSILON) * out
+    kernel = hidden * gain
+    offset = seg['norm']['bias'] * out - first @ kernel
+
+    def sum_leaky(x, out):
+        return jnp.where((x > 0) == (out > 0), x, SLOPE * x).sum(-1)
+
+    of_noisy = None if noisy is None else sum_leaky(rows @ kernel + offset, out)
+    kernel = projection['kernel'] @ kernel if linear else kernel
+    offset = offset - center @ kernel
+
+    def logits_of(inputs):
+        def add(logits, chunk):
+            kernel, offset, out = chunk
+            x = native.project(inputs, kernel) if linear else inputs @ kernel
+            return logits + sum_leaky(x + offset, out), None
+
+        chunks = [native.split(x) for x in (kernel, offset, out)]
+        zero = jnp.zeros(jax.tree.leaves(inputs)[0].shape[:1] + base.shape[1:3])
+        return jax.lax.scan(add, zero, chunks)[0]
+
+    logits = native.by_image(logits_of, layers if linear else base)
+    return logits[..., None], of_noisy, stats
 
 
 def _score(config, params, batch_stats, placed, logits, x, stop_map_gradient):
@@ -223,7 +324,8 @@ def _score(config, params, batch_stats, placed, logits, x, stop_map_gradient):
     x += cls['conv']['bias']
     if not gap_cam:
         seen = jax.lax.stop_gradient(logits) if stop_map_gradient else logits
-        x += conv2d(seen, cls['conv']['kernel'][:, :, -1:])
+        of_map = cls['conv']['kernel'][:, :, -1:]
+        x += native.by_image(lambda y: conv2d(y, of_map), seen)
     x, stats = _batch_norm(cls, batch_stats['cls_head'], x)
     x = jax.nn.relu(x)
     if gap_cam:

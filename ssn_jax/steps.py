@@ -17,12 +17,11 @@ import ml_collections
 import numpy as np
 import optax
 
-from ssn_jax import devices, losses, synthesis
+from ssn_jax import devices, losses, map_loss, sparse_loss, synthesis
 from ssn_jax.models import features as features_lib
 from ssn_jax.models.heads import NoiseGenerator
 from ssn_jax.models.simplenet import SimpleNet
 from ssn_jax.models.supersimplenet import GapCam, SuperSimpleNet
-from ssn_jax.sparse_loss import make_shuffled_loss, make_sparse_loss
 
 # The number of the step at which something happens that does not.
 NEVER = np.iinfo(np.int32).max
@@ -39,6 +38,7 @@ class TrainState:
       opt_state: its optimiser's state.
       generator: the noise generator's parameters, {} for static noise.
       generator_opt_state: its optimiser's state, () for static noise.
+      average: an exponential average of `params`, {} if none is kept.
     """
 
     step: jax.Array
@@ -47,16 +47,26 @@ class TrainState:
     opt_state: optax.OptState
     generator: dict
     generator_opt_state: optax.OptState
+    average: dict = struct.field(default_factory=dict)
+
+    def variables(self) -> dict:
+        """What is evaluated: the averaged parameters if there are any, and the statistics."""
+        return {'params': self.average or self.params, 'batch_stats': self.batch_stats}
 
 
 def build_network(config: ml_collections.ConfigDict) -> SuperSimpleNet | GapCam | SimpleNet:
     """The trained network a config describes."""
     match config.system:
         case 'gap_cam':
-            return GapCam(config.adaptor)
+            return GapCam(config.adaptor, tuple(config.features.layers))
         case 'simplenet':
             return SimpleNet(config.simplenet.embedding, config.simplenet.hidden)
-    return SuperSimpleNet(config.adaptor, config.adapt_cls_features)
+    return SuperSimpleNet(
+        config.adaptor,
+        config.adapt_cls_features,
+        classify=config.image_score == 'head',
+        layers=tuple(config.features.layers),
+    )
 
 
 def discriminator_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
@@ -118,11 +128,16 @@ def init_state(config: ml_collections.ConfigDict, key: jax.Array, channels: int)
         opt_state=discriminator_optimizer(config).init(variables['params']),
         generator=generator,
         generator_opt_state=generator_opt_state,
+        # Copies: an epoch's state is donated, each array once.
+        average=jax.tree.map(jnp.array, variables['params']) if config.optimizer.average else {},
     )
 
 
 def make_noise(config: ml_collections.ConfigDict) -> Callable:
-    """`noise(generator, adapted, key)`: noise for adapted features, both (N, H, W, C)."""
+    """`noise(generator, adapted, key)`: noise for adapted features, both (..., C).
+
+    It is in units of `config.noise.unit`: what calls it knows the features' own spread.
+    """
     settings = config.noise
 
     def static(generator, adapted, key):
@@ -132,7 +147,16 @@ def make_noise(config: ml_collections.ConfigDict) -> Callable:
     def learned(generator, adapted, key):
         z = jax.random.normal(key, (*adapted.shape[:-1], settings.z_dim))
         raw = NoiseGenerator().apply({'params': generator}, jax.lax.stop_gradient(adapted), z)
-        return synthesis.bounded_noise(raw, settings.beta if settings.bounded else None)
+        if any(settings.shell):
+            noise = synthesis.shell_noise(raw, settings.shell)
+        else:
+            noise = synthesis.bounded_noise(raw, settings.beta if settings.bounded else None)
+        if not settings.static_share:
+            return noise
+        k_static, k_which = jax.random.split(jax.random.fold_in(key, 1))
+        static = synthesis.static_noise(k_static, adapted.shape, settings.std)
+        which = jax.random.bernoulli(k_which, settings.static_share, (*adapted.shape[:-1], 1))
+        return jnp.where(which, static, noise)
 
     return learned if settings.kind == 'learned' else static
 
@@ -200,9 +224,11 @@ def make_loss(
         features = features_lib.upscale_pool(layers)
         adapted, batch_stats = apply(batch_stats, features, method='adapt')
         if not shuffled:
+            thin = synthesis.thin(adapted), synthesis.thin(features)
+            scales = synthesis.noise_scales(config.noise.unit, *thin)
             adapted, features = synthesis.double(adapted), synthesis.double(features)
             noise = noise_fn(generator, adapted, k_noise) * placed.noise
-            adapted, features = adapted + noise, features + noise
+            adapted, features = adapted + noise * scales[0], features + noise * scales[1]
         (logits, scores), batch_stats = apply(
             batch_stats, adapted, features, method='discriminate',
             stop_map_gradient=stop_map_gradient,
@@ -259,11 +285,13 @@ def config_loss(config: ml_collections.ConfigDict, seeds_axis: str | None = None
     """
     if config.system == 'simplenet':
         return make_hinge_loss(config)
+    if config.image_score == 'map':
+        return map_loss.make_map_loss(config, build_network(config), make_noise(config))
     if not config.sparse:
         return make_loss(config)
     if config.noise.kind == 'shuffled':
-        return make_shuffled_loss(config, make_masks(config), make_shuffling(config))
-    return make_sparse_loss(config, make_masks(config), make_noise(config), seeds_axis)
+        return sparse_loss.make_shuffled_loss(config, make_masks(config), make_shuffling(config))
+    return sparse_loss.make_sparse_loss(config, make_masks(config), make_noise(config), seeds_axis)
 
 
 def make_step(
@@ -291,7 +319,13 @@ def make_step(
         updates, opt_state = d_optimizer.update(grads, state.opt_state, state.params)
         factor = factor_fn(state.step)
         params = jax.tree.map(lambda p, u: p + factor * u, state.params, updates)
-        return state.replace(params=params, batch_stats=batch_stats, opt_state=opt_state), terms
+        average = state.average
+        if average:
+            # At first the average is of few steps, or it would hold on to the beginning.
+            decay = jnp.minimum(config.optimizer.average, (1 + state.step) / (10 + state.step))
+            average = optax.incremental_update(params, average, 1 - decay)
+        state = state.replace(params=params, batch_stats=batch_stats, opt_state=opt_state)
+        return state.replace(average=average), terms
 
     def update_generator(state, batch, key):
         grads, terms = jax.grad(generator_loss, has_aux=True)(
@@ -377,7 +411,7 @@ def make_epoch(
     def each(state, data, order, key, start=None):
         # One step for all seeds keeps the choice of the player a choice: mapped over, vmap would
         # update both players on every step and select.
-        state_axes = TrainState(None, *[0] * 5)
+        state_axes = TrainState(None, *[0] * 6)
         axes = {'in_axes': (state_axes, None, 0, 0), 'out_axes': (state_axes, 0)}
         mapped = jax.vmap(functools.partial(epoch, start=start), **axes, axis_name=seeds_axis)
         return mapped(state, data, order, key)

@@ -179,8 +179,7 @@ def train_and_evaluate(
         predict = evaluate.make_predictor(network, config.eval_batch_size)
 
         def measure_run(run, state, log):
-            trained = {'params': state.params, 'batch_stats': state.batch_stats}
-            variables = backbone_variables, trained
+            variables = backbone_variables, state.variables()
             return measure(*run, dataset, split, held_out, predict, variables, origin, log)
 
         results = [measure_run(run, *after) for run, after in zip(runs, trained, strict=True)]
@@ -295,8 +294,7 @@ class Start:
 def train(runs, split, network, backbone, backbone_variables, keeper, events=False, quiet=False):
     """Runs the epochs that are missing; returns each run's final state and its log."""
     config, _ = runs[0]
-    if config.supervision.kind != 'none':
-        split = supervision.with_flips(split)
+    split = supervision.with_drawn(config, supervision.with_flips(split))
     mesh = devices.make_mesh(image_order(config, split)(0).shape[1])
     starts = [find_start(*run, mesh, events) for run in runs]
     states = [start.state for start in starts]
@@ -321,7 +319,8 @@ def train(runs, split, network, backbone, backbone_variables, keeper, events=Fal
 def find_start(config, workdir, mesh, events) -> Start:
     """A run's newest checkpoint, or its beginning."""
     k_init, k_epochs = jax.random.split(jax.random.key(config.seed))
-    state = steps.init_state(config, k_init, sum(resnet.CHANNELS[config.backbone.name][1:]))
+    channels = resnet.feature_channels(config.backbone.name, config.features.layers)
+    state = steps.init_state(config, k_init, channels)
     manager = checkpoint.open_manager(workdir, config.checkpoint.keep, writes=True)
     done, state = checkpoint.restore(manager, devices.put(mesh, state))
     if done:
@@ -421,7 +420,7 @@ def naming_nans(config) -> Iterator[None]:
 def image_order(config, split):
     """`order(epoch)`: indices (steps, batch) into the training images, flips included."""
     total, defective = len(split.labels), int(split.labels.sum())
-    if config.supervision.kind == 'none':
+    if not defective:
         return lambda epoch: sampling.uniform_order(config.seed, epoch, total, config.batch_size)
     return lambda epoch: sampling.balanced_order(
         config.seed, epoch, total - defective, defective, config.batch_size
@@ -463,7 +462,7 @@ def training_data(config, split, network, backbone, backbone_variables, mesh, on
         dtype=config.features.dtype,
         to_host=on_host,
     )
-    if config.supervision.kind == 'none':
+    if not split.labels.any():
         return {'layers': layers}
     known = supervision.truth(config.supervision, split, features_lib.feature_grid(layers))
     if not on_host:

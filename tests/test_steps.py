@@ -474,3 +474,29 @@ def test_streamed_epochs_are_those_on_the_device(steps_per_epoch):
     np.testing.assert_allclose(values['loss'], streamed['loss'], rtol=1e-6)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_averaged_weights_follow_the_weights():
+    """Each step moves the average towards the weights, at first by most of the way."""
+    config = default_config()
+    config.image_score, config.noise.std, config.optimizer.average = 'map', 0.3, 0.5
+    config.batch_size, config.epochs = 2, 3
+    layers = (jax.random.normal(jax.random.key(0), (2, 4, 4, 3)),)
+    state = steps.init_state(config, jax.random.key(1), 3)
+    epoch = steps.make_epoch(config, 1)
+    expected = jax.device_get(state.params)
+    for i in range(3):
+        state, _ = epoch(state, {'layers': layers}, np.arange(2)[None], jax.random.key(i))
+        decay = min(0.5, (1 + i) / (10 + i))
+        expected = jax.tree.map(
+            lambda a, p, decay=decay: decay * a + (1 - decay) * np.asarray(p),
+            expected,
+            state.params,
+        )
+    shown = state.variables()
+    assert shown['batch_stats'] is state.batch_stats
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(shown['params']), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    config.optimizer.average = 0.0
+    state = steps.init_state(config, jax.random.key(1), 3)
+    assert state.variables()['params'] is state.params

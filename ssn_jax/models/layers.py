@@ -58,7 +58,8 @@ def conv2d(x: jax.Array, kernel: jax.Array) -> jax.Array:
         x = jnp.pad(x, ((0, 0), (half, half), (half, half), (0, 0)))
         shifts = [(i, j) for i in range(size) for j in range(size)]
         patches = [x[:, i : i + height, j : j + width] for i, j in shifts]
-        return jnp.concatenate(patches, -1) @ kernel.reshape(-1, channels)
+        patches = jnp.concatenate(patches, -1).reshape(-1, size * size)
+        return (patches @ kernel.reshape(-1, channels)).reshape(*x.shape[:1], height, width, -1)
     out = 0.0
     for i in range(size):
         y = x @ kernel[i].transpose(1, 0, 2).reshape(x.shape[-1], -1)

@@ -6,7 +6,7 @@ weights meet 4 and 16 times fewer positions, exactly. A k x k convolution is k^2
 upscaled with shifted matrices; rows and columns that the shift brings in from outside are zero.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,26 @@ def convolve(layers: tuple[jax.Array, ...], kernel: jax.Array, scale: int = 2) -
     Returns:
       (N, H, W, D).
     """
-    return convolve_arranged(layers, arrange(kernel, [x.shape[-1] for x in layers]), scale)
+    kernels = arrange(kernel, [x.shape[-1] for x in layers])
+    return by_image(lambda layers: convolve_arranged(layers, kernels, scale), layers)
+
+
+def by_image(run: Callable, inputs: jax.Array | tuple[jax.Array, ...]) -> jax.Array:
+    """`run(inputs)`, on a CPU image by image: what it computes is in the cache where it is used.
+
+    Args:
+      run: a function of inputs of any number of images to one array, images apart.
+      inputs: arrays with the images on the first axis.
+    """
+    if jax.default_backend() != 'cpu' or len(jax.tree.leaves(inputs)[0]) == 1:
+        return run(inputs)
+    return jax.lax.map(lambda x: run(jax.tree.map(lambda y: y[None], x))[0], inputs)
+
+
+def split(x: jax.Array, chunk: int = 128) -> jax.Array:
+    """(..., D) in chunks of its last axis, on a CPU: (D / chunk, ..., chunk), else (1, ..., D)."""
+    chunk = chunk if jax.default_backend() == 'cpu' else x.shape[-1]
+    return jnp.moveaxis(x.reshape(*x.shape[:-1], -1, chunk), -2, 0)
 
 
 def arrange(kernel: jax.Array, channels: Sequence[int]) -> tuple[jax.Array, ...]:
