@@ -75,8 +75,8 @@ def phase(workdir: pathlib.Path) -> str:
 
 def signals(folder: pathlib.Path, arguments, deadline: float) -> str:
     """SIGTERM at random moments of epochs that take seconds."""
-    job = runs_again.Job(folder, size=256, train=32)
-    flags = ['--config.image_size=(256, 256)', '--config.batch_size=8', '--config.epochs=99']
+    job = runs_again.Job(folder, size=128, train=32)
+    flags = ['--config.image_size=(128, 128)', '--config.batch_size=8', '--config.epochs=99']
     flags += [f'--config={ROOT / "configs/mod1_a.py"}', '--config.checkpoint.every=99']
     rng, seconds, workdir = np.random.default_rng(arguments.seed), [], folder / 'run'
     while len(seconds) < arguments.signals and time.time() < deadline:
@@ -124,31 +124,33 @@ def predictions(folder: pathlib.Path, arguments, deadline: float) -> str:
     while command.process.is_alive():
         assert time.time() < deadline, f'no end in time, after {track[-1:]}'
         shown = re.findall(rf'(\d+)/{total} ', command.err)
-        held = resident(command.process.pid)
-        if held and shown and int(shown[-1]):
-            track.append((int(shown[-1]), held, time.time()))
+        used = usage(command.process.pid)
+        if used and shown and int(shown[-1]):
+            track.append((int(shown[-1]), *used, time.time()))
         time.sleep(0.25)
     assert command.end() == 0, command.err[-2000:]
     assert len((folder / 'out/predictions.csv').read_text().splitlines()) == total + 1
-    done, memory, at = (np.array(x, float) for x in zip(*track, strict=True))
+    done, memory, busy, at = (np.array(x, float) for x in zip(*track, strict=True))
     steady = done > total / 10
     slope = np.polyfit(done[steady], memory[steady], 1)[0] * 1000
-    fifths = [at[np.searchsorted(done, total * k / 5)] for k in (1, 2, 3, 4)]
-    rates = total / 5 / np.diff(fifths)
+    ends = [np.searchsorted(done, total * k / 5) for k in (1, 2, 3, 4)]
+    rates = [', '.join(f'{r:.0f}' for r in total / 5 / np.diff(x[ends])) for x in (busy, at)]
     return (
         f'{total} images: {memory[steady].mean():.0f} MB, slope {slope:+.3f} MB per 1000 images, '
-        f'from {memory[steady][0]:.0f} to {memory[-1]:.0f} MB; '
-        f'images/s in the middle fifths: {", ".join(f"{r:.0f}" for r in rates)}'
+        f'from {memory[steady][0]:.0f} to {memory[-1]:.0f} MB; images in the second, third and '
+        f'fourth fifth: {rates[0]} a second of processor time, {rates[1]} a second'
     )
 
 
-def resident(pid: int) -> float:
-    """A process's resident memory in MB, 0 once it has ended."""
+def usage(pid: int) -> tuple[float, float] | None:
+    """A process's resident memory in MB and processor time in seconds; None once it has ended."""
     try:
-        pages = int(pathlib.Path(f'/proc/{pid}/statm').read_text().split()[1])
-    except (OSError, IndexError):
-        return 0.0
-    return pages * os.sysconf('SC_PAGE_SIZE') / 1e6
+        fields = pathlib.Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
+    except OSError:
+        return None
+    ticks, pages = int(fields[11]) + int(fields[12]), int(fields[21])
+    held = pages * os.sysconf('SC_PAGE_SIZE') / 1e6
+    return (held, ticks / os.sysconf('SC_CLK_TCK')) if held else None
 
 
 def together(folder: pathlib.Path, arguments, deadline: float) -> str:

@@ -42,11 +42,8 @@ _NO_CONFIG = 'no config: add --config configs/mod2.py (or another of configs/).'
 def run(argv: list[str]) -> None:
     """Runs the main job for parsed flags."""
     del argv
-    from ssn_jax import (
-        checkpoint,
-        devices,
-        train,
-    )  # After the flags, so that a wrong one is told at once.
+    # After the flags, so that a wrong one is told at once.
+    from ssn_jax import checkpoint, devices, train
 
     devices.connect(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     config = _CONFIG.value

@@ -6,6 +6,7 @@ one chunk is predicted, the next one is decoded.
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+import contextlib
 import csv
 import os
 import pathlib
@@ -119,32 +120,26 @@ def predict(
         with (
             files.replacing(output / 'predictions.csv') as draft,
             draft.open('w', newline='', errors='surrogateescape') as table,
+            _kept(draft, output / 'predictions.partial.csv'),
             ThreadPoolExecutor() as pool,
         ):
             rows = csv.writer(table, lineterminator='\n')
             rows.writerow(COLUMNS)
-            try:
-                for loaded in _loaded(paths, pool, run.config, batch_size, max_pixels):
-                    for path, image in loaded:
-                        if isinstance(image, UserError):
-                            failures.append((path.relative_to(root).as_posix(), str(image)))
-                            logging.warning('%s', image)
-                    named = [
-                        (path.relative_to(root).as_posix(), *image)
-                        for path, image in loaded
-                        if not isinstance(image, UserError)
-                    ]
-                    if named:
-                        folder = output / 'overlays' if overlays else None
-                        rows.writerows(_predict(run, predictor, named, threshold, folder, pool))
-                    done += len(named)
-                    named = path = image = None  # Not to be held while others are loaded.
-            except KeyboardInterrupt:
-                table.flush()
-                partial = output / 'predictions.partial.csv'
-                draft.replace(partial)
-                logging.warning('%s holds the first %d of %d images.', partial, done, total)
-                raise
+            for loaded in _loaded(paths, pool, run.config, batch_size, max_pixels):
+                for path, image in loaded:
+                    if isinstance(image, UserError):
+                        failures.append((path.relative_to(root).as_posix(), str(image)))
+                        logging.warning('%s', image)
+                named = [
+                    (path.relative_to(root).as_posix(), *image)
+                    for path, image in loaded
+                    if not isinstance(image, UserError)
+                ]
+                if named:
+                    folder = output / 'overlays' if overlays else None
+                    rows.writerows(_predict(run, predictor, named, threshold, folder, pool))
+                done += len(named)
+                named = path = image = None  # Not to be held while others are loaded.
         if failures:
             with (
                 files.replacing(output / 'unreadable.csv') as draft,
@@ -156,6 +151,17 @@ def predict(
             f'{output} can not be written ({e.strerror}): make room, or choose another --output.'
         ) from None
     return done, len(failures)
+
+
+@contextlib.contextmanager
+def _kept(draft, partial):
+    """Gives a draft that is interrupted the name `partial`."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        draft.replace(partial)
+        logging.warning('The images that were predicted until now are in %s.', partial)
+        raise
 
 
 def _predict(run, predictor, named, threshold, folder, pool):

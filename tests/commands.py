@@ -31,21 +31,21 @@ class Command:
 
     Attributes:
       process: as multiprocessing has it.
-      folder: where what it prints is kept.
+      folder: where what it prints is kept, as long as this object is.
     """
 
     process: multiprocessing.Process
-    folder: pathlib.Path
+    folder: tempfile.TemporaryDirectory
 
     @property
     def out(self) -> str:
         """What it has printed to stdout so far."""
-        return (self.folder / 'out').read_text()
+        return pathlib.Path(self.folder.name, 'out').read_text()
 
     @property
     def err(self) -> str:
         """What it has printed to stderr so far."""
-        return (self.folder / 'err').read_text()
+        return pathlib.Path(self.folder.name, 'err').read_text()
 
     def end(self, timeout: float = 300) -> int:
         """Waits; the exit status, or minus the signal that ended it."""
@@ -59,12 +59,12 @@ class Command:
 
 def start(program: str, *arguments, cwd: pathlib.Path, **environment: str) -> Command:
     """Starts 'main', a script of scripts/ by its name, or another without its .py."""
-    folder = pathlib.Path(tempfile.mkdtemp(prefix='command-'))
+    folder = tempfile.TemporaryDirectory(prefix='command-')
     for name in ('out', 'err'):
-        (folder / name).touch()
+        pathlib.Path(folder.name, name).touch()
     environment = {'JAX_PLATFORMS': 'cpu', 'OMP_NUM_THREADS': '1'} | environment
     words = [str(a) for a in arguments]
-    process = _server.Process(target=_run, args=(program, words, cwd, folder, environment))
+    process = _server.Process(target=_run, args=(program, words, cwd, folder.name, environment))
     process.start()
     return Command(process, folder)
 
@@ -72,7 +72,7 @@ def start(program: str, *arguments, cwd: pathlib.Path, **environment: str) -> Co
 def _run(program, arguments, cwd, folder, environment):
     """The command itself, in the forked process."""
     for number, name in ((1, 'out'), (2, 'err')):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_APPEND), number)
+        os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_APPEND), number)
     sys.stdout, sys.stderr = (open(n, 'w', buffering=1, closefd=False) for n in (1, 2))
     os.environ.update(environment)
     os.chdir(cwd)

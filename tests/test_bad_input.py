@@ -30,6 +30,7 @@ COMMANDS = {
     'compare': 'compare run --output=new.png',
     'report': 'report run --output=new',
     'benchmark': 'benchmark --configs=mod1_a',
+    'sweep': 'sweep --config {mod2} --quiet --workdir=new',
 }
 
 
@@ -229,6 +230,18 @@ CASES = {
         ('', "lacks 'data'", write('run/results.json', b'{}')),
         ('--output=data', 'data exists and holds other files'),
         ('--benchmark=missing', 'holds no results.json'),
+    ],
+    'sweep': [
+        ('', 'nothing to sweep: add --sweep'),
+        ('--sweep=noise.bta=1', 'noise.bta'),
+        ('--sweep=noise.beta', 'noise.beta'),
+        ('--sweep=noise.beta=x', "'x' is no value of this field"),
+        ('--sweep=noise.beta=1,nan', 'noise.beta'),
+        ('--sweep=seed=0,0', "holds '0' twice"),
+        ('--sweep=epochs=0', '--config.epochs=0'),
+        ('--sweep=seed=0 --workdir=', 'add --workdir'),
+        ('--sweep=seed=0 --workdir=data', 'data'),
+        ('--sweep=seed=0 --distributed', '--distributed is for a single run'),
     ],
     'benchmark': [
         ('--turns=1', '--turns=1 is too few'),
