@@ -6,6 +6,7 @@
 It ends after --minutes in any case, with what it has got to. Exit status 1 if a promise is broken.
 """
 
+import multiprocessing
 import os
 import pathlib
 import re
@@ -212,6 +213,9 @@ def main() -> int:
                 found = PARTS[name](pathlib.Path(folder), arguments, deadline)
             except (AssertionError, subprocess.TimeoutExpired) as e:
                 found, broken = f'BROKEN: {e}', broken + 1
+            for child in multiprocessing.active_children():  # None, unless something is broken.
+                child.kill()
+                child.join()
         print(f'{name}, {time.time() - began:.0f} s: {found}', flush=True)
     return 1 if broken else 0
 
