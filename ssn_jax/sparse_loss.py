@@ -252,7 +252,10 @@ def _segment(config, params, batch_stats, layers, base, clean, noisy=None):
     linear in, and BatchNorm with them becomes part of the weights.
 
     Args:
-      config, params, batch_stats, layers: as of the loss.
+      config: the run's config.
+      params: the discriminator's parameters.
+      batch_stats: its running averages.
+      layers: outputs of the backbone (N, H_i, W_i, C_i).
       base: as `_base` returns it.
       clean: how often each of its positions counts in the statistics, (N * H * W,).
       noisy: rows of `base` (K, C), the noise on them once adapted, and which of them count (K, 1).
