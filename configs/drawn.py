@@ -1,4 +1,4 @@
-"""Scenario A's network with layer1 and without a classification head, taught by drawn defects.
+"""Scenario A's map alone, taught by defects drawn into normal images, and by noise in their unit.
 
     python -m ssn_jax.main --config configs/drawn.py
 
@@ -16,7 +16,6 @@ def get_config():
     config.image_score = 'map'
     config.positions = 64
     config.map_loss = 'cross_entropy'
-    config.features.layers = (1, 2, 3)
     config.features.dtype = 'bfloat16'
     config.drawn.copies = 8
     config.noise.unit = 'feature_std'
@@ -29,5 +28,5 @@ def get_config():
     config.optimizer.heads_learning_rate = 4e-4
     config.optimizer.average = 0.995
     config.batch_size = 16
-    config.epochs = 10
+    config.epochs = 8
     return config
