@@ -62,7 +62,7 @@ def embedded_images(n: int, size: tuple[int, int]) -> np.ndarray:
 def random_variables(config) -> tuple[dict, dict]:
     """Variables of backbone and network as initialised."""
     backbone, network = resnet.BACKBONES[config.backbone.name], steps.build_network(config)
-    channels = sum(resnet.CHANNELS[config.backbone.name][1:])
+    channels = resnet.feature_channels(config.backbone.name, config.features.layers)
     if config.system == 'simplenet':
         channels = config.simplenet.embedding
     keys = jax.random.split(jax.random.key(config.seed))
@@ -81,7 +81,7 @@ def compile_jax(form: str, config, variables: tuple[dict, dict], images: np.ndar
         held, backbone = variables, resnet.BACKBONES[config.backbone.name]
 
         def run(held, images, for_cache=None):
-            layers = backbone.apply(held[0], features_lib.normalise(images))[1:]
+            layers = backbone.apply(held[0], features_lib.normalise(images))
             logits, scores = network.apply(held[1], network.features(network.frozen(layers)))
             return scores, network.full_size_map(logits, images.shape[1:3])[..., 0]
 

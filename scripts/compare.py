@@ -1,39 +1,76 @@
-"""Draws the maps of several runs on the same defects, side by side.
+"""Draws the maps of several runs on the same test images, side by side.
 
     python scripts/compare.py runs/mod3 runs/mixed --output compare.png
+    python scripts/compare.py runs/before runs/after --select failures --output failures.png
 
-The runs must share data set and image size; what is shown are defective test images, evenly
-spread over the split.
+The runs must share data set and image size. What is shown are defective images, evenly spread over
+the split, or what the first run gets most wrong: defects with the lowest scores, then normal images
+with the highest. Above each map stand the image's score (a probability) and the run's decision.
 """
 
+import os
 import pathlib
 
 import numpy as np
 
-from ssn_jax import cli, data, figures, runs, supervision
+from ssn_jax import cli, data, decision, figures, files, runs, supervision
 from ssn_jax.errors import UserError
 
 
-def compare(workdirs: list[pathlib.Path], output: pathlib.Path, count: int) -> None:
-    """Draws `count` defective test images and every run's map of them into `output`."""
+def pick_spread(split: data.Split, count: int) -> np.ndarray:
+    """Places of `count` defective images, evenly spread over a split."""
+    defective = np.flatnonzero(split.labels)
+    if not len(defective):
+        raise UserError('the test split holds no defective image to compare maps of.')
+    return defective[
+        np.linspace(0, len(defective) - 1, min(count, len(defective))).round().astype(int)
+    ]
+
+
+def pick_failures(split: data.Split, count: int, run: runs.Run) -> list[int]:
+    """Places of what a run gets most wrong: half of `count` are defects, half normal images."""
+    _, scores = runs.predict(run, split.images)
+    _, worst = figures.pick_best_worst(scores, split.labels, -(-count // 2))
+    return worst
+
+
+def compare(
+    workdirs: list[pathlib.Path], output: pathlib.Path, count: int, select: str = 'spread'
+) -> None:
+    """Draws `count` test images and every run's map of them into `output`."""
+    if count < 1:
+        raise UserError(f'--count {count} shows nothing: it is at least 1.')
     configs = [runs.read_config(workdir) for workdir in workdirs]
     datasets = [data.load(config.data, config.image_size, config.resize) for config in configs]
     dataset = datasets[0]
     for workdir, other in zip(workdirs, datasets, strict=True):
         if not np.array_equal(other.test.images, dataset.test.images):
             raise UserError(f'{workdir} and {workdirs[0]} differ in data set or image size.')
-    defective = np.flatnonzero(dataset.test.labels)
-    if not len(defective):
-        raise UserError('the test split holds no defective image to compare maps of.')
-    spread = np.linspace(0, len(defective) - 1, min(count, len(defective))).round().astype(int)
-    split = supervision.take(dataset.test, defective[spread])
-    systems = {}
-    for workdir, config in zip(workdirs, configs, strict=True):
-        name = config.name if config.name not in systems else workdir.name
-        logits, _ = runs.predict(runs.open_run(workdir), split.images)
-        systems[name] = 1 / (1 + np.exp(-np.clip(logits, -60, 60)))
+    if select == 'spread':
+        chosen = pick_spread(dataset.test, count)
+    else:
+        chosen = pick_failures(dataset.test, count, runs.open_run(workdirs[0]))
+    split = supervision.take(dataset.test, chosen)
+    names = [config.name for config in configs]
+    shared = os.path.commonpath([workdir.absolute() for workdir in workdirs])
+    systems, notes = {}, {}
+    for workdir, name in zip(workdirs, names, strict=True):
+        run = runs.open_run(workdir)
+        logits, scores = runs.predict(run, split.images)
+        system = name if names.count(name) == 1 else os.path.relpath(workdir, shared)
+        systems[system] = 1 / (1 + np.exp(-np.clip(logits, -60, 60)))
+        notes[system] = [note(score, run.decision) for score in scores]
     title = f'{dataset.category} ({"embedded data" if dataset.embedded else dataset.name})'
-    figures.compare_maps(output, split.images, split.masks, systems, split.files, title)
+    if select == 'failures':
+        title += f', worst of {next(iter(systems))}'
+    figures.compare_maps(output, split.images, split.masks, systems, split.files, title, notes)
+
+
+def note(score: float, chosen: dict | None) -> str:
+    """A score logit as a probability, and what it is called if there is a threshold."""
+    text = f'{decision.sigmoid(score):.3f}'
+    threshold = (chosen or {}).get('threshold')
+    return text if threshold is None else f'{text} · {decision.CLASSES[int(score >= threshold)]}'
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,9 +78,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument('runs', nargs='+', type=pathlib.Path, help="the runs' folders")
     parser.add_argument('--output', type=pathlib.Path, required=True, help='a .png to write')
-    parser.add_argument('--count', type=int, default=6, help='defective images to show')
+    parser.add_argument('--count', type=int, default=6, help='images to show')
+    parser.add_argument(
+        '--select', choices=('spread', 'failures'), default='spread', help='which images to show'
+    )
     arguments = parser.parse_args(argv)
-    compare(arguments.runs, arguments.output, arguments.count)
+    if arguments.count < 1:
+        raise UserError(f'--count={arguments.count} can not be used: at least 1.')
+    if arguments.output.suffix != '.png':
+        raise UserError(f'--output={arguments.output} can not be used: it ends in .png.')
+    files.check_output(arguments.output, '--output')
+    compare(arguments.runs, arguments.output, arguments.count, arguments.select)
 
 
 if __name__ == '__main__':

@@ -7,8 +7,8 @@ Backbone, adaptor and system follow from the tensors; all else is the config's, 
 flags as they are for the main job. --evaluate measures the run at once, as the main job would.
 """
 
-import hashlib
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -20,7 +20,7 @@ import ml_collections
 import numpy as np
 import safetensors.numpy
 
-from ssn_jax import checkpoint, config as config_lib, data, main, steps, train, weights
+from ssn_jax import checkpoint, config as config_lib, data, files, main, steps, train, weights
 from ssn_jax.errors import UserError
 from ssn_jax.models import resnet
 
@@ -193,7 +193,7 @@ def import_checkpoint(
     heads = {name: value for name, value in tensors.items() if not _WRAPPERS.match(name)}
     state = port_state(config, heads, step, str(path))
 
-    drafted = workdir.with_name(f'.{workdir.name}.importing')
+    drafted = workdir.with_name(f'.{workdir.name}.{os.getpid()}.importing')
     shutil.rmtree(drafted, ignore_errors=True)
     try:
         drafted.mkdir(parents=True)
@@ -202,7 +202,7 @@ def import_checkpoint(
             safetensors.numpy.save_file(backbone, file)
             config.backbone.weights = str((workdir / file.name).absolute())
         (drafted / 'config.json').write_text(config_lib.to_json(config))
-        origin = {'checkpoint': str(path), 'sha256': hashlib.sha256(path.read_bytes()).hexdigest()}
+        origin = {'checkpoint': str(path), 'sha256': files.digest(path)}
         (drafted / 'imported.json').write_text(json.dumps(origin, indent=2) + '\n')
         with checkpoint.open_manager(drafted, config.checkpoint.keep) as manager:
             checkpoint.save(manager, config.epochs, state)

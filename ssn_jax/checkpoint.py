@@ -1,23 +1,57 @@
-"""Checkpoints with orbax: a bounded number, restored into the state's own structure."""
+"""Checkpoints with orbax: a bounded number, with checksums, restored into the state's structure."""
 
+from collections.abc import Callable
+import hashlib
+import json
 import pathlib
+import shutil
+import threading
 
+from absl import logging
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
+from ssn_jax import devices
 from ssn_jax.errors import UserError
 
 
-def open_manager(workdir: pathlib.Path, keep: int) -> ocp.CheckpointManager:
-    """The manager of a run's checkpoints; a step is the number of epochs done."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
-    return ocp.CheckpointManager((workdir / 'checkpoints').absolute(), options=options)
+def open_manager(workdir: pathlib.Path, keep: int, writes: bool = False) -> ocp.CheckpointManager:
+    """The manager of a run's checkpoints; a step is the number of epochs done.
+
+    Args:
+      workdir: the run's folder.
+      keep: how many checkpoints to keep.
+      writes: whether it is the run itself, which removes what was half-written when it was killed.
+    """
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=writes
+    )
+    return ocp.CheckpointManager(
+        (workdir / 'checkpoints').absolute(),
+        options=options,
+        item_handlers=ocp.StandardCheckpointHandler(),
+    )
 
 
 def save(manager: ocp.CheckpointManager, epoch: int, state) -> None:
-    """Writes the state after `epoch` epochs; it appears whole or not at all."""
-    manager.save(epoch, args=ocp.args.StandardSave(state))
-    manager.wait_until_finished()
+    """Writes the state after `epoch` epochs, and its checksum; it appears whole or not at all.
+
+    Raises:
+      UserError: it can not be written.
+    """
+    try:
+        manager.save(
+            epoch, args=ocp.args.StandardSave(state), custom_metadata={'sha256': digest(state)}
+        )
+        manager.wait_until_finished()
+    except Exception as e:  # Orbax raises many kinds.
+        for half in pathlib.Path(manager.directory).glob(f'{epoch}.orbax-checkpoint-tmp*'):
+            shutil.rmtree(half, ignore_errors=True)
+        raise UserError(
+            f'the checkpoint {manager.directory / str(epoch)} can not be written ({_reason(e)}): '
+            'see to it, then the same command goes on from the last one.'
+        ) from None
 
 
 def restore(manager: ocp.CheckpointManager, state, epoch: int | None = None) -> tuple[int, object]:
@@ -26,20 +60,96 @@ def restore(manager: ocp.CheckpointManager, state, epoch: int | None = None) -> 
     Args:
       manager: as `open_manager` returns it.
       state: arrays, or their shapes, in the structure that was saved.
-      epoch: restore this epoch's checkpoint instead of the newest.
+      epoch: restore this epoch's checkpoint instead of the newest that can be.
 
     Raises:
-      UserError: the checkpoint does not fit the state's shapes or can not be read.
+      UserError: no checkpoint fits the state's shapes and its own checksum.
     """
-    epoch = manager.latest_step() if epoch is None else epoch
-    if epoch is None:
-        return 0, state
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    try:
-        return epoch, manager.restore(epoch, args=ocp.args.StandardRestore(abstract))
-    except Exception as e:  # Orbax raises many kinds; each means that this step is of no use.
-        reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
-        raise UserError(
-            f'the checkpoint {manager.directory / str(epoch)} can not be restored ({reason}): '
-            'delete that folder to resume from the one before it.'
-        ) from None
+    epochs = sorted(manager.all_steps(), reverse=True) if epoch is None else [epoch]
+    problems = []
+    for number in epochs:
+        if problems:
+            logging.warning('%s: going on from the one before it.', problems[-1])
+        try:
+            return number, _restore(manager, number, abstract)
+        except Exception as e:  # Orbax raises many kinds; each means that this one is of no use.
+            folder = manager.directory / str(number)
+            problems.append(f'the checkpoint {folder} can not be restored ({_reason(e)})')
+    if not problems:
+        return 0, state
+    instead = 'choose another one' if epoch else 'there is none before it; delete it to begin anew'
+    raise UserError(f'{problems[-1]}: {instead}.')
+
+
+def set_aside(manager: ocp.CheckpointManager, epoch: int) -> None:
+    """Renames the checkpoints after `epoch`, which could not be restored, to N.damaged.
+
+    They would be in the way of those that are still to be written.
+    """
+    unusable = [number for number in manager.all_steps() if number > epoch]
+    for later in unusable:
+        folder = pathlib.Path(manager.directory) / str(later)
+        if devices.is_first():
+            damaged = folder.with_name(f'{later}.damaged')
+            shutil.rmtree(damaged, ignore_errors=True)
+            folder.rename(damaged)
+        devices.wait_for_all(f'set aside {later}')
+    if unusable:
+        manager.reload()
+
+
+def digest(state) -> str:
+    """The SHA-256 of a tree's arrays, their types and shapes."""
+    found = hashlib.sha256()
+    for x in jax.tree.leaves(state):
+        x = np.asarray(x.addressable_data(0) if isinstance(x, jax.Array) else x)
+        found.update(f'{x.dtype} {x.shape};'.encode())
+        found.update(np.ascontiguousarray(x).data)
+    return found.hexdigest()
+
+
+class Keeper:
+    """What a training has reached and not yet written, for whoever has to end it.
+
+    Attributes:
+      lock: held while an epoch's row and checkpoint are written, which belong together.
+      saved: the epoch of the newest checkpoint, 0 for none.
+    """
+
+    def __init__(self):
+        self.lock = threading.RLock()
+        self.saved = 0
+        self._pending: tuple[int, Callable[[], None]] | None = None
+
+    def reached(self, epoch: int, write: Callable[[], None] | None = None) -> None:
+        """Notes that an epoch is done; `write` writes its checkpoints, None: they are written."""
+        self._pending = (epoch, write) if write else None
+        if not write:
+            self.saved = epoch
+
+    def save(self) -> int:
+        """Writes the checkpoints of what was reached, if they are not; returns `saved`."""
+        with self.lock:
+            if self._pending:
+                epoch, write = self._pending
+                write()
+                self.reached(epoch)
+            return self.saved
+
+
+def _restore(manager, epoch, abstract):
+    """A checkpoint's state, verified; those of older versions have no checksum."""
+    # By hand, since orbax logs what is wrong with it as an error of its own.
+    described = pathlib.Path(manager.directory, str(epoch), '_CHECKPOINT_METADATA').read_text()
+    expected = (json.loads(described)['custom_metadata'] or {}).get('sha256')
+    state = manager.restore(epoch, args=ocp.args.StandardRestore(abstract))
+    if expected not in (None, digest(state)):
+        raise ValueError('its content is not what was written: the checksum differs')
+    return state
+
+
+def _reason(error: Exception) -> str:
+    if 'No space left' in str(error):
+        return 'no space left'
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

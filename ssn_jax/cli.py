@@ -2,14 +2,15 @@
 
 import argparse
 from collections.abc import Callable
+import errno
 import logging as py_logging
 import os
 import pathlib
 import sys
 
-from absl import logging
+from absl import flags, logging
 
-from ssn_jax import config as config_lib
+from ssn_jax import config as config_lib, signals
 from ssn_jax.errors import UserError
 
 # The config fields that a finished run may be opened with other values of.
@@ -24,16 +25,33 @@ OVERRIDES = (
 )
 
 
+# What the machine can refuse at any time, whatever the code does.
+_REFUSALS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.EMFILE, errno.ENFILE),
+)
+
+
 def guard(command: Callable[[], object], interrupted: str = 'interrupted.') -> None:
-    """Runs a command; a user's mistake becomes one line and exit status 1, Ctrl-C 130."""
+    """Runs a command and says how it ended, if not well, in one line.
+
+    A user's mistake, and what the machine refuses, is exit status 1, Ctrl-C 130 and SIGTERM 143.
+    """
     try:
-        command()
+        with signals.raised():
+            command()
     except UserError as e:
         print(f'error: {e}', file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except OSError as e:
+        if e.errno not in _REFUSALS:
+            raise
+        where = f' ({e.filename})' if e.filename else ''
+        print(f'error: {e.strerror}{where}: see to it and repeat the command.', file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt as e:
         print(f'\n{interrupted}', file=sys.stderr)
-        sys.exit(130)
+        sys.exit(143 if isinstance(e, signals.Terminated) else 130)
 
 
 class Parser(argparse.ArgumentParser):
@@ -103,8 +121,9 @@ def set_up_log(quiet: bool = False) -> None:
     ours = str(pathlib.Path(__file__).parent) + os.sep
 
     def shown(record: py_logging.LogRecord) -> bool:
+        # What orbax finds wrong with a checkpoint, `checkpoint.restore` tells.
         return (
-            record.levelno >= py_logging.WARNING
+            (record.levelno >= py_logging.WARNING and 'orbax' not in record.pathname)
             or (record.pathname.startswith(ours) and not quiet)
             or logging.get_verbosity() > logging.INFO
         )
@@ -115,24 +134,34 @@ def set_up_log(quiet: bool = False) -> None:
     handler.setFormatter(_LogFormatter())
 
 
+def compilation_cache() -> dict[str, str | float]:
+    """JAX's settings, by name, that keep compiled programs below the user's cache folder."""
+    from ssn_jax.data import pipeline
+
+    return {
+        'jax_compilation_cache_dir': str(pipeline.cache_folder() / 'compiled'),
+        'jax_persistent_cache_min_compile_time_secs': 0.1,
+    }
+
+
 def use_compilation_cache() -> None:
     """Keeps compiled programs below the user's cache folder, so that a second start is quick."""
     import jax
 
-    from ssn_jax.data import pipeline
-
-    folder = pipeline.cache_folder() / 'compiled'
+    settings = compilation_cache()
+    folder = pathlib.Path(settings['jax_compilation_cache_dir'])
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         logging.warning('%s can not be written (%s): nothing is kept there.', folder, e.strerror)
         return
-    jax.config.update('jax_compilation_cache_dir', str(folder))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+    for name, value in settings.items():
+        jax.config.update(name, value)
 
 
 def log_to_stderr(quiet: bool = False) -> None:
     """`set_up_log` for a command that is not started by absl."""
+    flags.FLAGS.mark_as_parsed()  # There are none; absl would warn that they are still to come.
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
     set_up_log(quiet)

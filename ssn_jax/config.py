@@ -40,12 +40,17 @@ def default_config() -> ml_collections.ConfigDict:
     backbone.weights = ''  # A safetensors file; '' fetches the pinned one from the hub.
 
     config.features = features = ml_collections.ConfigDict()
+    features.layers = (2, 3)  # Of the backbone: (2, 3) (published), (1, 2, 3) or (1, 2).
     features.dtype = 'float32'  # What frozen features are kept in: float32 or bfloat16.
     features.place = 'auto'  # Where: device, host (sent a few steps at a time), auto: what fits.
 
     config.system = 'supersimplenet'  # supersimplenet, gap_cam or simplenet.
     config.adaptor = 'linear'  # linear (published) or conv (Scenario B).
     config.adapt_cls_features = False  # Does the classification head see adapted features?
+    # What an image's score is: the classification head's, or the map's maximum, without that head.
+    config.image_score = 'head'  # head (published) or map.
+    config.positions = 0  # Of image_score=map: how many places an image a step; 0: all.
+    config.map_loss = 'l1_focal'  # Of image_score=map: l1_focal (published) or cross_entropy.
 
     config.simplenet = simplenet = ml_collections.ConfigDict()
     simplenet.embedding = 1536  # Channels that a position's patches are averaged to.
@@ -63,11 +68,18 @@ def default_config() -> ml_collections.ConfigDict:
     perlin.threshold = 0.2  # Noise above it is anomalous; 0.6 in supervised training.
     perlin.empty = 0.5  # Probability of an empty mask.
 
+    config.drawn = drawn = ml_collections.ConfigDict()
+    drawn.copies = 0  # Of each normal training image, with a defect drawn into them; 0: none.
+    drawn.seed = 0  # Where defects are drawn and how they look.
+
     config.noise = noise = ml_collections.ConfigDict()
     noise.kind = 'static'  # static (Gaussian), learned (a generator) or shuffled (own features).
-    noise.std = 0.015  # Standard deviation of static noise, in feature units.
+    noise.unit = 'absolute'  # Of std, beta, shell: feature units; feature_std: each channel's own.
+    noise.std = 0.015  # Standard deviation of static noise.
     noise.bounded = True  # Learned: beta * tanh(raw); False: raw (v1).
-    noise.beta = 0.1  # Learned: the bound, in feature units.
+    noise.beta = 0.1  # Learned: the bound.
+    noise.shell = (0.0, 0.0)  # Learned: least and largest root mean square instead of beta.
+    noise.static_share = 0.0  # Learned: share of the positions that get static noise instead.
     noise.z_dim = 32  # Learned: channels of the random input; 0 for none (v1).
     noise.penalty = 10.0  # Learned: weight of mean(noise^2) in the generator's loss.
     noise.discriminator_steps = 3  # Learned: per generator step; 0: both players on every step.
@@ -84,6 +96,7 @@ def default_config() -> ml_collections.ConfigDict:
     optimizer.drop_factor = 0.4  # by this factor.
     optimizer.heads_decay_in_gradient = False  # Adam with L2 (SimpleNet) instead of AdamW.
     optimizer.clip_norm = 0.0  # Largest norm of the whole gradient; 0: any.
+    optimizer.average = 0.0  # Decay per step of the averaged weights that are kept; 0: the last.
 
     config.decision = decision = ml_collections.ConfigDict()
     decision.holdout = 0.0  # Share of the training images kept aside to choose the threshold on.
@@ -95,6 +108,7 @@ def default_config() -> ml_collections.ConfigDict:
 
     config.sparse = True  # Train at the cost of what is new; False: the direct form, its equal.
     config.eval_batch_size = 8  # Test images per step and device.
+    config.debug_nans = False  # Find the operation that makes a NaN or infinity; slow once it does.
     return config
 
 
@@ -135,6 +149,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
     }.items():
         rule = f'it is one of {", ".join(values)}'
         require(config.features[field] in values, f'features.{field}', rule)
+    choices = ((2, 3),) if config.system == 'simplenet' else ((2, 3), (1, 2, 3), (1, 2))
+    rule = f'with --config.system={config.system} they are {" or ".join(map(str, choices))}'
+    require(tuple(config.features.layers) in choices, 'features.layers', rule)
     systems = ('supersimplenet', 'gap_cam', 'simplenet')
     require(config.system in systems, 'system', f'it is one of {", ".join(systems)}')
     supervision = config.supervision
@@ -173,6 +190,55 @@ def validate(config: ml_collections.ConfigDict) -> None:
         f'with --config.system={config.system} and --config.supervision.kind='
         f'{supervision.kind} it is {" or ".join(noises)}',
     )
+    require(config.image_score in ('head', 'map'), 'image_score', 'it is head or map')
+    require(
+        config.image_score == 'head'
+        or (
+            config.system == 'supersimplenet'
+            and config.adaptor == 'linear'
+            and config.noise.kind != 'shuffled'
+        ),
+        'image_score',
+        'map is for --config.system=supersimplenet with --config.adaptor=linear and static or '
+        'learned noise',
+    )
+    kinds = ('l1_focal', 'cross_entropy')
+    require(config.map_loss in kinds, 'map_loss', f'it is {" or ".join(kinds)}')
+    require(
+        config.map_loss == 'l1_focal' or config.image_score == 'map',
+        'map_loss',
+        'cross_entropy is for --config.image_score=map',
+    )
+    require(config.positions >= 0, 'positions', 'it must not be negative')
+    require(
+        config.positions == 0 or config.image_score == 'map',
+        'positions',
+        'some of the positions only are for --config.image_score=map: a classification head needs '
+        'all of them',
+    )
+    require(0 <= config.drawn.copies <= 100, 'drawn.copies', 'it is a number from 0 to 100')
+    require(
+        config.drawn.copies == 0
+        or (config.system == 'supersimplenet' and config.noise.kind != 'shuffled'),
+        'drawn.copies',
+        'drawn defects are for --config.system=supersimplenet with static or learned noise',
+    )
+    require(
+        config.drawn.copies == 0 or supervision.kind != 'labels',
+        'drawn.copies',
+        'the mask of a drawn defect is known, so with defects use --config.supervision.kind=masks',
+    )
+    require(0 <= config.drawn.seed < 2**32, 'drawn.seed', 'it must be in 0..2**32-1')
+    units = ('absolute', 'feature_std')
+    require(config.noise.unit in units, 'noise.unit', f'it is {" or ".join(units)}')
+    shell = config.noise.shell
+    require(
+        len(shell) == 2 and (not any(shell) or 0 < shell[0] <= shell[1] < math.inf),
+        'noise.shell',
+        'it is (0, 0), or (least, largest), both above 0 and rising',
+    )
+    require(0 <= config.noise.static_share <= 1, 'noise.static_share', 'it is a share in 0..1')
+    require(0 <= config.optimizer.average < 1, 'optimizer.average', 'it is a decay below 1')
     require(1 <= config.noise.shuffle_groups <= 64, 'noise.shuffle_groups', 'it is in 1..64')
     strength = config.noise.shuffle_strength
     require(
@@ -232,10 +298,12 @@ def fields(config: ml_collections.ConfigDict, prefix: str = '') -> Iterator[tupl
 def identity(config: ml_collections.ConfigDict) -> dict:
     """What makes a run itself, as field -> value: a rerun in its workdir must agree on it.
 
-    Where records are cached and features kept, how often checkpoints are written and how many
-    images are evaluated at a time changes no result; files may be spelled as one likes.
+    Where records are cached and features kept, how often checkpoints are written, how many images
+    are evaluated at a time and what is looked for changes no result; files may be spelled as one
+    likes.
     """
     unimportant = ('checkpoint.every', 'checkpoint.keep', 'eval_batch_size', 'data.cache')
+    unimportant += ('debug_nans',)
     flat = {name: value for name, value in fields(config) if name not in unimportant}
     for field in ('data.root', 'backbone.weights'):
         flat[field] = flat[field] and str(pathlib.Path(flat[field]).expanduser().resolve())
@@ -258,11 +326,23 @@ def from_json(path: pathlib.Path) -> ml_collections.ConfigDict:
             )
         config = default_config()
         config.update(_tuples(values))
+        found = dict(fields(config))
+        for name, default in fields(default_config()):
+            if not _alike(found[name], default):
+                raise ValueError(f'{name} can not be {found[name]!r}')
         return config
     except FileNotFoundError:
         raise UserError(f'{path} does not exist: this folder is no run of ssn_jax.') from None
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f'{path} is no config of ssn_jax ({e}): delete the run.') from None
+        reason = ' '.join(str(e).split())
+        raise UserError(f'{path} is no config of ssn_jax ({reason}): delete the run.') from None
+
+
+def _alike(value, default) -> bool:
+    """Whether a value is of a field's type; all tuples are of numbers."""
+    if isinstance(default, tuple) and isinstance(value, tuple):
+        return all(type(v) in (int, float) for v in value)
+    return type(value) is type(default)
 
 
 def _tuples(values):

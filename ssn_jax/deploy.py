@@ -10,6 +10,7 @@ reference that tests compare with.
 """
 
 from collections.abc import Callable
+import functools
 
 from flax import linen as nn
 import jax
@@ -41,43 +42,51 @@ def fuse(backbone_variables: dict, variables: dict, network: nn.Module) -> dict:
     # Products of weights are formed in float64: folding adds no rounding to that of `predict`.
     variables = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(variables))
     fused = {'backbone': fuse_backbone(backbone_variables)}
-    channels = [stage[-1]['convs'][-1]['bias'].size for stage in fused['backbone']['stages'][1:]]
+    stages = [stage[-1]['convs'][-1]['bias'] for stage in fused['backbone']['stages']]
+    outputs = tuple(np.zeros((1, 8 >> i, 8 >> i, b.size)) for i, b in enumerate(stages))
+    select = functools.partial(
+        features_lib.select_layers, layers=getattr(network, 'layers', (2, 3))
+    )
+    channels = [x.shape[-1] for x in jax.eval_shape(select, outputs)]
     fuse_heads = _fuse_simplenet if 'discriminator' in variables['params'] else _fuse_heads
     fused |= fuse_heads(variables['params'], variables['batch_stats'], network, channels)
     return jax.tree.map(np.float32, fused)
 
 
 def _fuse_heads(params, stats, network, channels):
-    """SuperSimpleNet's or GAP+CAM's adaptor and heads, for `_heads`."""
-    adaptor, cls, fused = params['adaptor'], params['cls_head'], {}
-    linear, gap_cam = network.adaptor == 'linear', 'seg_head' not in params
-    adapted = gap_cam or network.adapt_cls_features
-    conv = _fold(cls['conv'], cls['norm'], stats['cls_head']['norm'])
-    features = conv['kernel'] if gap_cam else conv['kernel'][:, :, :-1]
+    """SuperSimpleNet's or GAP+CAM's adaptor and heads, for `_heads`; either head may be absent."""
+    adaptor, fused, linear = params['adaptor'], {}, network.adaptor == 'linear'
     if linear:
         weight, bias = adaptor['projection']['kernel'], adaptor['projection']['bias']
-        if adapted:
-            # Near the border fewer taps meet the bias: no constant, so it stays by itself.
-            fused['cls_constant'] = np.tensordot(bias, features, (0, 2))[:, :, None]
-            features = np.moveaxis(np.tensordot(weight, features, (1, 2)), 0, 2)
     else:
         fused['adaptor'] = _fold(adaptor['conv'], adaptor['norm'], stats['adaptor']['norm'])
         fused['adaptor']['kernel'] = native.arrange(fused['adaptor']['kernel'], channels)
-    # What Scenario B's adaptor passes on is not linear in the layers.
-    if adapted and not linear:
-        fused['cls_adapted'] = features
-    else:
-        fused['cls'] = native.arrange(features, channels)
-    fused |= {'cls_bias': conv['bias'], 'score': cls['score']}
-    if gap_cam:
-        return fused
-    seg = params['seg_head']
-    hidden = _fold(seg['hidden'], seg['norm'], stats['seg_head']['norm'])
-    if linear:
-        hidden['bias'] += bias @ hidden['kernel']
-        hidden['kernel'] = native.arrange((weight @ hidden['kernel'])[None, None], channels)
-    hidden['out'] = seg['out']['kernel'][:, 0]
-    return fused | {'hidden': jax.tree.map(_split, hidden), 'map': conv['kernel'][:, :, -1:]}
+    if 'cls_head' in params:
+        cls, with_map = params['cls_head'], 'seg_head' in params
+        conv = _fold(cls['conv'], cls['norm'], stats['cls_head']['norm'])
+        fused |= {'cls_bias': conv['bias'], 'score': cls['score']}
+        features = conv['kernel']
+        if with_map:
+            features, fused['map'] = features[:, :, :-1], features[:, :, -1:]
+        adapted = not with_map or network.adapt_cls_features
+        if adapted and linear:
+            # Near the border fewer taps meet the bias: no constant, so it stays by itself.
+            fused['cls_constant'] = np.tensordot(bias, features, (0, 2))[:, :, None]
+            features = np.moveaxis(np.tensordot(weight, features, (1, 2)), 0, 2)
+        # What Scenario B's adaptor passes on is not linear in the layers.
+        if adapted and not linear:
+            fused['cls_adapted'] = features
+        else:
+            fused['cls'] = native.arrange(features, channels)
+    if 'seg_head' in params:
+        seg = params['seg_head']
+        hidden = _fold(seg['hidden'], seg['norm'], stats['seg_head']['norm'])
+        if linear:
+            hidden['bias'] += bias @ hidden['kernel']
+            hidden['kernel'] = native.arrange((weight @ hidden['kernel'])[None, None], channels)
+        hidden['out'] = seg['out']['kernel'][:, 0]
+        fused['hidden'] = jax.tree.map(_split, hidden)
+    return fused
 
 
 def _fuse_simplenet(params, stats, network, channels):
@@ -161,10 +170,21 @@ def predict(
       Score logits (N,) and full-size anomaly logits (N, *image_size), both float32.
     """
     images = resize_images(images, image_size or images.shape[1:3])
-    layers = backbone(fused['backbone'], images)[1:]
+    stages = backbone(fused['backbone'], images)
+    layers = features_lib.select_layers(stages, _layers_read(fused, stages))
     scores, logits = heads(fused, layers, for_cache)
     smooth = simplenet.full_size_map if 'patches' in fused else features_lib.full_size_map
     return scores, smooth(logits[..., None], images.shape[1:3])[..., 0]
+
+
+def _layers_read(fused, stages):
+    """Which of the backbone's stages meet the first kernels: what their shapes say."""
+    if 'patches' in fused:
+        return (2, 3)
+    part = next(fused[name] for name in ('adaptor', 'cls', 'hidden') if name in fused)
+    kernels = part if isinstance(part, tuple | list) else part['kernel']
+    first = (1, 2) if kernels[0].shape[-2] > stages[1].shape[-1] else (2,)
+    return first + (3,) * (len(kernels) > 1)
 
 
 def make_predictor(
@@ -375,17 +395,6 @@ def _heads(fused, layers):
     if 'adaptor' in fused:
         adapted = native.convolve_arranged(layers, fused['adaptor']['kernel'])
         adapted = jax.nn.relu(adapted + fused['adaptor']['bias'])
-    if 'cls_adapted' in fused:
-        x = conv2d(adapted, fused['cls_adapted'])
-    else:
-        x = native.convolve_arranged(layers, fused['cls'])
-    x += fused['cls_bias']
-    if 'cls_constant' in fused:
-        x += native.convolve_constant(jnp.ones(1, x.dtype), fused['cls_constant'], grid)
-
-    if 'hidden' not in fused:  # GAP+CAM: the score is linear in the map's average.
-        positions = jax.nn.relu(x).astype(jnp.float32) @ fused['score']['kernel']
-        return positions.mean((1, 2))[:, 0] + fused['score']['bias'], positions[..., 0]
 
     # The segmentation head in chunks of hidden channels, added up.
     def add(logits, chunk):
@@ -394,8 +403,23 @@ def _heads(fused, layers):
         y = jax.nn.leaky_relu(y + chunk['bias'], SLOPE)
         return logits + jnp.matmul(y, chunk['out'], preferred_element_type=jnp.float32), None
 
-    logits = jnp.zeros((layers[0].shape[0], *grid))
-    logits, _ = jax.lax.scan(add, logits, fused['hidden'])
+    if 'hidden' in fused:
+        logits = jnp.zeros((layers[0].shape[0], *grid))
+        logits, _ = jax.lax.scan(add, logits, fused['hidden'])
+        if 'score' not in fused:  # No classification head.
+            return logits.max((1, 2)), logits
+
+    if 'cls_adapted' in fused:
+        x = conv2d(adapted, fused['cls_adapted'])
+    else:
+        x = native.convolve_arranged(layers, fused['cls'])
+    x += fused['cls_bias']
+    if 'cls_constant' in fused:
+        x += native.convolve_constant(jnp.ones(1, x.dtype), fused['cls_constant'], grid)
+    if 'hidden' not in fused:  # GAP+CAM: the score is linear in the map's average.
+        positions = jax.nn.relu(x).astype(jnp.float32) @ fused['score']['kernel']
+        return positions.mean((1, 2))[:, 0] + fused['score']['bias'], positions[..., 0]
+
     of_map = logits[..., None]
     x += conv2d(of_map.astype(x.dtype), fused['map'])
     x = jax.nn.relu(x).astype(jnp.float32)

@@ -98,6 +98,11 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def is_alone() -> bool:
+    """Whether this is the only process."""
+    return jax.process_count() == 1
+
+
 def wait_for_all(name: str) -> None:
     """Returns when every process has come to the place of this name."""
     if jax.process_count() > 1:

@@ -22,6 +22,7 @@ from ssn_jax import files, metrics
 NORMAL, DEFECTIVE, ACCENT, MUTED = '#0072B2', '#D55E00', '#009E73', '#666666'
 PALETTE = (NORMAL, DEFECTIVE, ACCENT, '#CC79A7', '#E69F00', '#56B4E9', 'black')
 DASHES = ('-', '--', ':')
+MARKERS = ('o', 's', '^')
 
 COLOURS = 'viridis'
 DPI = 130
@@ -207,6 +208,7 @@ def compare_maps(
     systems: Mapping[str, np.ndarray],
     names: Sequence[str],
     title: str,
+    notes: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Draws several systems' maps of the same images side by side, one image a row.
 
@@ -220,6 +222,7 @@ def compare_maps(
         systems: each system's name and its maps (N, H, W), anomaly probability, 0..1.
         names: N file names, for the captions.
         title: what is seen.
+        notes: each system's N texts, which stand above its maps.
     """
     width, height = _panel_size(*images.shape[1:3], area=2.6)
     width = max(width, 1.0)
@@ -234,7 +237,8 @@ def compare_maps(
         _write(figure, MARGIN, TITLE, 'image and mask', **style)
         for line, image in enumerate(images):
             top = head + line * row
-            name = _shorten(str(names[line]), int(19 * (total_width - 2 * MARGIN)))
+            room = width if notes else total_width - 2 * MARGIN
+            name = _shorten(str(names[line]), int(19 * room))
             _write(figure, MARGIN, top + 0.05, name)
             axes = _place(figure, MARGIN, top + CAPTION, width, height)
             _show(axes, image, None if masks is None else masks[line])
@@ -242,7 +246,10 @@ def compare_maps(
             left, scale = MARGIN + column * step, _scale(maps)
             _write(figure, left, TITLE, _shorten(system, int(13 * width)), **style)
             for line, image in enumerate(images):
-                axes = _place(figure, left, head + line * row + CAPTION, width, height)
+                top = head + line * row
+                if notes:
+                    _write(figure, left, top + 0.05, notes[system][line])
+                axes = _place(figure, left, top + CAPTION, width, height)
                 _show(axes, _overlay(image, maps[line], scale))
             axes = _place(figure, left, head + len(images) * row + 0.06, width, 0.08)
             bar = figure.colorbar(
@@ -374,11 +381,47 @@ def trade_off(
         for side, device, filled in sides:
             for name, (ms, auroc) in side.items():
                 colour = PALETTE[names.index(name) % len(PALETTE)]
+                marker = MARKERS[names.index(name) // len(PALETTE) % len(MARKERS)]
                 face = colour if filled else 'none'
-                style = {'ls': '', 'marker': 'o', 'ms': 7, 'color': colour, 'mfc': face}
+                style = {'ls': '', 'marker': marker, 'ms': 7, 'color': colour, 'mfc': face}
                 axes.plot([ms], [100 * auroc], label=f'{name} ({device})', **style)
         axes.margins(0.15)
         axes.set_xlim(left=0)
+
+
+def over_setting(
+    path: str | os.PathLike,
+    lines: Mapping[str, Sequence[tuple[float, float, float]]],
+    published: Mapping[str, Sequence[tuple[float, float]]],
+    title: str,
+    field: str,
+) -> None:
+    """Draws accuracy over the values of a config field, beside what is published for them.
+
+    Args:
+        path: file to write.
+        lines: by name, the value, the I-AUROC in 0..1 and its standard deviation of each point.
+        published: by name, the value and the I-AUROC of each point.
+        title: what is seen.
+        field: whose values they are.
+    """
+    entries = len(lines) + len(published)
+    with _wide_chart(path, title, field, 'I-AUROC (%)', entries) as axes:
+        values = [point[0] for points in lines.values() for point in points]
+        if 0 < 10 * min(values) < max(values):
+            axes.set_xscale('log')
+        if len(set(values)) <= 8:
+            axes.set_xticks(sorted(set(values)), labels=[f'{v:g}' for v in sorted(set(values))])
+            axes.minorticks_off()
+        for i, (name, points) in enumerate(lines.items()):
+            x, mean, spread = np.transpose(points)
+            style = {'color': PALETTE[i % len(PALETTE)], 'ls': DASHES[i // len(PALETTE) % 3]}
+            style |= {'marker': 'o', 'ms': 4, 'lw': 1.2, 'capsize': 3}
+            axes.errorbar(x, 100 * mean, 100 * spread, label=name, **style)
+        for i, (name, points) in enumerate(published.items()):
+            x, auroc = np.transpose(points)
+            style = {'color': MUTED, 'ls': '', 'marker': MARKERS[i % len(MARKERS)], 'mfc': 'none'}
+            axes.plot(x, 100 * auroc, ms=7, label=f'{name}, published', **style)
 
 
 @contextlib.contextmanager

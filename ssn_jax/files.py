@@ -1,11 +1,18 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and folders that one process at a time writes."""
 
 from collections.abc import Iterator
 import contextlib
+import fcntl
+import hashlib
 import os
 import pathlib
+import re
+
+from absl import logging
 
 from ssn_jax.errors import UserError
+
+_DRAFT = re.compile(r'\..*\.\d+\.tmp')
 
 
 @contextlib.contextmanager
@@ -13,7 +20,7 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yields a draft beside `path`, which becomes `path` when the block ends without an error.
 
     So no reader meets half a file, and a failure leaves what was there before. A missing folder
-    is made.
+    is made. What a killed process leaves is told by `is_draft`.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,10 +32,47 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         draft.unlink(missing_ok=True)
 
 
+def is_draft(path: pathlib.Path) -> bool:
+    """Whether a path's name is that of a draft of `replacing`."""
+    return bool(_DRAFT.fullmatch(path.name))
+
+
 def write(path: str | os.PathLike, content: str | bytes) -> None:
     """Replaces a file's content at once."""
     with replacing(path) as draft:
         draft.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def digest(path: str | os.PathLike) -> str:
+    """The SHA-256 of a file."""
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path) -> Iterator[None]:
+    """Within the block no other process can have this folder `locked`.
+
+    The lock is the system's own (flock): it leaves no file, and ends with its process, however
+    that ends.
+
+    Raises:
+      UserError: another process has it.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(
+            f'{folder} is in use by another run: wait for its end, or choose another --workdir.'
+        ) from None
+    except OSError as e:  # Some network file systems have no such locks.
+        logging.warning('%s can not be locked (%s): start no second run in it.', folder, e.strerror)
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def check_output(path: pathlib.Path, flag: str) -> None:

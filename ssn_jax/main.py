@@ -4,19 +4,24 @@ Every config field is a flag: --config.noise.beta=0.05 --config.data.category=bo
 """
 
 import difflib
+import functools
 import os
 import pathlib
 import re
+import signal
 import sys
 
 from absl import app, flags
 import ml_collections
 from ml_collections import config_flags
 
-from ssn_jax import cli as cli_lib, config as config_lib
+from ssn_jax import cli as cli_lib, config as config_lib, signals
 from ssn_jax.errors import UserError
 
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'The config to train, configs/*.py.')
+try:
+    _CONFIG = config_flags.DEFINE_config_file('config', None, 'The config to train, configs/*.py.')
+except flags.Error as e:  # It reads the files of --flagfile at once.
+    sys.exit(f'error: {" ".join(str(e).split()).removeprefix("ERROR:: ")}')
 _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Folder of the run; the same folder resumes it. Default: runs/NAME.'
 )
@@ -37,18 +42,41 @@ _NO_CONFIG = 'no config: add --config configs/mod2.py (or another of configs/).'
 def run(argv: list[str]) -> None:
     """Runs the main job for parsed flags."""
     del argv
-    from ssn_jax import devices, train  # After the flags, so that a wrong one is told at once.
+    # After the flags, so that a wrong one is told at once.
+    from ssn_jax import checkpoint, devices, train
 
     devices.connect(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     config = _CONFIG.value
     workdir = pathlib.Path(_WORKDIR.value or train.default_workdir(config))
     cli_lib.set_up_log(_QUIET.value)
-    results = train.train_and_evaluate(config, workdir, _TENSORBOARD.value, _QUIET.value)
+    keeper = checkpoint.Keeper()
+    with signals.answered(functools.partial(_leave, workdir, keeper)):
+        results = train.train_and_evaluate(
+            config, workdir, _TENSORBOARD.value, _QUIET.value, keeper
+        )
     if not devices.is_first():
         return
     if not _QUIET.value:
         print(train.format_table(results))
     print(train.summary(workdir))
+
+
+def _leave(workdir: pathlib.Path, keeper, received: signal.Signals) -> None:
+    """Writes what a training has reached, says how to go on, and ends the process."""
+    from ssn_jax import devices
+
+    problem, again = '', 'nothing is saved yet, the same command begins anew.'
+    with keeper.lock:  # To the end: what is told is what is there.
+        try:
+            if devices.is_alone():  # Several processes can only write together.
+                keeper.save()
+        except UserError as e:
+            problem = f' error: {e}'
+        if keeper.saved:
+            again = f'epoch {keeper.saved} is saved in {workdir}, '
+            again += 'the same command goes on from there.'
+        print(f'\nstopped by {received.name}:{problem} {again}', file=sys.stderr, flush=True)
+        os._exit(128 + received)
 
 
 def cli(run_fn=run) -> None:
@@ -62,7 +90,7 @@ def cli(run_fn=run) -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     """Parses the command line into absl's flags; UserError for whatever is wrong with it."""
-    _check_fields(argv)
+    check_fields(argv)
     path = _config_path(argv)
     try:
         rest = flags.FLAGS(argv)
@@ -81,14 +109,15 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _config_path(argv: list[str]) -> str | None:
     """What --config is set to, or None; read by hand, for messages on what does not parse."""
+    path = None
     for arg, following in zip(argv, [*argv[1:], ''], strict=True):
         name, assigned, value = arg.partition('=')
         if name in ('-config', '--config'):
-            return value if assigned else following
-    return None
+            path = value if assigned else following
+    return path
 
 
-def _check_fields(argv: list[str]) -> None:
+def check_fields(argv: list[str]) -> None:
     """Raises UserError for a --config.FIELD that no config has."""
     known = [name for name, _ in config_lib.fields(config_lib.default_config())]
     for arg in argv:

@@ -6,6 +6,7 @@ one chunk is predicted, the next one is decoded.
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+import contextlib
 import csv
 import os
 import pathlib
@@ -84,7 +85,7 @@ def predict(
       source: an image file, or a folder.
       output: receives predictions.csv (`COLUMNS`: path relative to `source`, probability, decision,
         and `strongest_region` in pixels of the image), overlays/, and unreadable.csv if there is
-        one (file, reason).
+        one (file, reason). An interrupted call leaves predictions.partial.csv instead.
       threshold: from which score logit on an image is defective; None: as the run decided.
       max_pixels: an image of more is refused before it is decoded.
       overlays: whether to draw them.
@@ -119,6 +120,7 @@ def predict(
         with (
             files.replacing(output / 'predictions.csv') as draft,
             draft.open('w', newline='', errors='surrogateescape') as table,
+            _kept(draft, output / 'predictions.partial.csv'),
             ThreadPoolExecutor() as pool,
         ):
             rows = csv.writer(table, lineterminator='\n')
@@ -149,6 +151,17 @@ def predict(
             f'{output} can not be written ({e.strerror}): make room, or choose another --output.'
         ) from None
     return done, len(failures)
+
+
+@contextlib.contextmanager
+def _kept(draft, partial):
+    """Gives a draft that is interrupted the name `partial`."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        draft.replace(partial)
+        logging.warning('The images that were predicted until now are in %s.', partial)
+        raise
 
 
 def _predict(run, predictor, named, threshold, folder, pool):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import html as html_lib
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -21,6 +22,11 @@ from ssn_jax import config as config_lib, decision, figures, metrics, published,
 from ssn_jax.errors import UserError
 
 NOTHING = '–'
+EXPLANATION = (
+    'Metrics are of the last epoch and in percent; with several seeds they are mean ± standard '
+    'deviation. Published results are those of 300 epochs of batch 32 (SimpleNet: 160 of batch 8); '
+    'differences are own minus published, in percentage points.'
+)
 
 
 # --- Runs and their rows --------------------------------------------------------------------------
@@ -51,11 +57,13 @@ class Row:
       label: the config's name, and whatever tells the row from others of the same config.
       runs: by seed.
       beside: the published result of the same, if there is one.
+      setting: the values that the label tells, by field.
     """
 
     label: str
     runs: list[Run]
     beside: published.Result | None
+    setting: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
     @property
     def where(self) -> tuple[str, str]:
@@ -123,11 +131,16 @@ def make_rows(runs: Sequence[Run]) -> list[Row]:
     for key, members in groups.items():
         first = members[0]
         others = [fields[k] for k, m in groups.items() if alike(m[0]) == alike(first)]
-        differing = [f for f in fields[key] if any(o[f] != fields[key][f] for o in others)]
-        label = ' · '.join([first.config.name, *(f'{f}={fields[key][f]}' for f in differing)])
+        setting = {f: v for f, v in fields[key].items() if any(o[f] != v for o in others)}
+        label = make_label(first.config.name, setting)
         members.sort(key=lambda run: run.config.seed)
-        rows.append(Row(label, members, published.find(first.config, first.results)))
+        rows.append(Row(label, members, published.find(first.config, first.results), setting))
     return sorted(rows, key=lambda row: (row.where, row.label))
+
+
+def make_label(name: str, setting: Mapping[str, object]) -> str:
+    """A config's name, and what tells it from others of the same name."""
+    return ' · '.join([name, *(f'{field}={value}' for field, value in setting.items())])
 
 
 def read_benchmark(path: pathlib.Path) -> tuple[str, dict[str, dict]]:
@@ -149,12 +162,16 @@ def read_benchmark(path: pathlib.Path) -> tuple[str, dict[str, dict]]:
 
 
 def speed_of(row: Row, benchmark: tuple[str, dict] | None) -> Mapping:
-    """What a benchmark measured of a row's config, {} if it measured none or another network."""
-    found = benchmark[1].get(row.runs[0].config.name, {}) if benchmark else {}
-    # A run may have changed its config's backbone or image size.
+    """What a benchmark measured of a row's network, {} if it did not.
+
+    Configs that differ in training alone have one network: another's measurement of the same size
+    stands in. A run may have changed its config's backbone or image size, so its name is no proof.
+    """
     run = row.runs[0]
     ours = run.results['parameters'], list(run.config.image_size)
-    return found if (found.get('params'), found.get('image_size')) == ours else {}
+    measured = benchmark[1] if benchmark else {}
+    same = {n: m for n, m in measured.items() if (m['params'], m['image_size']) == ours}
+    return same.get(run.config.name) or next(iter(same.values()), {})
 
 
 # --- Tables ---------------------------------------------------------------------------------------
@@ -205,7 +222,7 @@ def mean_and_spread(values: Sequence[float | None], scale: float = 1.0, digits: 
 
 def metrics_table(rows: Sequence[Row]) -> Table:
     """The seven metrics in percent, each row with the published ones and the differences."""
-    table = Table(['system', 'epochs', 'seeds', *metrics.METRICS], [])
+    table = Table(['system', 'epochs', 'seeds', *metrics.METRICS, 'seconds of training'], [])
     for row in rows:
         values = {name: row.each(lambda r, n=name: r['metrics'][n]) for name in metrics.METRICS}
         table.add(
@@ -213,6 +230,7 @@ def metrics_table(rows: Sequence[Row]) -> Table:
             str(row.runs[0].config.epochs),
             str(len(row.runs)),
             *(mean_and_spread(v, 100) for v in values.values()),
+            mean_and_spread(row.each(lambda r: r.get('train_seconds'))),
         )
         if row.beside is None:
             continue
@@ -223,8 +241,8 @@ def metrics_table(rows: Sequence[Row]) -> Table:
             theirs.append(NOTHING if value is None else f'{100 * value:.1f}')
             difference = 100 * (statistics.fmean(known) - value) if both else None
             differences.append(NOTHING if difference is None else f'{difference:+.1f}')
-        table.add('published', '', '', *theirs, quiet=True)
-        table.add('difference', '', '', *differences, quiet=True)
+        table.add('published', '', '', *theirs, '', quiet=True)
+        table.add('difference', '', '', *differences, '', quiet=True)
     return table
 
 
@@ -320,6 +338,17 @@ def section_figures(
             figures.trade_off(folder / file, ours, theirs, f'{title} · trade-off', devices)
             groups.append(('Trade-off', [Picture(file, f'I-AUROC against latency, {title}')]))
 
+    numbers = {f for row in rows for f, v in row.setting.items() if type(v) in (int, float)}
+    pictures = []
+    for i, field in enumerate(sorted(numbers), 1):
+        ours, theirs = lines_over(rows, field)
+        if any(len(points) > 1 for points in ours.values()):
+            file = f'setting-{number}-{i}.png'
+            figures.over_setting(folder / file, ours, theirs, f'{title} · {field}', field)
+            pictures.append(Picture(file, f'I-AUROC over {field}, {title}'))
+    if pictures:
+        groups.append(('Settings', pictures))
+
     histories = {row.label: row.runs[0].history for row in rows if 'loss' in row.runs[0].history}
     if histories:
         file = f'losses-{number}.png'
@@ -349,6 +378,33 @@ def section_figures(
     return groups
 
 
+def lines_over(
+    rows: Sequence[Row], field: str
+) -> tuple[dict[str, list[tuple]], dict[str, list[tuple]]]:
+    """I-AUROC over the values of a config field.
+
+    Returns:
+      A line for all rows that differ in this field alone: (value, mean, standard deviation or 0)
+      in order; and the same of published results for particular values, (value, I-AUROC).
+    """
+    ours: dict[str, list[tuple]] = {}
+    theirs: dict[str, list[tuple]] = {}
+    for row in sorted(rows, key=lambda row: row.setting.get(field, 0)):
+        known = [v for v in row.each(lambda r: r['metrics']['I-AUROC']) if v is not None]
+        if field not in row.setting or not known:
+            continue
+        name, value = row.runs[0].config.name, row.setting[field]
+        others = {f: v for f, v in row.setting.items() if f != field}
+        spread = statistics.stdev(known) if len(known) > 1 else 0.0
+        point = value, statistics.fmean(known), spread
+        ours.setdefault(make_label(name, others), []).append(point)
+        if row.beside and field in row.beside.fields and 'I-AUROC' in row.beside.metrics:
+            point = value, row.beside.metrics['I-AUROC']
+            if point not in theirs.setdefault(name, []):
+                theirs[name].append(point)
+    return ours, theirs
+
+
 def make_blocks(
     folder: pathlib.Path, rows: Sequence[Row], benchmark: tuple[str, dict] | None
 ) -> list[tuple]:
@@ -359,12 +415,7 @@ def make_blocks(
     """
     blocks: list[tuple] = [
         ('heading', 1, 'SuperSimpleNet in JAX: results'),
-        (
-            'text',
-            'Metrics are of the last epoch and in percent; with several seeds they are mean ± '
-            'standard deviation. Published results are those of 300 epochs of batch 32 (SimpleNet: '
-            '160 of batch 8); differences are own minus published, in percentage points.',
-        ),
+        ('text', EXPLANATION),
     ]
     sections: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
@@ -542,7 +593,7 @@ def write_report(
     distinct = {workdir.resolve(): workdir for workdir in reversed(single)}
     rows = make_rows([read_run(workdir) for workdir in distinct.values()])
     measured = read_benchmark(benchmark) if benchmark else None
-    draft = output.absolute().with_name(f'.{output.absolute().name}.draft')
+    draft = output.absolute().with_name(f'.{output.absolute().name}.{os.getpid()}.draft')
     try:
         shutil.rmtree(draft, ignore_errors=True)
         (draft / 'figures').mkdir(parents=True)

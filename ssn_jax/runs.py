@@ -77,7 +77,7 @@ def open_run(workdir: pathlib.Path, epoch: int | None = None, overrides: dict | 
         epoch=epoch,
         network=steps.build_network(config),
         backbone_variables=backbone_variables,
-        variables={'params': state.params, 'batch_stats': state.batch_stats},
+        variables=state.variables(),
         origin=origin,
         decision=_read(workdir / 'decision.json') if epoch == config.epochs else None,
     )
@@ -91,7 +91,7 @@ def _restore(workdir, config, epoch):
     if epoch is not None and str(epoch) not in known:
         known = ', '.join(sorted(known, key=int))
         raise UserError(f'{workdir} holds no checkpoint of epoch {epoch}: it has {known}.')
-    channels = sum(resnet.CHANNELS[config.backbone.name][1:])
+    channels = resnet.feature_channels(config.backbone.name, config.features.layers)
     # Shapes are enough for a template.
     template = jax.eval_shape(
         lambda: steps.init_state(config, jax.random.key(config.seed), channels)

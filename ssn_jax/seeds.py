@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from ssn_jax import metrics
+from ssn_jax import files, metrics
 from ssn_jax.errors import UserError
 
 
@@ -40,10 +40,14 @@ def runs_of(
 
 
 def single_runs(workdir: pathlib.Path) -> list[pathlib.Path]:
-    """The workdirs of each seed's run in a folder that `runs_of` made; else the folder itself."""
+    """The workdirs of each seed's run in a folder that `runs_of` made; else the folder itself.
+
+    Of a sweep those that have results: results.md beside them says what failed.
+    """
     if (workdir / 'config.json').exists():
         return [workdir]
-    return sorted(workdir.glob('seed-*')) or [workdir]
+    swept = [path.parent for path in workdir.glob('*/seed-*/results.json')]
+    return sorted(workdir.glob('seed-*')) or sorted(swept) or [workdir]
 
 
 def _check_folder(workdir: pathlib.Path) -> None:
@@ -52,8 +56,9 @@ def _check_folder(workdir: pathlib.Path) -> None:
             f'{workdir} holds a single run, and --config.seeds makes a folder for each of '
             'several: choose another --workdir.'
         )
-    names = [p.name for p in workdir.iterdir()] if workdir.is_dir() else []
-    other = [name for name in names if not re.fullmatch(r'seed-\d+|summary\.json(\.tmp)?', name)]
+    paths = workdir.iterdir() if workdir.is_dir() else []
+    names = [p.name for p in paths if not files.is_draft(p)]
+    other = [name for name in names if not re.fullmatch(r'seed-\d+|summary\.json', name)]
     if other:
         raise UserError(
             f'{workdir} holds something else than runs of several seeds ({min(other)}): choose '

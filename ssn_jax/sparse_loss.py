@@ -145,21 +145,38 @@ def _loss(config, params, batch_stats, layers, placed, noise_fn, capacity, stop_
     noise = noise_fn(jax.lax.stop_gradient(seen)) * valid
     power = losses.mean_where(noise**2, valid)
 
+    for_map, for_score = _noise_scales(config, params, layers, base)
+
     # Classification head: a convolution of the features, clean ones once and noise on top.
-    x = _convolve_sparse(noise, where, _feature_kernel(config, params), (2 * n, height, width))
+    shape = 2 * n, height, width
+    x = _convolve_sparse(noise * for_score, where, _feature_kernel(config, params), shape)
     x += jnp.concatenate([convolved, convolved])
     logits = None
     if config.system != 'gap_cam':
         # Segmentation head: clean positions once, noisy ones in their place.
         clean = 2.0 - flat[:positions] - flat[positions:]
         logits, noisy, stats['seg_head'] = _segment(
-            config, params, batch_stats, layers, base, clean, (rows, noise, valid)
+            config, params, batch_stats, layers, base, clean, (rows, noise * for_map, valid)
         )
         logits = jnp.tile(logits.reshape(-1), 2).at[where].set(noisy, mode='drop')
         logits = logits.reshape(2 * n, height, width, 1)
     loss, terms, more = _score(config, params, batch_stats, placed, logits, x, stop_map_gradient)
     terms |= losses.generator_terms(loss, power, config.noise.penalty)
     return (loss, terms['generator_loss']), (terms, stats | more)
+
+
+def _noise_scales(config, params, layers, base):
+    """What noise is multiplied with on its way into the map and into the score."""
+    some, features = synthesis.thin(base), base
+    if config.adaptor == 'linear':
+        projection = params['adaptor']['projection']
+        some = some @ projection['kernel'] + projection['bias']
+    elif config.noise.unit != 'absolute':
+        features = upscale_pool(layers)
+    unit = config.noise.unit
+    for_map, for_score = synthesis.noise_scales(unit, some, synthesis.thin(features))
+    adapted = config.system == 'gap_cam' or config.adapt_cls_features
+    return for_map, for_map if adapted else for_score
 
 
 def make_shuffled_loss(
@@ -237,8 +254,8 @@ def _segment(config, params, batch_stats, layers, base, clean, noisy=None):
     Args:
       config: the run's config.
       params: the discriminator's parameters.
-      batch_stats: their running averages.
-      layers: outputs of the backbone.
+      batch_stats: its running averages.
+      layers: outputs of the backbone (N, H_i, W_i, C_i).
       base: as `_base` returns it.
       clean: how often each of its positions counts in the statistics, (N * H * W,).
       noisy: rows of `base` (K, C), the noise on them once adapted, and which of them count (K, 1).

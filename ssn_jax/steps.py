@@ -17,12 +17,14 @@ import ml_collections
 import numpy as np
 import optax
 
-from ssn_jax import devices, losses, synthesis
+from ssn_jax import devices, losses, map_loss, sparse_loss, synthesis
 from ssn_jax.models import features as features_lib
 from ssn_jax.models.heads import NoiseGenerator
 from ssn_jax.models.simplenet import SimpleNet
 from ssn_jax.models.supersimplenet import GapCam, SuperSimpleNet
-from ssn_jax.sparse_loss import make_shuffled_loss, make_sparse_loss
+
+# The number of the step at which something happens that does not.
+NEVER = np.iinfo(np.int32).max
 
 
 @struct.dataclass
@@ -36,6 +38,7 @@ class TrainState:
       opt_state: its optimiser's state.
       generator: the noise generator's parameters, {} for static noise.
       generator_opt_state: its optimiser's state, () for static noise.
+      average: an exponential average of `params`, {} if none is kept.
     """
 
     step: jax.Array
@@ -44,16 +47,26 @@ class TrainState:
     opt_state: optax.OptState
     generator: dict
     generator_opt_state: optax.OptState
+    average: dict = struct.field(default_factory=dict)
+
+    def variables(self) -> dict:
+        """What is evaluated: the averaged parameters if there are any, and the statistics."""
+        return {'params': self.average or self.params, 'batch_stats': self.batch_stats}
 
 
 def build_network(config: ml_collections.ConfigDict) -> SuperSimpleNet | GapCam | SimpleNet:
     """The trained network a config describes."""
     match config.system:
         case 'gap_cam':
-            return GapCam(config.adaptor)
+            return GapCam(config.adaptor, tuple(config.features.layers))
         case 'simplenet':
             return SimpleNet(config.simplenet.embedding, config.simplenet.hidden)
-    return SuperSimpleNet(config.adaptor, config.adapt_cls_features)
+    return SuperSimpleNet(
+        config.adaptor,
+        config.adapt_cls_features,
+        classify=config.image_score == 'head',
+        layers=tuple(config.features.layers),
+    )
 
 
 def discriminator_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
@@ -115,11 +128,16 @@ def init_state(config: ml_collections.ConfigDict, key: jax.Array, channels: int)
         opt_state=discriminator_optimizer(config).init(variables['params']),
         generator=generator,
         generator_opt_state=generator_opt_state,
+        # Copies: an epoch's state is donated, each array once.
+        average=jax.tree.map(jnp.array, variables['params']) if config.optimizer.average else {},
     )
 
 
 def make_noise(config: ml_collections.ConfigDict) -> Callable:
-    """`noise(generator, adapted, key)`: noise for adapted features, both (N, H, W, C)."""
+    """`noise(generator, adapted, key)`: noise for adapted features, both (..., C).
+
+    It is in units of `config.noise.unit`: what calls it knows the features' own spread.
+    """
     settings = config.noise
 
     def static(generator, adapted, key):
@@ -129,7 +147,16 @@ def make_noise(config: ml_collections.ConfigDict) -> Callable:
     def learned(generator, adapted, key):
         z = jax.random.normal(key, (*adapted.shape[:-1], settings.z_dim))
         raw = NoiseGenerator().apply({'params': generator}, jax.lax.stop_gradient(adapted), z)
-        return synthesis.bounded_noise(raw, settings.beta if settings.bounded else None)
+        if any(settings.shell):
+            noise = synthesis.shell_noise(raw, settings.shell)
+        else:
+            noise = synthesis.bounded_noise(raw, settings.beta if settings.bounded else None)
+        if not settings.static_share:
+            return noise
+        k_static, k_which = jax.random.split(jax.random.fold_in(key, 1))
+        static = synthesis.static_noise(k_static, adapted.shape, settings.std)
+        which = jax.random.bernoulli(k_which, settings.static_share, (*adapted.shape[:-1], 1))
+        return jnp.where(which, static, noise)
 
     return learned if settings.kind == 'learned' else static
 
@@ -197,9 +224,11 @@ def make_loss(
         features = features_lib.upscale_pool(layers)
         adapted, batch_stats = apply(batch_stats, features, method='adapt')
         if not shuffled:
+            thin = synthesis.thin(adapted), synthesis.thin(features)
+            scales = synthesis.noise_scales(config.noise.unit, *thin)
             adapted, features = synthesis.double(adapted), synthesis.double(features)
             noise = noise_fn(generator, adapted, k_noise) * placed.noise
-            adapted, features = adapted + noise, features + noise
+            adapted, features = adapted + noise * scales[0], features + noise * scales[1]
         (logits, scores), batch_stats = apply(
             batch_stats, adapted, features, method='discriminate',
             stop_map_gradient=stop_map_gradient,
@@ -233,7 +262,8 @@ def make_hinge_loss(config: ml_collections.ConfigDict, noise_fn: Callable | None
     def loss_fn(params, generator, batch_stats, batch, key):
         variables = {'params': params, 'batch_stats': batch_stats}
         clean = network.apply(variables, network.features(batch['layers']), method='adapt')
-        noise = noise_fn(generator, clean, key)
+        [scale] = synthesis.noise_scales(config.noise.unit, synthesis.thin(clean))
+        noise = noise_fn(generator, clean, key) * scale
         logits, updates = network.apply(
             variables,
             jnp.concatenate([clean, clean + noise]),
@@ -256,11 +286,13 @@ def config_loss(config: ml_collections.ConfigDict, seeds_axis: str | None = None
     """
     if config.system == 'simplenet':
         return make_hinge_loss(config)
+    if config.image_score == 'map':
+        return map_loss.make_map_loss(config, build_network(config), make_noise(config))
     if not config.sparse:
         return make_loss(config)
     if config.noise.kind == 'shuffled':
-        return make_shuffled_loss(config, make_masks(config), make_shuffling(config))
-    return make_sparse_loss(config, make_masks(config), make_noise(config), seeds_axis)
+        return sparse_loss.make_shuffled_loss(config, make_masks(config), make_shuffling(config))
+    return sparse_loss.make_sparse_loss(config, make_masks(config), make_noise(config), seeds_axis)
 
 
 def make_step(
@@ -288,7 +320,13 @@ def make_step(
         updates, opt_state = d_optimizer.update(grads, state.opt_state, state.params)
         factor = factor_fn(state.step)
         params = jax.tree.map(lambda p, u: p + factor * u, state.params, updates)
-        return state.replace(params=params, batch_stats=batch_stats, opt_state=opt_state), terms
+        average = state.average
+        if average:
+            # At first the average is of few steps, or it would hold on to the beginning.
+            decay = jnp.minimum(config.optimizer.average, (1 + state.step) / (10 + state.step))
+            average = optax.incremental_update(params, average, 1 - decay)
+        state = state.replace(params=params, batch_stats=batch_stats, opt_state=opt_state)
+        return state.replace(average=average), terms
 
     def update_generator(state, batch, key):
         grads, terms = jax.grad(generator_loss, has_aux=True)(
@@ -343,11 +381,12 @@ def make_epoch(
       several: whether it is an epoch of several seeds at once.
 
     Returns:
-      `epoch(state, data, order, key) -> (state, metrics)`, which donates the state. `data` is a
-      batch of everything there is, `order` (steps, batch) says which of it each step sees; the
-      metrics are averaged. With a mesh all of them lie on it, the data spread. Of several seeds
-      state (but its step, which they share), order, key and metrics have a leading axis. With a
-      fifth argument `start` the order holds some of the epoch's steps only, from that one on.
+      `epoch(state, data, order, key) -> (state, metrics)`. `data` is a batch of everything there
+      is, `order` (steps, batch) says which of it each step sees; the metrics are averaged, and
+      `metrics['bad']` tells what became NaN or infinite, as `first_bad` does. With a mesh all of
+      them lie on it, the data spread. Of several seeds state (but its step, which they share),
+      order, key and metrics have a leading axis. With a fifth argument `start` the order holds
+      some of the epoch's steps only, from that one on.
     """
     seeds_axis = 'seeds' if several else None
     step = make_step(config, steps, config_loss(config, seeds_axis) if several else None)
@@ -362,21 +401,25 @@ def make_epoch(
             batch = jax.tree.map(lambda x: _exact(x[indices]), data)
             if mesh is not None:
                 batch = jax.lax.with_sharding_constraint(batch, devices.spread(mesh))
-            return step(state, batch, k)
+            state, terms = step(state, batch, k)
+            return state, (terms, finite(state, terms))
 
-        state, metrics = jax.lax.scan(body, state, (order, keys))
-        return state, jax.tree.map(jnp.mean, metrics)
+        state, (terms, sound) = jax.lax.scan(body, state, (order, keys))
+        return state, jax.tree.map(jnp.mean, terms) | {
+            'bad': first_bad(sound, 0 if start is None else start)
+        }
 
     def each(state, data, order, key, start=None):
         # One step for all seeds keeps the choice of the player a choice: mapped over, vmap would
         # update both players on every step and select.
-        state_axes = TrainState(None, *[0] * 5)
+        state_axes = TrainState(None, *[0] * 6)
         axes = {'in_axes': (state_axes, None, 0, 0), 'out_axes': (state_axes, 0)}
         mapped = jax.vmap(functools.partial(epoch, start=start), **axes, axis_name=seeds_axis)
         return mapped(state, data, order, key)
 
     where = {} if mesh is None else {'out_shardings': devices.replicated(mesh)}
-    return jax.jit(each if several else epoch, donate_argnums=0, **where)
+    # The state is not donated: until the next one is there, it may have to be written.
+    return jax.jit(each if several else epoch, **where)
 
 
 def make_streamed_epoch(
@@ -414,6 +457,38 @@ def make_streamed_epoch(
             state, metrics = run(state, part, local, key, at)
             parts.append(metrics)
         parts = jax.device_get(parts)
-        return state, jax.tree.map(lambda *x: np.mean(x, 0), *parts)
+        bad = jax.tree.map(lambda *x: np.min(x, 0), *(part.pop('bad') for part in parts))
+        return state, jax.tree.map(lambda *x: np.mean(x, 0), *parts) | {'bad': bad}
 
     return epoch
+
+
+def finite(state: TrainState, terms: dict) -> dict[str, jax.Array]:
+    """Which of a step's terms, and under 'gradients' of the parameters after it, are finite.
+
+    A gradient that is NaN or infinite leaves a parameter so; looking at one of both is enough.
+    """
+    parameters = jax.tree.leaves((state.params, state.generator))
+    sound = jnp.stack([jnp.isfinite(x).all() for x in parameters]).all()
+    return {name: jnp.isfinite(x) for name, x in terms.items()} | {'gradients': sound}
+
+
+def first_bad(sound: dict[str, jax.Array], start: jax.Array | int = 0) -> dict[str, jax.Array]:
+    """The first step, counted from `start`, at which each entry (steps,) is False; else `NEVER`."""
+    return {
+        name: jnp.where(ok.all(), NEVER, start + jnp.argmin(ok)).astype(jnp.int32)
+        for name, ok in sound.items()
+    }
+
+
+def describe_bad(bad: dict[str, int]) -> tuple[int, str] | None:
+    """The first bad step of a `first_bad` on the host, and in words what was bad; None for none."""
+    step = min(bad.values())
+    if step == NEVER:
+        return None
+    names = [name for name, first in bad.items() if first == step]
+    # A bad term makes its sums and gradients bad too.
+    terms = [name for name in names if name not in ('loss', 'generator_loss', 'gradients')]
+    sums = [name for name in names if name != 'gradients']
+    named = terms or sums[:1]
+    return int(step), f'the loss ({", ".join(named)})' if named else 'a gradient of the loss'

@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 
 from ssn_jax import sampling
-from ssn_jax.data import Split, images
+from ssn_jax.data import Split, defects, images
 from ssn_jax.errors import UserError
 
 
@@ -124,6 +124,28 @@ def with_flips(split: Split) -> Split:
         return np.concatenate([x[normal], flips(x[defective])])
 
     return dataclasses.replace(four, images=flip(split.images), masks=flip(split.masks))
+
+
+def with_drawn(config: ml_collections.ConfigDict, split: Split) -> Split:
+    """The split and, after it, copies of its normal images with defects drawn into them.
+
+    Args:
+      config: the run's; `drawn` says how many copies, and `seed` there which defects.
+      split: the training images, normal ones first.
+    """
+    copies, normal = config.drawn.copies, take(split, np.flatnonzero(split.labels == 0))
+    if not copies:
+        return split
+    drawn, masks = defects.draw(normal.images, copies, config.drawn.seed)
+    logging.info('%d copies of normal training images have a defect drawn into them', len(drawn))
+    return Split(
+        images=np.concatenate([split.images, drawn]),
+        masks=np.concatenate([split.masks, masks]),
+        has_mask=np.concatenate([split.has_mask, np.ones(len(drawn), bool)]),
+        labels=np.concatenate([split.labels, np.ones(len(drawn), split.labels.dtype)]),
+        defects=split.defects + ('drawn',) * len(drawn),
+        files=split.files + tuple(f for f in normal.files for _ in range(copies)),
+    )
 
 
 def truth(

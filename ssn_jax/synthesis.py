@@ -94,6 +94,42 @@ def bounded_noise(raw: jax.Array, beta: float | None) -> jax.Array:
     return raw if beta is None else beta * jnp.tanh(raw)
 
 
+def shell_noise(raw: jax.Array, shell: tuple[float, float]) -> jax.Array:
+    """A generator's raw output (..., C) as noise of its direction, whose size lies in a shell.
+
+    The size is the root mean square over channels. It can neither vanish, where the discriminator
+    would have to guess, nor grow without bound, where it would learn nothing; GLASS (Chen et al.,
+    ECCV 2024, section 3.2) holds noise that climbs the discriminator's gradient in such a shell.
+
+    Args:
+      raw: any values.
+      shell: least and largest size; that of raw goes from one to the other by x / (1 + x).
+    """
+    size = jnp.sqrt((raw**2).mean(-1, keepdims=True) + 1e-12)
+    low, high = shell
+    return (low + (high - low) * size / (1 + size)) * raw / size
+
+
+def noise_scales(unit: str, *grids: jax.Array) -> list[jax.Array | float]:
+    """What noise is multiplied with before it is added to each of several feature grids.
+
+    Args:
+      unit: 'absolute', or 'feature_std' for each channel's own standard deviation.
+      *grids: clean features (..., C).
+
+    Returns:
+      (C,) for each grid, without a gradient; 1 for absolute noise.
+    """
+    if unit == 'absolute':
+        return [1.0] * len(grids)
+    return [jax.lax.stop_gradient(x.reshape(-1, x.shape[-1]).std(0)) for x in grids]
+
+
+def thin(grid: jax.Array) -> jax.Array:
+    """Every fourth row and column of a grid (N, H, W, C): enough to know its channels' spread."""
+    return grid[:, ::4, ::4]
+
+
 def shuffle_layers(
     key: jax.Array,
     layers: tuple[jax.Array, ...],

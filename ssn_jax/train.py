@@ -1,12 +1,16 @@
 """The main job: `train_and_evaluate(config, workdir)`, from records to results."""
 
+from collections.abc import Iterator
+import contextlib
 import csv
 import dataclasses
+import functools
 import json
 import math
 import os
 import pathlib
 import time
+import traceback
 
 from absl import logging
 import jax
@@ -63,7 +67,7 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> N
                 f'{workdir} holds a run of another config (different: {", ".join(different)}): '
                 'give this one its own --workdir, or delete that folder.'
             )
-    elif workdir.is_dir() and any(workdir.iterdir()):
+    elif workdir.is_dir() and not all(files.is_draft(p) for p in workdir.iterdir()):
         raise UserError(f'{workdir} is not empty and holds no run: choose another --workdir.')
 
 
@@ -119,6 +123,7 @@ def train_and_evaluate(
     workdir: pathlib.Path,
     events: bool = False,
     quiet: bool = False,
+    keeper: checkpoint.Keeper | None = None,
 ) -> dict:
     """Trains a config to its last epoch, or resumes it, and measures it there.
 
@@ -128,12 +133,14 @@ def train_and_evaluate(
         several seeds (`config.seeds`) a folder seed-N for each that does, and summary.json.
       events: whether to write TensorBoard event files to tensorboard/ too.
       quiet: shows no progress bar.
+      keeper: is told what the training has reached.
 
     Returns:
       What results.json holds; of several seeds, what summary.json does.
 
     Raises:
-      UserError: the config, the data, the weights or the workdir are of no use.
+      UserError: the config, the data, the weights or the workdir are of no use, or something
+        became NaN or infinite.
     """
     config_lib.validate(config)
     runs = seeds.runs_of(config, workdir)
@@ -163,29 +170,34 @@ def train_and_evaluate(
     logging.info('Backbone %s, weights: %s', config.backbone.name, origin)
 
     devices.wait_for_all('workdir checked')  # Before the first one writes there.
-    for run in runs:
-        begin_workdir(*run, split)
-
     network = steps.build_network(config)
-    trained = train(runs, split, network, backbone, backbone_variables, events, quiet)
-    predict = evaluate.make_predictor(network, config.eval_batch_size)
+    frozen = network, backbone, backbone_variables
+    with contextlib.ExitStack() as locks:
+        for run in runs:
+            begin_workdir(*run, split, locks)
+        trained = train(runs, split, *frozen, keeper or checkpoint.Keeper(), events, quiet)
+        predict = evaluate.make_predictor(network, config.eval_batch_size)
 
-    def measure_run(run, state, log):
-        variables = backbone_variables, {'params': state.params, 'batch_stats': state.batch_stats}
-        return measure(*run, dataset, split, held_out, predict, variables, origin, log)
+        def measure_run(run, state, log):
+            variables = backbone_variables, state.variables()
+            return measure(*run, dataset, split, held_out, predict, variables, origin, log)
 
-    results = [measure_run(run, *after) for run, after in zip(runs, trained, strict=True)]
-    if config.seeds == 1:
-        return results[0]
-    summary = seeds.summarise(results)
-    write(workdir / 'summary.json', json.dumps(summary, indent=2) + '\n')
-    return summary
+        results = [measure_run(run, *after) for run, after in zip(runs, trained, strict=True)]
+        if config.seeds == 1:
+            return results[0]
+        summary = seeds.summarise(results)
+        write(workdir / 'summary.json', json.dumps(summary, indent=2) + '\n')
+        return summary
 
 
-def begin_workdir(config, workdir, split) -> None:
-    """Writes what a run's folder holds before it trains."""
+def begin_workdir(config, workdir, split, locks) -> None:
+    """Locks a run's folder, and writes what it holds before the run trains."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        if devices.is_first():
+            locks.enter_context(files.locked(workdir))
+            for path in filter(files.is_draft, workdir.rglob('*')):
+                path.unlink()  # Of a process that was killed: whoever writes here has the lock.
         write(workdir / 'config.json', config_lib.to_json(config))
         if config.supervision.kind == 'masks':
             masked = json.dumps(supervision.masked_files(split), indent=2) + '\n'
@@ -210,7 +222,8 @@ def measure(config, workdir, dataset, split, held_out, predict, variables, origi
         on_test = decision.rates(scores, dataset.test.labels, chosen['threshold'])
         chosen |= {f'test_{name}': value for name, value in on_test.items()}
 
-    seconds = log.history().get('seconds')  # An imported checkpoint was not trained here.
+    history = log.history()
+    seconds = history.get('seconds')  # An imported checkpoint was not trained here.
     results = {
         'config': config.name,
         'data': dataset.name,
@@ -230,6 +243,7 @@ def measure(config, workdir, dataset, split, held_out, predict, variables, origi
         'test_images': len(dataset.test.labels),
         'parameters': sum(count(v['params']) for v in variables),
         'train_seconds': round(sum(seconds), 1) if seconds else None,
+        'loss_grew': loss_grew(history),
         # The first epoch after a start compiles: the median leaves it out.
         'seconds_per_epoch': round(float(np.median(seconds)), 2) if seconds else None,
         'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
@@ -242,6 +256,18 @@ def measure(config, workdir, dataset, split, held_out, predict, variables, origi
     write(workdir / 'decision.json', json.dumps(chosen, indent=2) + '\n')
     write(workdir / 'results.json', json.dumps(results, indent=2) + '\n')
     return results
+
+
+def loss_grew(history: dict[str, list[float]]) -> bool | None:
+    """Tells whether the loss ended at more than twice what it began at; None without a history."""
+    if not history.get('loss'):
+        return None
+    first, last = history['loss'][0], history['loss'][-1]
+    if last > 2 * first:
+        logging.warning(
+            'The loss grew from %.4g to %.4g: the training may have diverged.', first, last
+        )
+    return last > 2 * first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,11 +291,10 @@ class Start:
     key: jax.Array
 
 
-def train(runs, split, network, backbone, backbone_variables, events=False, quiet=False):
+def train(runs, split, network, backbone, backbone_variables, keeper, events=False, quiet=False):
     """Runs the epochs that are missing; returns each run's final state and its log."""
     config, _ = runs[0]
-    if config.supervision.kind != 'none':
-        split = supervision.with_flips(split)
+    split = supervision.with_drawn(config, supervision.with_flips(split))
     mesh = devices.make_mesh(image_order(config, split)(0).shape[1])
     starts = [find_start(*run, mesh, events) for run in runs]
     states = [start.state for start in starts]
@@ -277,13 +302,14 @@ def train(runs, split, network, backbone, backbone_variables, events=False, quie
     if missing:
         on_host = keep_on_host(config, split, network, backbone, backbone_variables)
         frozen = network, backbone, backbone_variables
-        contents = training_data(config, split, *frozen, mesh, on_host)
+        with naming_nans(config):
+            contents = training_data(config, split, *frozen, mesh, on_host)
     # A kill between two seeds' checkpoints leaves seeds at different epochs: those of the same
     # go on together.
     for done in missing:
         members = [i for i, start in enumerate(starts) if start.done == done]
         together = [starts[i] for i in members]
-        trained = train_together(together, split, contents, mesh, on_host, quiet)
+        trained = train_together(together, split, contents, mesh, on_host, keeper, quiet)
         for i, state in zip(members, trained, strict=True):
             states[i] = state
     logs = [start.log for start in starts]
@@ -293,16 +319,27 @@ def train(runs, split, network, backbone, backbone_variables, events=False, quie
 def find_start(config, workdir, mesh, events) -> Start:
     """A run's newest checkpoint, or its beginning."""
     k_init, k_epochs = jax.random.split(jax.random.key(config.seed))
-    state = steps.init_state(config, k_init, sum(resnet.CHANNELS[config.backbone.name][1:]))
-    manager = checkpoint.open_manager(workdir, config.checkpoint.keep)
+    channels = resnet.feature_channels(config.backbone.name, config.features.layers)
+    state = steps.init_state(config, k_init, channels)
+    manager = checkpoint.open_manager(workdir, config.checkpoint.keep, writes=True)
     done, state = checkpoint.restore(manager, devices.put(mesh, state))
     if done:
         logging.info('Resuming %s after epoch %d', workdir, done)
-    log = Log(workdir / 'train.csv', done, workdir / 'tensorboard' if events else None)
+        checkpoint.set_aside(manager, done)
+    file = workdir / 'train.csv'
+    try:
+        log = Log(file, done, workdir / 'tensorboard' if events else None)
+        epochs = [int(row['epoch']) for row in log.rows]
+        if epochs != list(range(done + 1 - len(epochs), done + 1)):
+            raise ValueError(f'epochs before {done} are missing')
+    except (KeyError, ValueError, csv.Error) as e:
+        raise UserError(
+            f'{file} is damaged ({e}): restore it, or delete it to go on without what it held.'
+        ) from None
     return Start(config, done, state, manager, log, k_epochs)
 
 
-def train_together(starts, split, contents, mesh, on_host, quiet):
+def train_together(starts, split, contents, mesh, on_host, keeper, quiet):
     """Trains runs that differ in their seed alone from the same epoch on; their last states."""
     config, done, several = starts[0].config, starts[0].done, len(starts)
     orders = [image_order(start.config, split) for start in starts]
@@ -311,6 +348,11 @@ def train_together(starts, split, contents, mesh, on_host, quiet):
     run_epoch = make(config, per_epoch, mesh, several=several > 1)
     logging.info('%d images, %d steps per epoch', len(split.images), per_epoch)
     state = devices.put(mesh, seeds.stack_states([start.state for start in starts]))
+    keeper.reached(done)
+
+    def save(epoch, state):
+        for start, one in zip(starts, seeds.unstack_states(state, several), strict=True):
+            checkpoint.save(start.manager, epoch, one)
 
     epochs = range(done + 1, config.epochs + 1)
     progress = tqdm.tqdm(
@@ -322,25 +364,63 @@ def train_together(starts, split, contents, mesh, on_host, quiet):
         order = seeds.stack([next_order(epoch - 1) for next_order in orders])
         keys = devices.put(mesh, keys)
         order = np.asarray(order) if on_host else devices.put(mesh, order)
-        with jax.transfer_guard('disallow'):
-            state, values = run_epoch(state, contents, order, keys)
-        each = seeds.unstack(jax.device_get(values), several)
+        # Looking for a NaN goes through the epoch operation by operation, on the host.
+        guard = 'allow' if config.debug_nans else 'disallow'
+        with jax.transfer_guard(guard), naming_nans(config):
+            following, values = run_epoch(state, contents, order, keys)
+            each = seeds.unstack(jax.device_get(values), several)
+        for start, one in zip(starts, each, strict=True):
+            check_finite(start, epoch, per_epoch, one.pop('bad'), keeper)
+        state = following
         each = [{name: float(v) for name, v in sorted(one.items())} for one in each]
         seconds = (time.time() - began) / several  # Of each, so that their sum is what it took.
-        for start, one in zip(starts, each, strict=True):
-            start.log.append(epoch, one | {'seconds': seconds})
+        with keeper.lock:
+            for start, one in zip(starts, each, strict=True):
+                start.log.append(epoch, one | {'seconds': seconds})
+            keeper.reached(epoch, functools.partial(save, epoch, state))
+            if epoch % config.checkpoint.every == 0 or epoch == config.epochs:
+                keeper.save()
         progress.set_postfix(loss=f'{np.mean([one["loss"] for one in each]):.4f}')
-        if epoch % config.checkpoint.every == 0 or epoch == config.epochs:
-            states = seeds.unstack_states(state, several)
-            for start, one in zip(starts, states, strict=True):
-                checkpoint.save(start.manager, epoch, one)
     return seeds.unstack_states(state, several)
+
+
+def check_finite(start, epoch, per_epoch, bad, keeper) -> None:
+    """Saves the state before an epoch and raises UserError if something of it was not finite."""
+    found = steps.describe_bad(bad)
+    if not found:
+        return
+    step, what = found
+    saved = keeper.save()
+    last = f'the last good checkpoint is {start.manager.directory / str(saved)}'
+    if not saved:
+        last = 'no epoch before it was complete'
+    raise UserError(
+        f'epoch {epoch}, step {step + 1} of {per_epoch} (seed {start.config.seed}): {what} became '
+        f'NaN or infinite; {last}. The same command with --config.debug_nans=True finds the '
+        'operation.'
+    )
+
+
+@contextlib.contextmanager
+def naming_nans(config) -> Iterator[None]:
+    """With `config.debug_nans` a NaN or infinity is a UserError that names the operation."""
+    if not config.debug_nans:
+        yield
+        return
+    try:
+        with jax.debug_nans(True), jax.debug_infs(True):
+            yield
+    except FloatingPointError as e:
+        ours = os.path.dirname(__file__)
+        places = [f for f in traceback.extract_tb(e.__traceback__) if f.filename.startswith(ours)]
+        where = f'{places[-1].filename}, line {places[-1].lineno}: {places[-1].line}'
+        raise UserError(f'{str(e).splitlines()[0]} ({where})') from None
 
 
 def image_order(config, split):
     """`order(epoch)`: indices (steps, batch) into the training images, flips included."""
     total, defective = len(split.labels), int(split.labels.sum())
-    if config.supervision.kind == 'none':
+    if not defective:
         return lambda epoch: sampling.uniform_order(config.seed, epoch, total, config.batch_size)
     return lambda epoch: sampling.balanced_order(
         config.seed, epoch, total - defective, defective, config.batch_size
@@ -382,7 +462,7 @@ def training_data(config, split, network, backbone, backbone_variables, mesh, on
         dtype=config.features.dtype,
         to_host=on_host,
     )
-    if config.supervision.kind == 'none':
+    if not split.labels.any():
         return {'layers': layers}
     known = supervision.truth(config.supervision, split, features_lib.feature_grid(layers))
     if not on_host:

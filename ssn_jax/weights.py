@@ -4,7 +4,6 @@ No pickle is ever loaded: a safetensors file holds arrays and nothing that can r
 """
 
 from collections.abc import Callable, Mapping
-import hashlib
 import pathlib
 import re
 
@@ -16,6 +15,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from ssn_jax import files
 from ssn_jax.errors import UserError
 from ssn_jax.models import resnet
 
@@ -127,6 +127,8 @@ def port(
                     f'which does not fit {leaf.shape}'
                 )
             ported[path] = value.astype(np.float32)
+            if not np.isfinite(ported[path]).all():
+                problems.append(f'{names[path]} holds NaN or infinity')
     if problems:
         raise UserError(
             f'{source} does not hold the weights of this architecture ({"; ".join(problems[:3])}). '
@@ -181,8 +183,7 @@ def download(name: str) -> pathlib.Path:
             f'https://huggingface.co/{repository} on a machine with network and set '
             '--config.backbone.weights=FILE.'
         ) from None
-    with open(path, 'rb') as f:
-        digest = hashlib.file_digest(f, 'sha256').hexdigest()
+    digest = files.digest(path)
     if digest != sha256:
         raise UserError(
             f'{path} has SHA-256 {digest}, not the expected {sha256}: delete it and try again.'

@@ -223,6 +223,45 @@ def test_prepared_set_is_read_again_and_never_stale(load, tmp_path):
     assert load().train.files == ('nut/train/good/000.png', 'nut/train/good/002.png')
 
 
+@pytest.mark.parametrize('damage', ['flip', 'cut', 'remove', 'older'])
+def test_a_damaged_prepared_set_is_made_again(damage, load, tmp_path, caplog):
+    make_category(tmp_path / 'root/nut')
+    first = load()
+    [prepared] = (tmp_path / 'cache').iterdir()
+    file = max((p for p in prepared.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
+    file = prepared / 'sha256.json' if damage == 'older' else file  # They had no digests.
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.unlink()
+    if damage in ('flip', 'cut'):
+        file.write_bytes(content if damage == 'flip' else content[:-1])
+    again = load()
+    assert (again.train.images == first.train.images).all()
+    assert (again.test.masks == first.test.masks).all()
+    [warned] = [r.getMessage() for r in caplog.records if r.levelname == 'WARNING']
+    assert 'is prepared anew' in warned and str(prepared) in warned
+    assert [*(tmp_path / 'cache').iterdir()] == [prepared]
+    load()
+    assert caplog.text.count('is prepared anew') == 1
+
+
+def test_no_name_leads_out_of_the_cache(load, tmp_path):
+    make_category(tmp_path / 'root/nut')
+    base, outside = tmp_path / 'root/nut', tmp_path / 'outside'
+    write(outside / 'x.png', 7)
+    for name in ('a\nb.png', '-rf.png', '$(touch x).png', '%2e%2e%2fx.png', 'C:\\x.png', ' .png'):
+        (base / 'train/good/x.png').write_bytes((outside / 'x.png').read_bytes())
+        (base / 'train/good/x.png').rename(base / 'train/good' / name)
+    (base / 'train/good/link.png').symlink_to(outside / 'x.png')
+    (base / 'test/.. ').symlink_to(outside)  # No defect of it has a mask, so it is not MVTec's.
+    before = {p: p.lstat().st_mtime_ns for p in (*base.rglob('*'), *outside.rglob('*'))}
+    found = load('folder', root=base)
+    assert len(found.train.files) == 10 and (found.train.images == 7).any()
+    assert {p.name for p in tmp_path.iterdir()} == {'root', 'outside', 'cache'}
+    assert before == {p: p.lstat().st_mtime_ns for p in (*base.rglob('*'), *outside.rglob('*'))}
+    assert {p.name[:11] for p in (tmp_path / 'cache').iterdir()} == {'folder-nut-'}
+
+
 def test_two_roots_do_not_meet_in_the_cache(load, tmp_path):
     for value, name in ((1, 'a'), (2, 'b')):
         make_category(tmp_path / name / 'nut')

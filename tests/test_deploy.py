@@ -17,6 +17,10 @@ TOLERANCE = 1e-5  # Relative to an array's largest value.
 SIMPLENET = SimpleNet(embedding=96, hidden=64)
 NETWORKS = [
     *(SuperSimpleNet(adaptor, adapted) for adaptor in ('linear', 'conv') for adapted in (0, 1)),
+    SuperSimpleNet(classify=False),
+    SuperSimpleNet(layers=(1, 2, 3)),
+    SuperSimpleNet('conv', classify=False, layers=(1, 2)),
+    GapCam(layers=(1, 2)),
     GapCam('linear'),
     GapCam('conv'),
     SIMPLENET,
@@ -34,7 +38,8 @@ def models(backbone, network, seed=0):
     """A backbone and a network with random weights."""
     rng = np.random.default_rng(seed)
     backbone_variables = shake(rule.backbone(backbone), rng)
-    channels = getattr(network, 'embedding', sum(resnet.CHANNELS[backbone][1:]))
+    channels = resnet.feature_channels(backbone, getattr(network, 'layers', (2, 3)))
+    channels = getattr(network, 'embedding', channels)
     return backbone_variables, network, shake(rule.network(network, channels), rng)
 
 
@@ -45,8 +50,8 @@ def random_images(seed, n, size):
 def direct(backbone, backbone_variables, network, variables, images):
     """Score and map, straight through backbone, heads and blur."""
     x = features_lib.normalise(images)
-    layers = jax.jit(resnet.BACKBONES[backbone].apply)(backbone_variables, x)[1:]
-    logits, scores = network.apply(variables, network.features(network.frozen(layers)))
+    stages = jax.jit(resnet.BACKBONES[backbone].apply)(backbone_variables, x)
+    logits, scores = network.apply(variables, network.features(network.frozen(stages)))
     return scores, network.full_size_map(logits, images.shape[1:3])[..., 0]
 
 

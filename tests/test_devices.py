@@ -35,6 +35,7 @@ def history(config, mesh):
         key = devices.put(mesh, jax.random.fold_in(jax.random.key(2), i))
         with jax.transfer_guard('disallow'):
             state, values = epoch(state, batch, order, key)
+        assert min(values.pop('bad').values()) == steps.NEVER
         rows.append([float(values[name]) for name in sorted(values)])
     return rows
 

@@ -81,8 +81,19 @@ def test_compare_maps(tmp_path):
     data = split(3, defective=3)
     systems = {'GAP+CAM': data['maps'], 'SuperSimpleNet with every mask there is': 1 - data['maps']}
     kept = {name: data[name] for name in ('images', 'masks', 'names')}
-    figures.compare_maps(tmp_path / 'compare.png', systems=systems, title='ksdd2', **kept)
-    check(tmp_path / 'compare.png')
+    for notes in (None, {system: ['0.981 · defective'] * 3 for system in systems}):
+        figures.compare_maps(
+            tmp_path / 'compare.png', systems=systems, title='ksdd2', notes=notes, **kept
+        )
+        check(tmp_path / 'compare.png')
+
+
+@pytest.mark.parametrize('values', [[0.0015, 0.05, 0.1, 0.5], [0, 1], list(range(12)), [0.1]])
+def test_accuracy_over_a_setting(tmp_path, values):
+    lines = {name: [(v, 0.5, 0.1) for v in values] for name in ('mod2', 'mod2 · noise.z_dim=0')}
+    for published in ({}, {'mod2': [(values[0], 0.7)]}):
+        figures.over_setting(tmp_path / 'x.png', lines, published, 'screw', 'noise.beta')
+        check(tmp_path / 'x.png')
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_gap_cam_matches_published_model():
     expected = rule.reference('model_gap_cam')
     image, model = expected['image'], GapCam()
     stages = resnet.BACKBONES['resnet18'].apply(rule.backbone('resnet18'), image)
-    features = model.features(model.frozen(stages[1:]))
+    features = model.features(model.frozen(stages))
     raw_map, score = model.apply(rule.network(model, features.shape[-1]), features)
     full = model.full_size_map(raw_map, image.shape[1:3])
     for name, actual in {'raw_map': raw_map, 'score': score, 'anomaly_map': full}.items():
@@ -279,3 +279,37 @@ def test_stopped_map_gradient_keeps_the_score_out_of_the_segmentation_head():
     }
     assert norms[True] == 0
     assert norms[False] > 0
+
+
+@pytest.mark.parametrize('grid', [(4, 6), (5, 7), (1, 3), (8, 8)])
+def test_features_at_sampled_places_are_those_of_the_grid(grid):
+    keys = jax.random.split(jax.random.key(sum(grid)), 3)
+    half = tuple(-(-s // 2) for s in grid)
+    layers = (jax.random.normal(keys[0], (3, *grid, 5)), jax.random.normal(keys[1], (3, *half, 9)))
+    features = features_lib.upscale_pool(layers).reshape(3, -1, 14)
+    places = jax.random.randint(keys[2], (3, 50), 0, features.shape[1])
+    sampled = features_lib.sample_features(layers, places)
+    expected = jnp.take_along_axis(features, places[..., None], 1)
+    np.testing.assert_allclose(sampled, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('size', [(8, 12), (9, 11), (1, 2)])
+def test_layer1_joins_layer2_at_its_places(size):
+    """A value of layer1 is the average around the place that a convolution of stride 2 reads."""
+    halves = [tuple(-(-s // k) for s in size) for k in (1, 2, 4)]
+    keys = jax.random.split(jax.random.key(0), 3)
+    stages = tuple(
+        jax.random.normal(k, (2, *half, c))
+        for k, half, c in zip(keys, halves, (3, 5, 7), strict=True)
+    )
+    assert [x.shape[-1] for x in features_lib.select_layers(stages)] == [5, 7]
+    first, last = features_lib.select_layers(stages, (1, 2, 3))
+    np.testing.assert_array_equal(first[..., :5], stages[1])
+    np.testing.assert_array_equal(last, stages[2])
+    for row, column in np.ndindex(*halves[1]):
+        near = stages[0][
+            :, max(2 * row - 1, 0) : 2 * row + 2, max(2 * column - 1, 0) : 2 * column + 2
+        ]
+        np.testing.assert_allclose(first[:, row, column, 5:], near.mean((1, 2)), atol=1e-5)
+    [only] = features_lib.select_layers(stages, (1, 2))
+    np.testing.assert_array_equal(only, first)

@@ -13,6 +13,7 @@ import zlib
 
 import cv2
 import numpy as np
+from PIL import Image
 import pytest
 import tiny
 
@@ -107,6 +108,110 @@ def test_any_format_and_size(size, run, tmp_path):
         white = (overlay[..., 0].astype(int) > 200).sum()  # Blue lacks in the spot: the outline.
         assert 20 < white < 400, name
     assert sorted(os.listdir(tmp_path / 'out')) == ['overlays', 'predictions.csv']
+
+
+def save(file, image, **options):
+    """Writes what OpenCV does not, with Pillow."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image.save(file, **options)
+
+
+def test_every_other_kind_of_file(run, tmp_path, caplog):
+    """The spot is found in what is an image; the rest is reported, each file in one line."""
+    source, box = tmp_path / 'in', (40, 60, 24, 36)
+    picture = Image.fromarray(spot(128, 192, box))
+    turned = Image.Exif()
+    turned[274] = 6  # To be turned by 90° clockwise.
+    save(source / 'cmyk.jpg', picture.convert('CMYK'))
+    save(source / 'palette.png', picture.convert('P'))
+    save(source / 'palette alpha.png', picture.convert('P'), transparency=0)
+    save(source / 'alpha.webp', picture.convert('RGBA'), lossless=True)
+    save(source / 'grey alpha.png', picture.convert('LA'))
+    save(source / 'one bit.png', picture.convert('1', dither=Image.Dither.NONE))
+    black = Image.new('RGB', picture.size)
+    save(source / 'animated.gif', picture, save_all=True, append_images=[black])
+    save(source / 'exif.jpg', picture.transpose(Image.Transpose.ROTATE_90), exif=turned)
+    save(source / '検査 Übung €.png', picture)
+    good = {p.name for p in source.iterdir()}
+
+    encoded = (source / 'palette.png').read_bytes()
+    bad = {'empty.png': b'', 'cut.png': encoded[:-20], 'text.png': b'# Notes\n'}
+    bad['cut.jpg'] = (source / 'cmyk.jpg').read_bytes()[:-200]
+    for name, content in bad.items():
+        (source / name).write_bytes(content)
+    (source / 'loop.png').symlink_to(source / 'loop.png')
+    (source / 'folder.png').mkdir()  # Holds no image, and is none.
+    (source / 'round').symlink_to(source)
+    write(source / 'full.png/1.png', spot(128, 192, box))
+
+    counts = len(good) + 1, len(bad) + 1
+    assert predict.predict(run, source, tmp_path / 'out') == counts
+    rows = table(tmp_path / 'out/predictions.csv')
+    assert rows.keys() == good | {'full.png/1.png'}
+    for name, row in rows.items():
+        assert row['decision'] == 'defective', name
+        assert np.abs(np.array(box_of(row)) - box).max() <= 8, name
+        overlay = cv2.imread(str(tmp_path / 'out/overlays' / f'{name}.jpg'))
+        assert overlay.shape == (128, 192, 3), name
+    assert table(tmp_path / 'out/unreadable.csv').keys() == {*bad, 'loop.png'}
+    warned = [r.getMessage() for r in caplog.records if r.levelname == 'WARNING']
+    assert len(warned) == len(bad) + 1 and not any('\n' in text for text in warned)
+
+
+def test_no_name_leads_out_of_the_output(run, tmp_path):
+    """Names are those of files and folders, and may be anything that these can be called."""
+    source, outside = tmp_path / 'in', tmp_path / 'outside'
+    write(outside / 'secret.png', spot(40, 40, (10, 10, 9, 9)))
+    names = [
+        '..png',
+        '...png',
+        ' .png',
+        '-rf.png',
+        '~.png',
+        '$(touch x).png',
+        'a\nb.png',
+        '%2e.png',
+    ]
+    names += ['..%2f..%2fx.png', 'C:\\x.png', '.. /x.png', '... /.. .png', 'predictions.csv/x.png']
+    for name in names:
+        write(tmp_path / 'in/x.png', spot(40, 40, (10, 10, 9, 9)))
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / 'x.png').rename(source / name)
+    (source / 'link.png').symlink_to(outside / 'secret.png')
+    (source / 'folder').symlink_to(outside)
+    before = {p: p.lstat().st_mtime_ns for p in (*source.rglob('*'), *outside.rglob('*'))}
+    hidden = {name for name in names if name.startswith('.')}
+    done, failed = predict.predict(run, source, tmp_path / 'out')
+    assert (done, failed) == (len(names) - len(hidden) + 1, 0)
+    after = {p: p.lstat().st_mtime_ns for p in (*source.rglob('*'), *outside.rglob('*'))}
+    assert after == before
+    assert {p.name for p in tmp_path.iterdir()} == {'in', 'out', 'outside'}
+    drawn = {p.relative_to(tmp_path / 'out/overlays') for p in (tmp_path / 'out').rglob('*.jpg')}
+    expected = {f'{name}.jpg' for name in {*names, 'link.png'} - hidden}
+    assert {p.as_posix() for p in drawn} == expected
+
+
+def test_interrupted_predictions_are_kept_and_called_partial(run, tmp_path, monkeypatch, caplog):
+    for i in range(12):
+        write(tmp_path / f'in/{i:02d}.png', spot(40, 40, (10, 10, 9, 9)))
+    seen, make = [], runs.make_predictor
+
+    def make_predictor(run, batch_size):
+        def predictor(batch):
+            seen.append(batch)
+            if len(seen) == 3:
+                raise KeyboardInterrupt
+            return make(run, batch_size)(batch)
+
+        return predictor
+
+    monkeypatch.setattr(runs, 'make_predictor', make_predictor)
+    with pytest.raises(KeyboardInterrupt):
+        predict.predict(run, tmp_path / 'in', tmp_path / 'out', overlays=False)
+    assert os.listdir(tmp_path / 'out') == ['predictions.partial.csv']
+    found = table(tmp_path / 'out/predictions.partial.csv')
+    assert [*found] == [f'{i:02d}.png' for i in range(8)]
+    assert str(tmp_path / 'out/predictions.partial.csv') in caplog.text
 
 
 def test_an_image_of_one_pixel(run, tmp_path):

@@ -27,6 +27,7 @@ SHORT = (
 # Beginnings of commands, and what is added to them. A new command needs an entry here.
 ADDED = {
     'python -m ssn_jax.main --config configs/': SHORT,
+    'python scripts/sweep.py --config configs/': SHORT,
     'python scripts/import_torch.py --checkpoint weights.safetensors': SHORT,
     'python scripts/compare.py': '',
     'python scripts/evaluate.py --workdir runs/mod2': '',
@@ -37,9 +38,9 @@ ADDED = {
     'python scripts/benchmark.py --json': '--configs=mod1_a --turns=7 --nodirect',
 }
 # Not run here: the environment's own commands, and what tests/test_devices.py runs.
-LEFT_OUT = re.compile(r'(make|\. \.venv|pip install|for|done)\b|.*--coordinator')
+LEFT_OUT = re.compile(r'(make|\. \.venv|pip install)\b|.*--coordinator')
 # Values that only make a command longer.
-SHORTER = {'$beta': '0.5', '$seed': '0', 'seeds=5': 'seeds=2'}
+SHORTER = {'beta=0.5,0.1,0.05,0.0015': 'beta=0.5', 'seed=0,1,2': 'seed=0,1', 'seeds=5': 'seeds=2'}
 
 
 def commands() -> list[str]:

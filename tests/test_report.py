@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import pytest
 
-from ssn_jax import config as config_lib, figures, metrics, published, report
+from ssn_jax import config as config_lib, figures, metrics, published, report, seeds
 from ssn_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -76,7 +76,7 @@ def runs(tmp_path):
     louder.noise.std = 0.5
     write_run(runs / 'louder', config=louder, auroc=0.8)
     write_run(runs / 'mod2', 'mod2', auroc=0.7)
-    write_run(runs / 'drawn <b>', 'mod1_b', embedded=True)
+    write_run(runs / 'drawn <b>', 'mod1_b', embedded=True, parameters=5_740_227)
     return sorted(runs.iterdir())
 
 
@@ -179,6 +179,10 @@ def test_efficiency_and_decision(runs, tmp_path):
     lines = report.efficiency_table(rows, benchmark).lines
     assert lines[0][2:] == ['4.6', '3.00 ± 1.00', '1 x cpu', '10.00', '120.00', '50.00']
     assert lines[1][2:] == ['4.5', '–', '–', '7.78', '398.47', '52.43']
+    # Another training of the same network has its speed.
+    measured = [report.speed_of(row, benchmark).get('ms') for row in rows]
+    assert measured == [10.0, 10.0, 10.0, None]
+    assert report.speed_of(rows[0], None) == {}
     # Another backbone under the same name has another speed, and nothing published beside it.
     other = config_lib.default_config()
     other.backbone.name = 'wide_resnet50_2'
@@ -194,6 +198,25 @@ def test_efficiency_and_decision(runs, tmp_path):
     assert lines[2][2:] == ['0.5000', 'train', '80.0', '–', '0.5000', '90.0', '10.0']
 
 
+def test_a_sweep_beside_what_is_published(tmp_path):
+    expected = []
+    for beta, auroc, theirs in ((0.05, 0.6, 0.723), (0.1, 0.5, 0.678), (0.2, 0.4, None)):
+        for seed in (0, 1):
+            config = config_lib.default_config()
+            config.name, config.noise.kind, config.noise.beta = 'mod2', 'learned', beta
+            folder = tmp_path / 'sweep' / f'noise.beta={beta}' / f'seed-{seed}'
+            write_run(folder, config=config, seed=seed, auroc=auroc + 0.1 * seed)
+        expected.append((beta, auroc + 0.05, statistics.stdev((0, 0.1)), theirs))
+    runs = [report.read_run(run) for run in seeds.single_runs(tmp_path / 'sweep')]
+    ours, theirs = report.lines_over(report.make_rows(runs), 'noise.beta')
+    assert list(ours) == ['mod2']
+    for point, expect in zip(ours['mod2'], expected, strict=True):
+        assert point == pytest.approx(expect[:3])
+    assert theirs == {'mod2': [(0.05, 0.723), (0.1, 0.678)]}
+    report.write_report([tmp_path / 'sweep'], tmp_path / 'report')
+    assert (tmp_path / 'report' / 'figures' / 'setting-1-1.png').exists()
+
+
 # --- The page -------------------------------------------------------------------------------------
 
 
@@ -204,15 +227,15 @@ def test_page_is_whole_and_self_contained(made):
     tags = {tag for tag, _ in page.tags}
     assert not tags & {'script', 'link', 'iframe', 'object'}
     assert 'http://' not in text and 'https://' not in text and 'url(' not in text
-    # Overlays of four rows, losses of two categories, the trade-off of one.
-    assert len(page.sources) == 7
+    # Overlays of four rows, losses of two categories, trade-off and noise.std of one.
+    assert len(page.sources) == 8
     for source in page.sources:
         head, _, encoded = source.partition(',')
         assert head == 'data:image/png;base64'
         image = np.frombuffer(base64.b64decode(encoded, validate=True), np.uint8)
         assert cv2.imdecode(image, cv2.IMREAD_COLOR) is not None
     widths = [len(row) for row in page.rows]
-    assert set(widths) >= {3 + len(metrics.METRICS)}
+    assert set(widths) >= {4 + len(metrics.METRICS)}
     assert any('drawn <b>' in cell for row in page.rows for cell in row)  # Names are no markup.
     assert 'procedurally drawn' in text and 'random weights' in text
 
@@ -233,6 +256,21 @@ def test_a_report_replaces_an_earlier_one(made, runs):
     assert {p.name for p in made.parent.iterdir()} == {'runs', 'report', 'bench.json'}
     assert '+28.9' not in (made / 'report.md').read_text()
     assert len(list((made / 'figures').iterdir())) == 2
+
+
+def test_no_run_leads_out_of_the_report(tmp_path):
+    """What a run calls itself is text; a folder of its figures may be a link, and is only read."""
+    odd = config_lib.default_config()
+    odd.name = odd.data.category = odd.data.name = '../../evil'
+    run = write_run(tmp_path / 'runs/a', config=odd, weights='/etc/passwd', devices='`<b>|')
+    (run / 'figures').rename(tmp_path / 'elsewhere')
+    (run / 'figures').symlink_to(tmp_path / 'elsewhere')
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')}
+    report.write_report([run], tmp_path / 'report')
+    after = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')}
+    made = {p.relative_to(tmp_path).parts[0] for p in after.keys() - before.keys()}
+    assert made == {'report'} and before == {p: after[p] for p in before}
+    assert '../../evil' in (tmp_path / 'report/report.html').read_text()
 
 
 @pytest.mark.parametrize('losses', [[], [float('nan')], [0.0, -1.0], [1e9, 1e-9]])
@@ -332,7 +370,7 @@ def test_page_in_a_browser(width, made, browser):
     browser.send('Page.navigate', url=url)
     browser.wait('Page.loadEventFired')
     images = '[...document.images].map(i => i.complete && i.naturalWidth > 0)'
-    assert browser.evaluate(images) == [True] * 7
+    assert browser.evaluate(images) == [True] * 8
     assert browser.evaluate('document.documentElement.scrollWidth') <= width
     assert browser.evaluate('document.compatMode') == 'CSS1Compat'
     for event in browser.events:

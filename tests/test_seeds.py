@@ -211,3 +211,9 @@ def test_a_folder_of_several_seeds_stands_for_its_runs(tmp_path):
     assert seeds.single_runs(tmp_path / 'many') == many
     assert seeds.single_runs(tmp_path / 'one') == [tmp_path / 'one']
     assert seeds.single_runs(tmp_path / 'none') == [tmp_path / 'none']
+    for name in ('a=2/seed-0', 'a=1/seed-1', 'a=1/seed-0'):
+        (tmp_path / 'swept' / name).mkdir(parents=True)
+        if name != 'a=2/seed-0':  # It has failed.
+            (tmp_path / 'swept' / name / 'results.json').write_text('{}')
+    swept = [tmp_path / 'swept' / 'a=1' / 'seed-0', tmp_path / 'swept' / 'a=1' / 'seed-1']
+    assert seeds.single_runs(tmp_path / 'swept') == swept

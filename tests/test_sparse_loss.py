@@ -55,7 +55,15 @@ def test_convolution_of_a_constant_knows_the_border():
 
 
 def both_losses(
-    adaptor, adapt_cls_features, kind, masks, seed, shape, truth=None, system='supersimplenet'
+    adaptor,
+    adapt_cls_features,
+    kind,
+    masks,
+    seed,
+    shape,
+    truth=None,
+    system='supersimplenet',
+    unit='absolute',
 ):
     """Values, terms, statistics and both players' gradients of the direct and the sparse form."""
     n, height, width = shape
@@ -63,6 +71,7 @@ def both_losses(
     config.system, config.supervision.kind = system, 'masks' if truth else 'none'
     config.adaptor, config.adapt_cls_features = adaptor, adapt_cls_features
     config.noise.kind, config.noise.std, config.noise.beta = kind, 0.3, 0.5
+    config.noise.unit = unit
     keys = jax.random.split(jax.random.key(seed), 3)
     layers = make_layers(keys[0], n, height, width)
     state = steps.init_state(config, keys[1], sum(CHANNELS))
@@ -144,6 +153,20 @@ def test_sparse_loss_equals_the_direct_one(adaptor, adapt_cls_features, kind):
     direct, sparse = both_losses(adaptor, adapt_cls_features, kind, masks, 3, shape)
     for expected, actual in zip(direct, sparse, strict=True):
         assert_equal_trees(expected, actual)
+
+
+@pytest.mark.parametrize(
+    ('adaptor', 'adapt_cls_features', 'kind'),
+    [('linear', False, 'static'), ('linear', True, 'static'), ('conv', False, 'learned')],
+)
+def test_sparse_loss_equals_the_direct_one_in_feature_units(adaptor, adapt_cls_features, kind):
+    masks = synthesis.perlin_masks(jax.random.key(7), 4, (10, 14), 0.2, 0.25)
+    arguments = adaptor, adapt_cls_features, kind, masks, 3, (2, 5, 7)
+    direct, sparse = both_losses(*arguments, unit='feature_std')
+    for expected, actual in zip(direct, sparse, strict=True):
+        assert_equal_trees(expected, actual)
+    absolute, _ = both_losses(*arguments)
+    assert abs(absolute[0]['loss'] - direct[0]['loss']) > 1e-3
 
 
 @pytest.mark.parametrize(

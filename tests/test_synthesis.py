@@ -202,3 +202,29 @@ def test_shuffled_layers_change_under_the_mask_alone(size):
         assert np.abs(x[1, 0, 0] - y[1, 0, 0]).max() > 0.01
         np.testing.assert_array_equal(x[1, -1, -1], y[1, -1, -1])
         assert (y >= x.min((0, 1, 2)) - 1e-6).all() and (y <= x.max((0, 1, 2)) + 1e-6).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(scale=st.floats(1e-3, 1e3), seed=st.integers(0, 2**32 - 1))
+def test_noise_in_a_shell_keeps_its_direction(scale, seed):
+    raw = scale * jax.random.normal(jax.random.key(seed), (5, 16))
+    noise = synthesis.shell_noise(raw, (0.25, 1.0))
+    size = jnp.sqrt((noise**2).mean(-1))
+    assert (size >= 0.25 - 1e-5).all() and (size <= 1.0 + 1e-5).all()
+    cosine = (raw * noise).sum(-1) / jnp.linalg.norm(raw, axis=-1)
+    np.testing.assert_allclose(cosine / jnp.linalg.norm(noise, axis=-1), 1, atol=1e-5)
+
+
+def test_noise_in_a_shell_has_a_gradient_at_zero():
+    gradient = jax.grad(lambda raw: synthesis.shell_noise(raw, (0.25, 1.0)).sum())(jnp.zeros(8))
+    assert jnp.isfinite(gradient).all()
+
+
+def test_noise_scales_are_the_channels_standard_deviations():
+    x = jax.random.normal(jax.random.key(0), (4, 32, 32, 3)) * jnp.array([0.1, 1.0, 20.0]) + 5
+    assert synthesis.noise_scales('absolute', x, x) == [1.0, 1.0]
+    exact, thinned = synthesis.noise_scales('feature_std', x, synthesis.thin(x))
+    np.testing.assert_allclose(exact, np.asarray(x).std((0, 1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(thinned, exact, rtol=0.15)
+    gradient = jax.grad(lambda x: synthesis.noise_scales('feature_std', x)[0].sum())(x)
+    assert (gradient == 0).all()

@@ -50,6 +50,7 @@ def config_of(name, folder, data='data'):
     config.epochs, config.batch_size, config.image_size = 2, 8, SIZE
     config.backbone.update(name='resnet18', weights=str(folder / 'w.safetensors'))
     config.data.update(name='ksdd2', root=str(folder / data), cache=str(folder / 'cache'))
+    config.drawn.copies = min(config.drawn.copies, 2)
     if config.system == 'simplenet':
         config.resize = (72, 56)
         config.simplenet.update(embedding=96, hidden=32)
@@ -85,7 +86,7 @@ def test_supersimplenet_with_masks(name, fraction, folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['simplenet', 'mod1_a'])
+@pytest.mark.parametrize('name', ['simplenet', 'mod1_a', 'mod2_bounded', 'drawn'])
 def test_unsupervised_systems_leave_defects_out_of_training(name, folder, tmp_path):
     config = config_of(name, folder)
     check(train.train_and_evaluate(config, tmp_path), tmp_path, config)
@@ -150,7 +151,11 @@ def test_maps_of_two_runs_side_by_side(folder, tmp_path):
         config.epochs, config.resize = 1, (0, 0)
         train.train_and_evaluate(config, tmp_path / name)
     output = tmp_path / 'compare.png'
-    compare([tmp_path / 'mod3', tmp_path / 'simplenet'], output, 2)
-    assert cv2.imread(str(output)) is not None
+    for select in ('spread', 'failures'):
+        compare([tmp_path / 'mod3', tmp_path / 'simplenet'], output, 2, select)
+        assert cv2.imread(str(output)) is not None
+        output.unlink()
+    with pytest.raises(UserError, match='--count 0'):
+        compare([tmp_path / 'mod3'], output, 0)
     with pytest.raises(UserError, match='is no run'):
         compare([tmp_path], output, 2)

@@ -1,6 +1,7 @@
 """Encoded images to arrays: reading, decoding, resizing."""
 
 from pathlib import Path
+import warnings
 
 import cv2
 import numpy as np
@@ -12,8 +13,12 @@ SUFFIXES = frozenset({'.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp'}
 
 # `size` only reads headers, and its caller judges the size.
 Image.MAX_IMAGE_PIXELS = None
+# What is wrong with an image is told by the caller, in one line.
+warnings.filterwarnings('ignore', module='PIL')
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 _JPEG_MAGIC = b'\xff\xd8\xff'
+_PNG_MAGIC = b'\x89PNG\r\n\x1a\n'
 
 
 def read(source: Path | bytes) -> bytes:
@@ -121,8 +126,10 @@ def size(path: Path) -> tuple[int, int] | None:
 
 
 def _decode(encoded: bytes, file: Path | str, flags: int) -> np.ndarray:
+    # Of a file without its end libpng complains to stderr itself.
+    cut_off = encoded.startswith(_PNG_MAGIC) and b'IEND' not in encoded
     try:
-        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
+        image = None if cut_off else cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
     except cv2.error:  # an empty buffer, or more pixels than OpenCV accepts
         image = None
     if image is None:

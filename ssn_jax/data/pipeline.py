@@ -2,7 +2,8 @@
 
 A data set is first prepared: every file is read and checked once and stored, still encoded, in
 array_record files below the cache folder. The prepared set's name holds a fingerprint of its
-source, so a file that changes is never read from an old copy.
+source, so a file that changes is never read from an old copy; digests of its own files tell when
+one of them is damaged.
 """
 
 from collections.abc import Iterable
@@ -21,9 +22,13 @@ from absl import logging
 from ml_collections import ConfigDict
 import numpy as np
 
+from ssn_jax import files
 from ssn_jax.data import images, layouts, synthetic
 from ssn_jax.data.layouts import GOOD, Record
 from ssn_jax.errors import UserError
+
+# Of a prepared set's files, by their path in it. Sets of a version without are prepared anew.
+_DIGESTS = 'sha256.json'
 
 
 @dataclass(frozen=True)
@@ -182,12 +187,20 @@ def _prepare(source: _Source, cache: Path) -> Path:
     fingerprint = hashlib.sha256(json.dumps(source.identity).encode()).hexdigest()[:24]
     prepared = cache / f'{source.name}-{source.category}-{fingerprint}'
     if prepared.is_dir():
-        return prepared
+        problem = _problem(prepared)
+        if not problem:
+            return prepared
+        logging.warning('%s is prepared anew: %s', prepared, problem)
     logging.info('Preparing %s %s in %s', source.name, source.category, prepared)
     building = prepared.with_name(f'{prepared.name}.incomplete-{uuid.uuid4().hex}')
     try:
         building.mkdir(parents=True)
         _build(source, building)
+        (building / _DIGESTS).write_text(json.dumps(_digests(building), indent=2) + '\n')
+        if prepared.is_dir() and _problem(prepared):
+            old = building.with_name(f'{building.name}-old')
+            prepared.rename(old)
+            shutil.rmtree(old, ignore_errors=True)
         try:
             building.rename(prepared)
         except OSError:
@@ -201,6 +214,23 @@ def _prepare(source: _Source, cache: Path) -> Path:
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return prepared
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file of a prepared set."""
+    found = sorted(path for path in folder.rglob('*') if path.is_file() and path.name != _DIGESTS)
+    return {path.relative_to(folder).as_posix(): files.digest(path) for path in found}
+
+
+def _problem(prepared: Path) -> str | None:
+    """Why a prepared set can not be used; None if its files are what was written."""
+    try:
+        expected = json.loads((prepared / _DIGESTS).read_text())
+        found = _digests(prepared)
+    except (OSError, ValueError) as error:
+        return f'its files can not be verified ({error})'
+    different = sorted(name for name in expected if found.get(name) != expected[name])
+    return f'{different[0]} is damaged' if different else None
 
 
 def _build(source: _Source, folder: Path) -> None:

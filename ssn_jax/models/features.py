@@ -25,7 +25,7 @@ def extract_layers(
     variables: dict,
     images: np.ndarray,
     batch_size: int = 16,
-    frozen: Callable = lambda layers: layers,
+    frozen: Callable = lambda stages: stages[1:],
     mesh: jax.sharding.Mesh | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
     to_host: bool = False,
@@ -37,7 +37,7 @@ def extract_layers(
       variables: its parameters and statistics.
       images: uint8 RGB (N, H, W, 3).
       batch_size: images at a time (and device).
-      frozen: what to keep of the layers, as the network says.
+      frozen: what to keep of the stages' outputs, as the network says.
       mesh: the devices that share the images; None is one.
       dtype: the precision they are kept in.
       to_host: keep them in the host's memory instead; the mesh is not used then.
@@ -49,7 +49,7 @@ def extract_layers(
     """
 
     def layers_of(v, x):
-        return tuple(y.astype(dtype) for y in frozen(backbone.apply(v, normalise(x))[1:]))
+        return tuple(y.astype(dtype) for y in frozen(backbone.apply(v, normalise(x))))
 
     if mesh is not None and not to_host:
         return devices.map_images(mesh, layers_of, variables, images, batch_size)
@@ -69,13 +69,36 @@ def layers_bytes(
     backbone: nn.Module,
     variables: dict,
     shape: tuple[int, ...],
-    frozen: Callable = lambda layers: layers,
+    frozen: Callable = lambda stages: stages[1:],
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> int:
     """How much memory `extract_layers` of images of `shape` (N, H, W, 3) takes."""
     image = jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32)
-    layers = jax.eval_shape(lambda v, x: frozen(backbone.apply(v, x)[1:]), variables, image)
+    layers = jax.eval_shape(lambda v, x: frozen(backbone.apply(v, x)), variables, image)
     return shape[0] * sum(x.size for x in layers) * jnp.dtype(dtype).itemsize
+
+
+def select_layers(
+    stages: tuple[jax.Array, ...], layers: tuple[int, ...] = (2, 3)
+) -> tuple[jax.Array, ...]:
+    """What of a backbone's outputs features are made of.
+
+    Layer1 is brought to layer2's grid, by averages around the places that layer2's own stride
+    keeps, and joins its channels: the grid, and the cost at it, do not grow.
+
+    Args:
+      stages: outputs of layer1 (if it is chosen), layer2 and layer3 (N, H_i, W_i, C_i).
+      layers: (2, 3), (1, 2, 3) or (1, 2).
+
+    Returns:
+      At layer2's grid (N, H_2, W_2, C_2), or with layer1 (N, H_2, W_2, C_2 + C_1); and layer3.
+    """
+    first = stages[-2]
+    if 1 in layers:
+        around = {'window_shape': (3, 3), 'strides': (2, 2), 'padding': ((1, 1), (1, 1))}
+        halved = nn.avg_pool(stages[-3], **around, count_include_pad=False)
+        first = jnp.concatenate([first, halved], -1)
+    return (first, stages[-1]) if 3 in layers else (first,)
 
 
 @functools.cache
@@ -151,6 +174,37 @@ def upscale_pool(layers: tuple[jax.Array, ...], scale: int = 2) -> jax.Array:
         ],
         axis=-1,
     )
+
+
+def sample_features(layers: tuple[jax.Array, ...], places: jax.Array, scale: int = 2) -> jax.Array:
+    """`upscale_pool(layers)` at some places of each image, without building the feature grid.
+
+    Args:
+      layers: outputs of the backbone (N, H_i, W_i, C_i), finest first.
+      places: (N, P) int, indices into the grid's H * W positions, row by row.
+      scale: how many times finer than the first layer the grid is.
+
+    Returns:
+      (N, P, sum of C_i).
+    """
+    height, width = feature_grid(layers, scale)
+    image = jnp.arange(len(places))[:, None, None, None]
+    parts = []
+    for x in layers:
+        rows, of_rows = (t[places // width] for t in _taps(x.shape[1], height))
+        columns, of_columns = (t[places % width] for t in _taps(x.shape[2], width))
+        near = x[image, rows[..., :, None], columns[..., None, :]]
+        parts.append(jnp.einsum('npyxc,npy,npx->npc', near, of_rows, of_columns))
+    return jnp.concatenate(parts, -1)
+
+
+def _taps(size_in: int, size_out: int) -> tuple[jax.Array, jax.Array]:
+    """What each row of `grid_matrix` reads: (size_out, taps) indices, and their weights."""
+    matrix = grid_matrix(size_in, size_out)
+    taps = (matrix != 0).sum(1).max()
+    # The largest weights first; what is beyond a row's own taps has weight 0.
+    order = np.argsort(-matrix, axis=1, kind='stable')[:, :taps]
+    return jnp.asarray(order), jnp.asarray(np.take_along_axis(matrix, order, 1))
 
 
 @functools.cache

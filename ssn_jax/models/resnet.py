@@ -88,3 +88,8 @@ BACKBONES = {
 
 # Channels of layer1, layer2 and layer3.
 CHANNELS = {'resnet18': (64, 128, 256), 'wide_resnet50_2': (256, 512, 1024)}
+
+
+def feature_channels(backbone: str, layers: Sequence[int]) -> int:
+    """How many channels some of a backbone's layers have together."""
+    return sum(CHANNELS[backbone][layer - 1] for layer in layers)

@@ -90,9 +90,9 @@ class SimpleNet(nn.Module):
         self.discriminator = HingeDiscriminator(self.hidden)
 
     @nn.nowrap
-    def frozen(self, layers: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        """The embedding: linear in the layers and smaller than their patches."""
-        return (embed(layers, self.embedding),)
+    def frozen(self, stages: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """The embedding: linear in layer2 and layer3, and smaller than their patches."""
+        return (embed(features_lib.select_layers(stages), self.embedding),)
 
     @staticmethod
     def features(frozen: tuple[jax.Array, ...]) -> jax.Array:

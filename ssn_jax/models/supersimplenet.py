@@ -24,10 +24,10 @@ class _OnFeatureGrid(nn.Module):
     features = staticmethod(features_lib.upscale_pool)
     full_size_map = staticmethod(features_lib.full_size_map)
 
-    @staticmethod
-    def frozen(layers: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        """The layers as they are."""
-        return layers
+    @nn.nowrap
+    def frozen(self, stages: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """The layers that it reads, at their own grids."""
+        return features_lib.select_layers(stages, self.layers)
 
     def setup(self):
         self.adapt_features = ADAPTORS[self.adaptor](name='adaptor')
@@ -47,14 +47,23 @@ class SuperSimpleNet(_OnFeatureGrid):
     Attributes:
       adapt_cls_features: whether the classification head sees adapted features (first paper,
         ICPR 2024) or the frozen ones (journal version).
+      classify: whether there is a classification head; without, the score is the map's maximum.
+      layers: of the backbone, as `features.select_layers` takes them.
     """
 
     adapt_cls_features: bool = False
+    classify: bool = True
+    layers: tuple[int, ...] = (2, 3)
 
     def setup(self):
         super().setup()
         self.seg_head = SegmentationHead()
-        self.cls_head = ClassificationHead()
+        if self.classify:
+            self.cls_head = ClassificationHead()
+
+    def segment(self, adapted: jax.Array, train: bool = False) -> jax.Array:
+        """Adapted features (..., C) to anomaly logits (..., 1), each position by itself."""
+        return self.seg_head(adapted, train)
 
     def discriminate(
         self,
@@ -69,13 +78,21 @@ class SuperSimpleNet(_OnFeatureGrid):
         through the map (unsupervised training).
         """
         logits = self.seg_head(adapted, train)
+        if not self.classify:
+            return logits, logits.max((1, 2, 3))
         seen = jax.lax.stop_gradient(logits) if stop_map_gradient else logits
         cls_features = adapted if self.adapt_cls_features else features
         return logits, self.cls_head(cls_features, seen, train)
 
 
 class GapCam(_OnFeatureGrid):
-    """Adaptor and one head, taught by image labels alone; its map explains its score."""
+    """Adaptor and one head, taught by image labels alone; its map explains its score.
+
+    Attributes:
+      layers: of the backbone, as `features.select_layers` takes them.
+    """
+
+    layers: tuple[int, ...] = (2, 3)
 
     def setup(self):
         super().setup()

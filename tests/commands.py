@@ -1,0 +1,104 @@
+"""Commands as a user starts them, each in a process of its own, but without its start's seconds.
+
+A server imports the libraries once, with nothing of JAX started, and forks for every command.
+"""
+
+import dataclasses
+import logging
+import multiprocessing
+from multiprocessing import resource_tracker
+import os
+import pathlib
+import runpy
+import sys
+import tempfile
+import traceback
+
+ROOT = pathlib.Path(__file__).parents[1]
+_LIBRARIES = [
+    *('absl.app', 'cv2', 'jax', 'flax.linen', 'hypothesis', 'matplotlib.figure', 'optax'),
+    *('orbax.checkpoint', 'skimage.measure', 'sklearn', 'tensorflow_datasets', 'tqdm'),
+    *('array_record.python.array_record_data_source', 'safetensors.numpy', 'ssn_jax.report'),
+    *('ssn_jax.main', 'ssn_jax.train', 'ssn_jax.predict', 'ssn_jax.export', 'ssn_jax.figures'),
+]
+_server = multiprocessing.get_context('forkserver')
+_server.set_forkserver_preload(_LIBRARIES)
+
+
+@dataclasses.dataclass
+class Command:
+    """A command that was started.
+
+    Attributes:
+      process: as multiprocessing has it.
+      folder: where what it prints is kept, as long as this object is.
+    """
+
+    process: multiprocessing.Process
+    folder: tempfile.TemporaryDirectory
+
+    @property
+    def out(self) -> str:
+        """What it has printed to stdout so far."""
+        return pathlib.Path(self.folder.name, 'out').read_text()
+
+    @property
+    def err(self) -> str:
+        """What it has printed to stderr so far."""
+        return pathlib.Path(self.folder.name, 'err').read_text()
+
+    def end(self, timeout: float = 300) -> int:
+        """Waits; the exit status, or minus the signal that ended it."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+            raise AssertionError(f'no end after {timeout} s: {self.err[-2000:]}')
+        return self.process.exitcode
+
+
+def start(program: str, *arguments, cwd: pathlib.Path, **environment: str) -> Command:
+    """Starts 'main', a script of scripts/ by its name, or another without its .py."""
+    folder = tempfile.TemporaryDirectory(prefix='command-')
+    for name in ('out', 'err'):
+        pathlib.Path(folder.name, name).touch()
+    environment = {'JAX_PLATFORMS': 'cpu', 'OMP_NUM_THREADS': '1'} | environment
+    words = [str(a) for a in arguments]
+    process = _server.Process(target=_run, args=(program, words, cwd, folder.name, environment))
+    process.start()
+    return Command(process, folder)
+
+
+def _run(program, arguments, cwd, folder, environment):
+    """The command itself, in the forked process."""
+    for number, name in ((1, 'out'), (2, 'err')):
+        os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_APPEND), number)
+    sys.stdout, sys.stderr = (open(n, 'w', buffering=1, closefd=False) for n in (1, 2))
+    os.environ.update(environment)
+    os.chdir(cwd)
+    resource_tracker.register = lambda *_: None  # The locks of who is killed are no leak.
+    logging.root.handlers.clear()  # A library of the server's has set one up.
+    import jax  # It has read the environment when the server imported it.
+
+    jax.config.update('jax_platforms', 'cpu')
+    jax.config.update('jax_compilation_cache_dir', environment.get('JAX_COMPILATION_CACHE_DIR'))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+    try:
+        if program == 'main':
+            sys.argv = ['main.py', *arguments]
+            from ssn_jax import main
+
+            main.cli()
+        else:
+            file = ROOT / 'scripts' / f'{program}.py'
+            sys.argv = [str(file), *arguments]
+            runpy.run_path(str(file), run_name='__main__')
+        code = 0
+    except SystemExit as e:
+        code = e.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

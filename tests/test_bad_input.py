@@ -1,0 +1,320 @@
+"""Bad input to every command: one line on stderr, exit status 1, and nothing left behind."""
+
+import json
+import os
+import pickle
+import shutil
+
+import commands
+import cv2
+import numpy as np
+import pytest
+import safetensors.numpy
+import tiny
+
+MOD2 = commands.ROOT / 'configs' / 'mod2.py'
+# Each command as it would succeed; a case adds to it, and the last of two equal flags counts.
+COMMANDS = {
+    'main': (
+        'main --config {mod2} --quiet --workdir=new --config.data.root=data --config.epochs=1 '
+        '--config.data.category=nut --config.data.cache=cache --config.image_size=(64,64) '
+        '--config.backbone.weights=resnet18.safetensors --config.batch_size=4'
+    ),
+    'import': (
+        'import_torch --config {mod2} --quiet --workdir=new --checkpoint=heads.safetensors '
+        '--config.backbone.weights=resnet18.safetensors'
+    ),
+    'evaluate': 'evaluate --quiet --workdir=run --config.data.cache=cache',
+    'predict': 'predict --quiet --workdir=run --input=photos --output=new',
+    'export': 'export --quiet --workdir=run --format=stablehlo --output=new',
+    'compare': 'compare run --output=new.png',
+    'report': 'report run --output=new',
+    'benchmark': 'benchmark --configs=mod1_a',
+    'sweep': 'sweep --config {mod2} --quiet --workdir=new',
+}
+
+
+class Evil:
+    """What a pickle can do to whoever loads it."""
+
+    def __reduce__(self):
+        return os.mkdir, ('unpickled',)
+
+
+def write(name, content=b''):
+    """A change to a world: a file's content is replaced."""
+
+    def change(world):
+        path = world / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = content(world) if callable(content) else content
+        path.unlink(missing_ok=True)  # It is a link to the file that all worlds share.
+        path.write_bytes(new)
+
+    return change
+
+
+def cut(name, share=0.6):
+    """A file ends too early."""
+    return write(
+        name,
+        lambda world: (world / name).read_bytes()[: int(share * (world / name).stat().st_size)],
+    )
+
+
+def gone(name):
+    def change(world):
+        path = world / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return change
+
+
+def loop(name):
+    return lambda world: (world / name).symlink_to(world / name)
+
+
+def cut_checkpoint(world):
+    for path in (world / 'run/checkpoints/1').rglob('*'):
+        if path.is_file():
+            cut(path.relative_to(world))(world)
+
+
+def with_config(name, **fields):
+    """A run's config.json says something else."""
+
+    def content(world):
+        return json.dumps(json.loads((world / 'run/config.json').read_text()) | fields).encode()
+
+    return write(name, content)
+
+
+def nan_weights(world):
+    tensors = safetensors.numpy.load_file(world / 'resnet18.safetensors')
+    return safetensors.numpy.save(tensors | {'conv1.weight': tensors['conv1.weight'] * np.nan})
+
+
+def encoded(suffix):
+    image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    return cv2.imencode(suffix, image)[1].tobytes()
+
+
+def small_mask(world):
+    return cv2.imencode('.png', np.zeros((60, 64), np.uint8))[1].tobytes()
+
+
+PICKLE = pickle.dumps(Evil())
+IMAGE = 'data/nut/train/good/003.png'
+
+# By command: what is typed after it (alone, if it starts with =), what the error must hold, and
+# what happens before.
+CASES = {
+    'main': [
+        ('=main', 'no config: add --config'),
+        ('--config=missing.py', "no config file at 'missing.py'"),
+        ('--config=c.py', 'c.py can not be used as a config', write('c.py', b'x = = 1')),
+        ('=main --config=c.py', 'no ConfigDict', write('c.py', b'def get_config(): return 3')),
+        ('--config=c.py', 'no way', write('c.py', b'def get_config(): raise OSError("no way")')),
+        ('--config.qqq=1', 'no config field --config.qqq'),
+        ('--config.noise.bta=1', 'did you mean noise.beta'),
+        ('--config.epochs=0', '--config.epochs=0 can not be used'),
+        ('--config.epochs=many', '--config.epochs=many'),
+        ('--config.image_size=(8,8)', '32 to 4096 pixels'),
+        ('--config.image_size=__import__("os").mkdir("unpickled")', '--config.image_size'),
+        ('--config.noise.beta=nan', '--config.noise.beta=nan'),
+        ('--config.optimizer.drops=(0.9,0.1)', 'rising fractions'),
+        ('--config.seed=-1', '--config.seed=-1'),
+        ('--config.seeds=0', '--config.seeds=0'),
+        ('--config.resize=(32,32)', '--config.resize=(32, 32)'),
+        ('--config.data.root=nowhere', 'nowhere: no such folder'),
+        ('--config.data.category=bolt', "no category 'bolt'"),
+        ('--config.data.category=../data/nut', "no category '../data/nut'"),
+        ('--config.data.category=', "no category ''"),
+        ('--config.data.name=mvtec', '--config.data.name=mvtec: no such data set'),
+        ('--config.data.name=folder', 'training needs normal images there'),
+        ('--config.data.name=ksdd2', 'KolektorSDD2 has train/ID.png'),
+        ('--config.data.cache=resnet18.safetensors', 'name another folder with --config.data.cach'),
+        ('--config.backbone.weights=missing', 'no weights file at missing'),
+        ('--config.backbone.weights=data', 'data is no readable safetensors file'),
+        (f'--config.backbone.weights={IMAGE}', 'no readable safetensors file'),
+        ('', 'no readable safetensors file', cut('resnet18.safetensors')),
+        ('', 'conv1.weight holds NaN', write('resnet18.safetensors', nan_weights)),
+        ('', 'no readable safetensors file', write('resnet18.safetensors', PICKLE)),
+        ('--config.backbone.name=wide_resnet50_2', 'missing: layer1.0.'),
+        ('--config.supervision.kind=labels', 'holds no defective image'),
+        ('--config.decision.holdout=0.99', 'leaves no normal training image'),
+        ('--workdir=resnet18.safetensors', 'is a file, no folder'),
+        ('--workdir=data', 'is not empty and holds no run'),
+        ('--workdir=run', 'holds a run of another config'),
+        ('--workdir=run', 'run/config.json is no config', write('run/config.json', b'{"version')),
+        ('--workdir=run', 'written by a newer', write('run/config.json', b'{"version": 1000}')),
+        ('--flagfile=missing', 'Unable to open flagfile'),
+        ('--epochs=3', '--config.FIELD=VALUE'),
+        ('runs/a', "unexpected argument 'runs/a'"),
+        ('--process_id=1', 'several processes need'),
+        ('--coordinator=a --num_processes=2 --process_id=0', 'no HOST:PORT'),
+        ('', f'{IMAGE[5:]}: does not decode', write(IMAGE)),
+        ('', f'{IMAGE[5:]}: does not decode', cut(IMAGE)),
+        ('', f'{IMAGE[5:]}: does not decode', write(IMAGE, b'no image')),
+        ('', 'a.jpg: does not decode', write(f'{IMAGE}.a.jpg', encoded('.jpg')[:-500])),
+        ('', 'x.png: cannot be read', lambda w: (w / 'data/nut/test/good/x.png').mkdir()),
+        ('', 'x.png: cannot be read', loop('data/nut/test/good/x.png')),
+        ('', 'a defect without its mask', gone('data/nut/ground_truth/spot/000_mask.png')),
+        ('', 'the mask is 60x64', write('data/nut/ground_truth/spot/000_mask.png', small_mask)),
+        ('', 'training needs normal images there', gone('data/nut/train')),
+    ],
+    'import': [
+        ('--checkpoint=', 'no checkpoint: add --checkpoint'),
+        ('--workdir=', 'no folder for the run: add --workdir'),
+        ('--checkpoint=missing.safetensors', 'no weights file at missing.safetensors'),
+        ('--checkpoint=missing.pt', 'no file at missing.pt'),
+        (f'--checkpoint={IMAGE}', 'neither a .safetensors nor a .pt file'),
+        ('--checkpoint=resnet18.safetensors', 'it is no checkpoint of SuperSimpleNet'),
+        ('--checkpoint=p.safetensors', 'no readable', write('p.safetensors', PICKLE)),
+        ('--checkpoint=p.pt', 'p.pt can ', write('p.pt', PICKLE)),
+        ('--workdir=run', 'run holds a run already'),
+        ('--step=-1', '--step=-1 is negative'),
+        ('--config.seeds=2', '--config.seeds=2'),
+        ('--evaluate --config.data.root=nowhere', 'nowhere: no such folder'),
+    ],
+    'evaluate': [
+        ('=evaluate', 'required: --workdir'),
+        ('--workdir=nowhere', 'nowhere is no folder'),
+        ('--workdir=data', 'data/config.json does not exist'),
+        ('', 'run/config.json is no config', write('run/config.json', b'[1]')),
+        ('', '--config.epochs=0 can not be used', with_config('run/config.json', epochs=0)),
+        ('', 'is no config of ssn_jax', with_config('run/config.json', epochs='many')),
+        ('', 'run holds no checkpoint yet', gone('run/checkpoints')),
+        ('', 'can not be restored', cut_checkpoint),
+        ('', 'run/decision.json can not be read', write('run/decision.json', b'{')),
+        ('--checkpoint=99', 'no checkpoint of epoch 99: it has 1'),
+        ('--checkpoint=x', "invalid int value: 'x'"),
+        ('--config.epochs=3', '--config.epochs belongs to training'),
+        ('--config.qqq=3', '--config.qqq is no config field'),
+        ('--config.eval_batch_size=0', '--config.eval_batch_size=0'),
+        ('--config.data.root=nowhere', 'nowhere: no such folder'),
+        ('--config.backbone.weights=missing', 'no weights file at missing'),
+        ('--csv=data', 'data is a folder: --csv names a file'),
+        ('--csv=resnet18.safetensors/x.csv', 'can not be written to: choose another --csv'),
+    ],
+    'predict': [
+        ('=predict --workdir=run', 'required: --input'),
+        ('--input=nowhere', 'nowhere does not exist'),
+        ('--input=run/config.json', 'could not be read'),
+        ('--input=run', 'holds no images'),
+        ('--output=data', 'data is not empty'),
+        ('--output=resnet18.safetensors', 'is a file, no folder'),
+        ('--threshold=2', "invalid _probability value: '2'"),
+        ('--max_pixels=0', '--max_pixels=0 can not be used'),
+        ('--config.data.root=x', '--config.data.root belongs to training'),
+        ('', 'set --threshold=PROBABILITY', gone('run/decision.json')),
+    ],
+    'export': [
+        ('--format=tf', "invalid choice: 'tf'"),
+        ('--output=data', 'data is a folder: --output names a file'),
+        ('--output=resnet18.safetensors/x', 'can not be written to: choose another --output'),
+        ('--workdir=nowhere', 'nowhere is no folder'),
+    ],
+    'compare': [
+        ('=compare --output=new.png', 'required: runs'),
+        ('=compare nowhere --output=new.png', 'nowhere is no folder'),
+        ('--count=0', '--count=0'),
+        ('--output=new.xyz', '--output=new.xyz'),
+        ('--output=data.png', 'data.png is a folder', lambda w: (w / 'data.png').mkdir()),
+    ],
+    'report': [
+        ('=report --output=new', 'required: runs'),
+        ('', 'run holds no results.json'),
+        ('=report nowhere --output=new', 'nowhere/config.json does not exist'),
+        ('', 'results that can not be read', write('run/results.json', b'{')),
+        ('', "lacks 'data'", write('run/results.json', b'{}')),
+        ('--output=data', 'data exists and holds other files'),
+        ('--benchmark=missing', 'holds no results.json'),
+    ],
+    'sweep': [
+        ('', 'nothing to sweep: add --sweep'),
+        ('--sweep=noise.bta=1', 'noise.bta'),
+        ('--sweep=noise.beta', 'noise.beta'),
+        ('--sweep=noise.beta=x', "'x' is no value of this field"),
+        ('--sweep=noise.beta=1,nan', 'noise.beta'),
+        ('--sweep=seed=0,0', "holds '0' twice"),
+        ('--sweep=epochs=0', '--config.epochs=0'),
+        ('--sweep=seed=0 --workdir=', 'add --workdir'),
+        ('--sweep=seed=0 --workdir=data', 'data'),
+        ('--sweep=seed=0 --distributed', '--distributed is for a single run'),
+    ],
+    'benchmark': [
+        ('--turns=1', '--turns=1 is too few'),
+        ('--configs=mod9', "no config 'mod9'"),
+        ('--against=keras', '--against=keras is unknown'),
+        ('--batch=x', '--batch'),
+        ('--qqq', 'qqq'),
+        ('--flagfile=missing', 'Unable to open flagfile'),
+        ('mod1_a', "unexpected argument 'mod1_a'"),
+    ],
+}
+
+
+@pytest.fixture(scope='module')
+def template(tmp_path_factory):
+    """A finished run, data, weights and photos: with them each command would succeed."""
+    folder = tmp_path_factory.mktemp('template')
+    tiny.fake_run(folder)
+    tiny.write_data(folder / 'data')
+    shutil.copytree(folder / 'data/nut/test/good', folder / 'photos')
+    return folder
+
+
+def tree(folder):
+    """What there is, but prepared data: paths, and of files their size and time."""
+    found = {}
+    for path in folder.rglob('*'):
+        if not {'cache', '__pycache__'} & set(path.relative_to(folder).parts):
+            state = path.lstat()
+            found[path] = None if path.is_dir() else (state.st_size, state.st_mtime_ns)
+    return found
+
+
+@pytest.mark.slow
+def test_bad_input_is_one_line_and_leaves_nothing(template, tmp_path):
+    assert sum(map(len, CASES.values())) >= 60 and CASES.keys() == COMMANDS.keys()
+    failures, running = [], []
+
+    def check(case, world, before, command):
+        words = case[2]
+        code, lines = command.end(120), command.err.splitlines()
+        expected = 2 if words == 'could not be read' else 1
+        problems = [
+            *(['status'] if code != expected else []),
+            *(['stdout'] if command.out else []),
+            *(['lines'] if [line[:7] for line in lines] != ['error: '] and code != 2 else []),
+            *(['words'] if words not in command.err else []),
+            *(['traceback'] if 'Traceback' in command.err else []),
+            *(['left behind'] if code != 2 and tree(world) != before else []),
+            *(['half'] if list(world.rglob('*incomplete*')) + list(world.rglob('*.tmp')) else []),
+        ]
+        if problems:
+            new = [p.name for p in tree(world) if p not in before]
+            failures.append(
+                (case[:3], problems, code, new, command.out[-300:], command.err[-1500:])
+            )
+        shutil.rmtree(world)
+
+    cases = [(name, *case) for name, members in CASES.items() for case in members]
+    for number, case in enumerate(cases):
+        name, typed, _, *change = case
+        world = tmp_path / str(number)
+        shutil.copytree(template, world, copy_function=os.link)
+        config = (world / 'run/config.json').read_text().replace(str(template), str(world))
+        write('run/config.json', config.encode())(world)
+        for spoil in change:
+            spoil(world)
+        base = typed[1:] if typed.startswith('=') else f'{COMMANDS[name]} {typed}'
+        before = tree(world)
+        words = base.replace('{mod2}', str(MOD2)).split()
+        running.append((case, world, before, commands.start(*words, cwd=world)))
+        if len(running) > 1:
+            check(*running.pop(0))
+    for rest in running:
+        check(*rest)
+    assert not failures, '\n\n'.join(map(str, failures))

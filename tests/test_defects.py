@@ -1,0 +1,99 @@
+"""Drawn defects: where they are, that masks tell the truth, and that they follow from a seed."""
+
+from hypothesis import given, settings, strategies as st
+import numpy as np
+import pytest
+
+from ssn_jax import supervision
+from ssn_jax.config import default_config
+from ssn_jax.data import Split, defects, synthetic
+
+
+def product(seed=0, size=(96, 128)):
+    """A bright noisy disc on dark ground, and where it is."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.mgrid[: size[0], : size[1]]
+    disc = (rows - size[0] / 2) ** 2 + (columns - size[1] / 2) ** 2 < 30**2
+    image = np.where(disc, 170, 40)[..., None] + rng.normal(0, 10, (*size, 3))
+    return image.clip(0, 255).astype(np.uint8), disc
+
+
+@pytest.mark.parametrize('bright', [True, False])
+def test_foreground_is_the_product(bright):
+    image, disc = product()
+    found = defects.foreground(image if bright else 255 - image)
+    assert found[disc].mean() > 0.99
+    assert found[~disc].mean() < 0.1
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    kind=st.sampled_from(['paste', 'tone', 'smear', 'warp']),
+    size=st.tuples(st.integers(32, 96), st.integers(32, 96)),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_outside_its_mask_an_image_looks_the_same(kind, size, seed):
+    image, _ = product(seed, size)
+    other, _ = product(seed + 1, size)
+    before = image.copy()
+    drawn, mask = defects.draw_one(image, other, kind, np.random.default_rng(seed))
+    assert drawn.shape == image.shape
+    assert drawn.dtype == mask.dtype == np.uint8
+    np.testing.assert_array_equal(image, before)
+    assert set(np.unique(mask)) <= {0, 1}
+    difference = np.abs(drawn.astype(int) - image).max(-1)
+    assert difference[mask == 0].max(initial=0) <= 10
+    if mask.sum() >= 15:
+        assert difference[mask == 1].max() > 10
+
+
+@pytest.mark.parametrize('kind', ['paste', 'tone', 'smear', 'warp'])
+def test_every_kind_can_be_seen_on_a_product(kind):
+    image, disc = product()
+    rng = np.random.default_rng(3)
+    masks = [defects.draw_one(image, image, kind, rng)[1] for _ in range(20)]
+    sizes = np.array([mask.sum() for mask in masks])
+    assert (sizes >= 15).mean() > 0.9
+    assert np.mean([mask[disc].sum() / mask.sum() for mask in masks if mask.any()]) > 0.6
+
+
+@pytest.mark.parametrize('level', [0, 128, 255])
+def test_images_that_hold_nothing(level):
+    """On a constant image only a tone can be seen; nothing fails."""
+    image = np.full((64, 64, 3), level, np.uint8)
+    drawn, masks = defects.draw(image[None], 4, 0)
+    assert drawn.shape == (4, 64, 64, 3)
+    assert masks.shape == (4, 64, 64)
+
+
+def test_defects_follow_from_the_seed():
+    images = np.stack([product(i)[0] for i in range(3)])
+    first, again, other = (defects.draw(images, 4, seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first[0], again[0])
+    np.testing.assert_array_equal(first[1], again[1])
+    assert (first[0] != other[0]).any()
+    # No two copies are alike, and an image's own do not depend on how many there are.
+    assert len({x.tobytes() for x in first[0]}) == 12
+    np.testing.assert_array_equal(defects.draw(images, 2, 0)[0][0], first[0][0])
+
+
+def test_training_split_with_drawn_defects():
+    rng = np.random.default_rng(0)
+    images = np.stack([synthetic.draw('bottle', 'good', rng)[0][:64, :64] for _ in range(3)])
+    given = Split(
+        images=images,
+        masks=np.zeros((3, 64, 64), np.uint8),
+        has_mask=np.array([True, True, False]),
+        labels=np.array([0, 0, 1], np.int32),
+        defects=('good', 'good', 'dent'),
+        files=('a', 'b', 'c'),
+    )
+    config = default_config()
+    assert supervision.with_drawn(config, given) is given
+    config.drawn.copies = 2
+    split = supervision.with_drawn(config, given)
+    assert split.labels.tolist() == [0, 0, 1, 1, 1, 1, 1]
+    assert split.has_mask.tolist() == [True, True, False, True, True, True, True]
+    assert split.files == ('a', 'b', 'c', 'a', 'a', 'b', 'b')
+    np.testing.assert_array_equal(split.images[:3], images)
+    assert split.masks[3:].any((1, 2)).sum() >= 3
