@@ -264,19 +264,20 @@ def _segment(config, params, batch_stats, layers, base, clean, noisy=None):
       Logits of all positions (N, H, W, 1) and of the noisy ones (K,), and running averages.
     """
     seg, linear = params['seg_head'], config.adaptor == 'linear'
-    hidden, b_hidden, out = (
-        seg['hidden']['kernel'],
-        seg['hidden']['bias'],
-        seg['out']['kernel'][:, 0],
-    )
-    adapt, center = lambda x: x, jax.lax.stop_gradient(base.mean((0, 1, 2)))
-    if linear:
+    hidden, out = seg['hidden']['kernel'], seg['out']['kernel'][:, 0]
+
+    def adapt(x, bias=False):
+        if not linear:
+            return x
         projection = params['adaptor']['projection']
-        adapt = lambda x: x @ projection['kernel']  # noqa: E731
+        return x @ projection['kernel'] + (projection['bias'] if bias else 0.0)
+
     # Sums over positions, all less the center: products of small differences, not of large values.
+    # XLA's sum over an axis is tenfold more exact than its product of a vector and a matrix.
+    center = jax.lax.stop_gradient(base.mean((0, 1, 2)))
     centered = base.reshape(-1, base.shape[-1]) - center
-    first = adapt(clean @ centered)
-    second = adapt(adapt(centered.T @ (clean[:, None] * centered)).T)
+    counted = clean[:, None] * centered
+    first, second = adapt(counted.sum(0)), adapt(adapt(centered.T @ counted).T)
     total = clean.sum()
     if noisy is not None:
         rows, noise, valid = noisy
@@ -284,9 +285,7 @@ def _segment(config, params, batch_stats, layers, base, clean, noisy=None):
         first, second, total = first + rows.sum(0), second + rows.T @ rows, total + valid.sum()
     first = first / total
     covariance = second / total - jnp.outer(first, first)
-    mean = (adapt(center) + first) @ hidden + b_hidden
-    if linear:
-        mean += projection['bias'] @ hidden
+    mean = (adapt(center, bias=True) + first) @ hidden + seg['hidden']['bias']
     variance = (hidden * (covariance @ hidden)).sum(0)
     stats = {'norm': _running(batch_stats['seg_head']['norm'], mean, variance)}
 
@@ -299,7 +298,8 @@ def _segment(config, params, batch_stats, layers, base, clean, noisy=None):
         return jnp.where((x > 0) == (out > 0), x, SLOPE * x).sum(-1)
 
     of_noisy = None if noisy is None else sum_leaky(rows @ kernel + offset, out)
-    kernel = projection['kernel'] @ kernel if linear else kernel
+    # At all positions it meets the features themselves.
+    kernel = params['adaptor']['projection']['kernel'] @ kernel if linear else kernel
     offset = offset - center @ kernel
 
     def logits_of(inputs):
