@@ -50,6 +50,8 @@ def default_config() -> ml_collections.ConfigDict:
     # What an image's score is: the classification head's, or the map's maximum, without that head.
     config.image_score = 'head'  # head (published) or map.
     config.positions = 0  # Of image_score=map: how many places an image a step; 0: all.
+    # Of positions: share of a normal image's that lie on the product; 0: anywhere, all alike.
+    config.product_share = 0.0
     config.map_loss = 'l1_focal'  # Of image_score=map: l1_focal (published) or cross_entropy.
 
     config.simplenet = simplenet = ml_collections.ConfigDict()
@@ -68,9 +70,12 @@ def default_config() -> ml_collections.ConfigDict:
     perlin.threshold = 0.2  # Noise above it is anomalous; 0.6 in supervised training.
     perlin.empty = 0.5  # Probability of an empty mask.
 
+    # Copies of each normal training image, turned by any angle: for products that lie at any angle.
+    config.turned_copies = 0
+
     config.drawn = drawn = ml_collections.ConfigDict()
-    drawn.copies = 0  # Of each normal training image, with a defect drawn into them; 0: none.
-    drawn.seed = 0  # Where defects are drawn and how they look.
+    drawn.copies = 0  # Of each of these, with a defect drawn into them; 0: none.
+    drawn.seed = 0  # Where defects are drawn and how they look; and how copies are turned.
 
     config.noise = noise = ml_collections.ConfigDict()
     noise.kind = 'static'  # static (Gaussian), learned (a generator) or shuffled (own features).
@@ -216,6 +221,14 @@ def validate(config: ml_collections.ConfigDict) -> None:
         'some of the positions only are for --config.image_score=map: a classification head needs '
         'all of them',
     )
+    share = config.product_share
+    require(0 <= share <= 1, 'product_share', 'it is a share in 0..1')
+    require(
+        share == 0 or config.positions > 0,
+        'product_share',
+        'positions are chosen with --config.image_score=map and --config.positions above 0 only',
+    )
+    require(0 <= config.turned_copies <= 100, 'turned_copies', 'it is a number from 0 to 100')
     require(0 <= config.drawn.copies <= 100, 'drawn.copies', 'it is a number from 0 to 100')
     require(
         config.drawn.copies == 0

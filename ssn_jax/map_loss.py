@@ -5,6 +5,8 @@ unbiased estimate of the loss, at a cost that follows from the sample and not fr
 """
 
 from collections.abc import Callable
+import math
+from typing import NamedTuple
 
 from flax import linen as nn
 import jax
@@ -20,9 +22,10 @@ def make_map_loss(
 ) -> Callable:
     """The loss of both players; arguments and result as of `steps.make_loss`.
 
-    Each image gives `config.positions` positions: a normal one any, a defective one those of its
-    defect, weighted as its mask is (one whose mask is unknown gives none). Every other position of
-    normal images comes once more with noise. Anomalies are what has noise, and defects.
+    A normal image gives `config.positions` positions, `config.product_share` of them on the product
+    and the others anywhere; a defective one a quarter as many, of its defect, weighted as its mask
+    is (one whose mask is unknown gives none). Every other position of normal images comes once more
+    with noise. Normal and anomalous positions count alike, and of these noise and defects alike.
 
     Args:
       config: the run's config.
@@ -41,28 +44,27 @@ def make_map_loss(
             return x, updates.get('batch_stats', {})
 
         k_places, k_noise = jax.random.split(key)
-        rows, target, weight, normal = _sample(k_places, batch, config.positions)
-        adapted, of_adaptor = apply(rows, 'adapt')
-        noisy = normal[::2]
-        noise = noise_fn(generator, adapted[::2], k_noise) * noisy[:, None]
+        sampled = _sample(k_places, batch, config.positions, config.product_share)
+        adapted, of_adaptor = apply(sampled.features, 'adapt')
+        noisy = sampled.weight[: sampled.first : 2] * (1 - sampled.defective[: sampled.first : 2])
+        clean = adapted[: sampled.first : 2]
+        noise = noise_fn(generator, clean, k_noise) * noisy[:, None]
         [scale] = synthesis.noise_scales(config.noise.unit, adapted)
-        seen = jnp.concatenate([adapted, adapted[::2] + noise * scale])
-        target = jnp.concatenate([target, noisy])
-        weight = jnp.concatenate([weight, noisy])
-        logits, of_head = apply(seen[:, None, None, :], 'segment')
+        seen = jnp.concatenate([adapted, clean + noise * scale])
+        logits, of_head = apply(seen, 'segment')
+        logits = logits[:, 0]
 
-        target, weight = (x[:, None, None, None] for x in (target, weight))
-        # A row of weight 0 is none: it counts in no average.
-        taught = weight > 0
+        weight = jnp.concatenate([sampled.weight, noisy])
+        target = jnp.concatenate([sampled.defective, jnp.ones_like(noisy)])
+        kind = jnp.concatenate([sampled.defective, 2 * jnp.ones_like(noisy)])
+        share = weight * _shares(kind, weight > 0)
         if config.map_loss == 'cross_entropy':
             # Beyond a margin the truncated L1 is content; this one goes on telling apart.
-            each = weight * losses.focal(logits, target, gamma=0.0)
-            parts = [losses.mean_where(each, taught * (target == of)) for of in (0, 1)]
-            terms = {'map_cross_entropy': sum(parts)}
+            terms = {'map_cross_entropy': (share * losses.focal(logits, target, gamma=0.0)).sum()}
         else:
-            parts = losses.truncated_l1(logits, target, weight=weight, taught=taught)
-            focal = losses.mean_where(weight * losses.focal(logits, target), taught)
-            terms = {'map_l1': sum(parts), 'map_focal': focal}
+            beyond = jax.nn.relu(0.5 + jnp.where(target > 0, -logits, logits))
+            focal = losses.focal(logits, target)
+            terms = {'map_l1': (share * beyond).sum(), 'map_focal': (share * focal).sum() / 2}
         loss = sum(terms.values())
         power = losses.mean_where(noise**2, noisy[:, None])
         terms |= losses.generator_terms(loss, power, config.noise.penalty)
@@ -71,25 +73,67 @@ def make_map_loss(
     return loss_fn
 
 
-def _sample(key, batch, positions):
-    """Features at sampled positions (K, C); of each (K,) its target, its weight, is it normal."""
+def _shares(kind, taught):
+    """Each position's share (K,): 1 of the normal ones (kind 0), 1 of the anomalous ones together.
+
+    Drawn or true defects (1) and noise (2) share alike: noise is endless, defects are few, and what
+    there is less of would be drowned.
+    """
+    counts = jnp.stack([(taught * (kind == k)).sum() for k in range(3)])
+    kinds = jnp.array([1.0, *[jnp.maximum((counts[1:] > 0).sum(), 1)] * 2])
+    return taught / (jnp.maximum(counts, 1) * kinds)[kind.astype(jnp.int32)]
+
+
+class _Sample(NamedTuple):
+    """Positions of a batch: features (K, C), (K,) whether defective, (K,) how much they count.
+
+    The first `first` ones are those of the first half of the images, normal ones if there are any.
+    """
+
+    features: jax.Array
+    defective: jax.Array
+    weight: jax.Array
+    first: int
+
+
+def _sample(key, batch, positions, product_share):
     layers = batch['layers']
     n, (height, width) = len(layers[0]), feature_grid(layers)
     label = batch.get('label', jnp.zeros(n))[:, None]
     mask = batch.get('mask', jnp.zeros((n, height, width, 1))).reshape(n, -1)
+    anywhere = jnp.full_like(mask, 1 / mask.shape[1])
+    if product_share:
+        product = batch['product'].reshape(n, -1)
+        on_product = product / jnp.maximum(product.sum(1, keepdims=True), 1)
+        anywhere += product_share * (on_product - anywhere)
     # Beside a defect nothing is sure.
-    chances = jnp.where(label > 0, mask, 1.0)
-    if positions:
-        sums = jnp.cumsum(chances, 1)
-        drawn = jax.random.uniform(key, (n, positions)) * sums[:, -1:]
-        places = jax.vmap(lambda s, d: jnp.searchsorted(s, d, side='right'))(sums, drawn)
-        places = jnp.minimum(places, height * width - 1)
-    else:
-        places = jnp.broadcast_to(jnp.arange(height * width), chances.shape)
-    weight = jnp.take_along_axis(chances, places, 1)
-    if 'weight' in batch:
-        of_place = jnp.take_along_axis(batch['weight'].reshape(n, -1), places, 1)
-        weight = weight * jnp.where(label > 0, of_place, 1.0)
-    rows = sample_features(layers, places)
-    target = jnp.broadcast_to(label, places.shape).reshape(-1)
-    return rows.reshape(-1, rows.shape[-1]), target, weight.reshape(-1), 1 - target
+    chances = jnp.where(label > 0, mask, anywhere)
+    weight = batch['weight'].reshape(n, -1) if 'weight' in batch else 1.0
+    worth = jnp.where(label > 0, mask * weight, 1.0)
+
+    def draw(k, images, count):
+        if count:
+            sums = jnp.cumsum(chances[images], 1)
+            drawn = jax.random.uniform(k, (len(images), count)) * sums[:, -1:]
+            places = jax.vmap(lambda s, d: jnp.searchsorted(s, d, side='right'))(sums, drawn)
+            places = jnp.minimum(places, height * width - 1)
+        else:
+            places = jnp.broadcast_to(jnp.arange(height * width), (len(images), height * width))
+        weight = jnp.take_along_axis(worth[images], places, 1)
+        rows = sample_features(layers, places, images)
+        defective = jnp.broadcast_to(label[images], places.shape)
+        return rows.reshape(-1, rows.shape[-1]), defective.reshape(-1), weight.reshape(-1)
+
+    images = jnp.arange(n)
+    if 'label' not in batch:
+        features, defective, weight = draw(key, images, positions)
+        return _Sample(features, defective, weight, len(weight))
+    # Defects are small, and the same few positions soon come again: most are taken of the half
+    # that the normal images come first in, whatever their number in this batch is.
+    images = jnp.argsort(label[:, 0], stable=True)
+    half = n - n // 2
+    k_first, k_second = jax.random.split(key)
+    parts = [draw(k_first, images[:half], positions)]
+    parts.append(draw(k_second, images[half:], math.ceil(positions / 4)))
+    joined = (jnp.concatenate(x) for x in zip(*parts, strict=True))
+    return _Sample(*joined, len(parts[0][1]))

@@ -128,7 +128,7 @@ def init_state(config: ml_collections.ConfigDict, key: jax.Array, channels: int)
         opt_state=discriminator_optimizer(config).init(variables['params']),
         generator=generator,
         generator_opt_state=generator_opt_state,
-        # Copies: an epoch's state is donated, each array once.
+        # Copies: whoever donates the state may give each array once.
         average=jax.tree.map(jnp.array, variables['params']) if config.optimizer.average else {},
     )
 
@@ -361,9 +361,16 @@ def make_step(
     return step
 
 
-def _exact(x):
-    """Features that are kept in bfloat16 are computed with in float32."""
-    return x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
+def _take(x, indices):
+    """Some of all images' features (or masks); those kept in bfloat16 are computed with in float32.
+
+    They are taken as the bits that they are: XLA on a CPU would convert all images before it took
+    these few.
+    """
+    if x.dtype != jnp.bfloat16:
+        return x[indices]
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint16)[indices]
+    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32)
 
 
 def make_epoch(
@@ -398,7 +405,7 @@ def make_epoch(
 
         def body(state, inputs):
             indices, k = inputs
-            batch = jax.tree.map(lambda x: _exact(x[indices]), data)
+            batch = jax.tree.map(lambda x: _take(x, indices), data)
             if mesh is not None:
                 batch = jax.lax.with_sharding_constraint(batch, devices.spread(mesh))
             state, terms = step(state, batch, k)

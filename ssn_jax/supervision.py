@@ -29,6 +29,16 @@ def take(split: Split, indices: np.ndarray) -> Split:
     )
 
 
+def join(*splits: Split) -> Split:
+    """The images of several splits, one after the other."""
+
+    def joined(*parts):
+        return sum(parts, ()) if isinstance(parts[0], tuple) else np.concatenate(parts)
+
+    names = [field.name for field in dataclasses.fields(Split)]
+    return Split(*(joined(*(getattr(split, name) for split in splits)) for name in names))
+
+
 def hold_out(config: ml_collections.ConfigDict, split: Split) -> tuple[Split, Split]:
     """Keeps a share of the training images aside, to choose a threshold on.
 
@@ -126,6 +136,22 @@ def with_flips(split: Split) -> Split:
     return dataclasses.replace(four, images=flip(split.images), masks=flip(split.masks))
 
 
+def with_turned(config: ml_collections.ConfigDict, split: Split) -> Split:
+    """The split with copies of its normal images, turned by any angle, right after them.
+
+    Args:
+      config: the run's; `turned_copies` says how many, and `drawn.seed` by which angles.
+      split: the training images, normal ones first.
+    """
+    if not config.turned_copies:
+        return split
+    normal, defective = (take(split, np.flatnonzero(split.labels == label)) for label in (0, 1))
+    copies = take(normal, np.repeat(np.arange(len(normal.labels)), config.turned_copies))
+    turned = images.turn(normal.images, config.turned_copies, config.drawn.seed)
+    logging.info('%d copies of normal training images are turned', len(turned))
+    return join(normal, dataclasses.replace(copies, images=turned), defective)
+
+
 def with_drawn(config: ml_collections.ConfigDict, split: Split) -> Split:
     """The split and, after it, copies of its normal images with defects drawn into them.
 
@@ -138,14 +164,11 @@ def with_drawn(config: ml_collections.ConfigDict, split: Split) -> Split:
         return split
     drawn, masks = defects.draw(normal.images, copies, config.drawn.seed)
     logging.info('%d copies of normal training images have a defect drawn into them', len(drawn))
-    return Split(
-        images=np.concatenate([split.images, drawn]),
-        masks=np.concatenate([split.masks, masks]),
-        has_mask=np.concatenate([split.has_mask, np.ones(len(drawn), bool)]),
-        labels=np.concatenate([split.labels, np.ones(len(drawn), split.labels.dtype)]),
-        defects=split.defects + ('drawn',) * len(drawn),
-        files=split.files + tuple(f for f in normal.files for _ in range(copies)),
-    )
+    copied = take(normal, np.repeat(np.arange(len(normal.labels)), copies))
+    names = ('drawn',) * len(drawn)
+    labels = np.ones_like(copied.labels)
+    of_drawn = {'images': drawn, 'masks': masks, 'labels': labels, 'defects': names}
+    return join(split, dataclasses.replace(copied, **of_drawn))
 
 
 def truth(
@@ -172,6 +195,18 @@ def truth(
         arrays['mask'] = _resize(dilated, grid) >= 0.5
         arrays['weight'] = _resize(weights, grid)
     return {name: value.astype(np.float32) for name, value in arrays.items()}
+
+
+def product(split: Split, grid: tuple[int, int]) -> np.ndarray:
+    """Where the product is in normal images, at the feature grid (h, w): float32 (N, h, w, 1).
+
+    Of defective images nothing is said, 0 everywhere.
+    """
+    places = np.zeros((len(split.labels), *grid, 1), np.float32)
+    for i in np.flatnonzero(split.labels == 0):
+        seen = defects.foreground(split.images[i]).astype(np.uint8)
+        places[i, :, :, 0] = cv2.resize(seen, grid[::-1], interpolation=cv2.INTER_AREA)
+    return places
 
 
 def distance_weights(mask: np.ndarray, weight: float = 3.0, power: float = 2.0) -> np.ndarray:

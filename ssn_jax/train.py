@@ -294,7 +294,8 @@ class Start:
 def train(runs, split, network, backbone, backbone_variables, keeper, events=False, quiet=False):
     """Runs the epochs that are missing; returns each run's final state and its log."""
     config, _ = runs[0]
-    split = supervision.with_drawn(config, supervision.with_flips(split))
+    split = supervision.with_turned(config, supervision.with_flips(split))
+    split = supervision.with_drawn(config, split)
     mesh = devices.make_mesh(image_order(config, split)(0).shape[1])
     starts = [find_start(*run, mesh, events) for run in runs]
     states = [start.state for start in starts]
@@ -462,9 +463,11 @@ def training_data(config, split, network, backbone, backbone_variables, mesh, on
         dtype=config.features.dtype,
         to_host=on_host,
     )
-    if not split.labels.any():
-        return {'layers': layers}
-    known = supervision.truth(config.supervision, split, features_lib.feature_grid(layers))
+    known, grid = {}, features_lib.feature_grid(layers)
+    if split.labels.any():
+        known = supervision.truth(config.supervision, split, grid)
+    if config.product_share:
+        known['product'] = supervision.product(split, grid)
     if not on_host:
         known = {k: devices.put_images(mesh, x) for k, x in known.items()}
     return {'layers': layers} | known

@@ -27,37 +27,61 @@ def make_config(**fields):
     return config
 
 
+def places_of(rows, layers, image, n):
+    """Which positions of an image some rows are."""
+    features = np.asarray(upscale_pool(layers)).reshape(n, -1, sum(CHANNELS))[image]
+    found = np.abs(np.asarray(rows)[:, None] - features).max(-1)
+    assert found.min(1).max() < 1e-4
+    return found.argmin(1)
+
+
 def test_positions_of_a_defect_and_of_normal_images():
     """Normal image: any position, all alike. Defect: inside its mask. Unknown mask: nothing."""
-    layers, grid = make_layers(3), (8, 12)
-    mask = np.zeros((3, *grid, 1), np.float32)
+    layers, grid = make_layers(4), (8, 12)
+    mask = np.zeros((4, *grid, 1), np.float32)
     mask[1, 2:4, 5:9] = 1
     weight = np.ones_like(mask)
     weight[1, 3] = 0.25
-    batch = {'label': jnp.array([0.0, 1.0, 1.0]), 'mask': mask, 'weight': jnp.asarray(weight)}
+    batch = {'label': jnp.array([0.0, 1, 1, 0]), 'mask': mask, 'weight': jnp.asarray(weight)}
+    batch |= {'layers': layers}
     count = 4000
-    rows, defective, weights, normal = map_loss._sample(
-        jax.random.key(0), batch | {'layers': layers}, count
-    )
-    features = np.asarray(upscale_pool(layers)).reshape(3, -1, sum(CHANNELS))
+    sampled = map_loss._sample(jax.random.key(0), batch, count, 0.0)
+    assert sampled.first == 2 * count
+    # The normal images come first, with all their positions; the others give a quarter as many.
+    parts = np.split(np.arange(len(sampled.weight)), [count, 2 * count, 2 * count + count // 4])
+    rows, defective, weights = ([np.asarray(x)[p] for p in parts] for x in sampled[:3])
+    for image, of_image in ((0, 0), (3, 1)):
+        histogram = np.bincount(places_of(rows[of_image], layers, image, 4), minlength=96)
+        assert abs(histogram - count / 96).max() < 6 * np.sqrt(count / 96)
+        assert (defective[of_image] == 0).all() and (weights[of_image] == 1).all()
+    places = places_of(rows[2], layers, 1, 4)
+    assert set(places) == set(np.flatnonzero(mask[1].reshape(-1)))
+    np.testing.assert_array_equal(weights[2], weight[1].reshape(-1)[places])
+    assert (defective[2] == 1).all() and (defective[3] == 1).all() and (weights[3] == 0).all()
 
-    def places(image):
-        """Which positions of an image its rows are."""
-        own = np.asarray(rows).reshape(3, count, -1)[image]
-        found = np.abs(own[:, None] - features[image]).max(-1)
-        assert found.min(1).max() < 1e-4
-        return found.argmin(1)
 
-    histogram = np.bincount(places(0), minlength=96)
-    assert abs(histogram - count / 96).max() < 6 * np.sqrt(count / 96)
-    inside = np.flatnonzero(mask[1].reshape(-1))
-    assert set(places(1)) == set(inside)
-    defective, weights = np.asarray(defective).reshape(3, -1), np.asarray(weights).reshape(3, -1)
-    assert (defective == np.array([[0], [1], [1]])).all()
-    np.testing.assert_array_equal(normal, 1 - defective.reshape(-1))
-    assert (weights[0] == 1).all()
-    np.testing.assert_array_equal(weights[1], weight[1].reshape(-1)[places(1)])
-    assert (weights[2] == 0).all()
+def test_share_of_the_product():
+    """A share of a normal image's positions lies on the product, the others anywhere."""
+    layers, grid, count = make_layers(1), (8, 12), 8000
+    product = np.zeros((1, *grid, 1), np.float32)
+    product[0, :3, :4] = 1
+    batch = {'layers': layers, 'product': jnp.asarray(product)}
+    sampled = map_loss._sample(jax.random.key(0), batch, count, 0.6)
+    places = places_of(sampled.features, layers, 0, 1)
+    on_product = product.reshape(-1)[places].mean()
+    assert abs(on_product - (0.6 + 0.4 * 12 / 96)) < 0.03
+
+
+def test_shares_of_noise_and_defects():
+    """Two normal rows, one defect that counts and one that does not, four rows of noise."""
+    kind = jnp.array([0.0, 0, 1, 1, 2, 2, 2, 2])
+    taught = jnp.array([True, True, True, False, True, True, True, True])
+    expected = [0.5, 0.5, 0.5, 0, 0.125, 0.125, 0.125, 0.125]
+    np.testing.assert_allclose(map_loss._shares(kind, taught), expected)
+    # Of one kind of anomaly alone, it has all.
+    only = map_loss._shares(kind, taught * (kind != 1))
+    np.testing.assert_allclose(only, [0.5, 0.5, 0, 0, 0.25, 0.25, 0.25, 0.25])
+    assert not np.isnan(map_loss._shares(kind, taught * False)).any()
 
 
 @pytest.mark.parametrize('kind', ['l1_focal', 'cross_entropy'])
@@ -76,20 +100,22 @@ def test_loss_of_all_positions_by_hand(kind):
     variables = {'params': state.params, 'batch_stats': state.batch_stats}
     adapted = network.apply(variables, upscale_pool(layers), method='adapt')
     flat = adapted.reshape(-1, adapted.shape[-1])
-    seen = jnp.concatenate([flat, flat[::2]])[:, None, None, :]
+    seen = jnp.concatenate([flat, flat[:96:2]])[:, None, None, :]
     logits, updates = network.apply(
         variables, seen, train=True, method='segment', mutable=['batch_stats']
     )
     logits, m = np.asarray(logits)[:, 0, 0, 0], mask.reshape(-1)
     # Noise that is none: every other normal position counts once more, as an anomaly.
-    normal, noisy = logits[:96], logits[192:][: 96 // 2]
-    anomalous = np.concatenate([logits[96:192][m[96:] > 0], noisy])
+    normal, defect, noisy = logits[:96], logits[96:192][m[96:] > 0], logits[192:]
+
+    def mean(each):
+        return each(normal, 0).mean() + (each(defect, 1).mean() + each(noisy, 1).mean()) / 2
+
     if kind == 'l1_focal':
-        expected = np.maximum(0.5 + normal, 0).mean() + np.maximum(0.5 - anomalous, 0).mean()
-        each = np.concatenate([losses.focal(normal, 0 * normal), losses.focal(anomalous, 1.0)])
-        expected += each.mean()
+        expected = mean(lambda z, y: np.maximum(0.5 + (1 - 2 * y) * z, 0))
+        expected += mean(lambda z, y: losses.focal(z, np.full_like(z, y))) / 2
     else:
-        expected = np.log1p(np.exp(normal)).mean() + np.log1p(np.exp(-anomalous)).mean()
+        expected = mean(lambda z, y: np.log1p(np.exp((1 - 2 * y) * z)))
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     np.testing.assert_allclose(terms['loss'], expected, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(stats), jax.tree.leaves(updates['batch_stats']), strict=True):

@@ -288,8 +288,9 @@ def test_features_at_sampled_places_are_those_of_the_grid(grid):
     layers = (jax.random.normal(keys[0], (3, *grid, 5)), jax.random.normal(keys[1], (3, *half, 9)))
     features = features_lib.upscale_pool(layers).reshape(3, -1, 14)
     places = jax.random.randint(keys[2], (3, 50), 0, features.shape[1])
-    sampled = features_lib.sample_features(layers, places)
-    expected = jnp.take_along_axis(features, places[..., None], 1)
+    images = jnp.array([2, 0, 2])
+    sampled = features_lib.sample_features(layers, places, images)
+    expected = jnp.take_along_axis(features[images], places[..., None], 1)
     np.testing.assert_allclose(sampled, expected, atol=1e-5)
 
 

@@ -28,7 +28,7 @@ def draw(images: np.ndarray, copies: int, seed: int) -> tuple[np.ndarray, np.nda
 
     Args:
       images: normal images, uint8 RGB (N, H, W, 3).
-      copies: how many copies of each; the kinds take turns.
+      copies: how many copies of each; the kinds take turns, from one image to the next too.
       seed: places and looks follow from it, and from the image's index, alone.
 
     Returns:
@@ -40,7 +40,7 @@ def draw(images: np.ndarray, copies: int, seed: int) -> tuple[np.ndarray, np.nda
         image, copy = divmod(index, copies)
         rng = np.random.default_rng([seed, image, copy])
         other = images[rng.integers(len(images))]
-        return draw_one(images[image], other, list(_KINDS)[copy % len(_KINDS)], rng)
+        return draw_one(images[image], other, list(_KINDS)[index % len(_KINDS)], rng)
 
     with ThreadPoolExecutor() as pool:  # OpenCV releases the interpreter's lock.
         pairs = list(pool.map(one, range(len(images) * copies)))

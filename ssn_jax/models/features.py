@@ -176,19 +176,22 @@ def upscale_pool(layers: tuple[jax.Array, ...], scale: int = 2) -> jax.Array:
     )
 
 
-def sample_features(layers: tuple[jax.Array, ...], places: jax.Array, scale: int = 2) -> jax.Array:
-    """`upscale_pool(layers)` at some places of each image, without building the feature grid.
+def sample_features(
+    layers: tuple[jax.Array, ...], places: jax.Array, images: jax.Array, scale: int = 2
+) -> jax.Array:
+    """`upscale_pool(layers)` at some places of some images, without building the feature grid.
 
     Args:
       layers: outputs of the backbone (N, H_i, W_i, C_i), finest first.
-      places: (N, P) int, indices into the grid's H * W positions, row by row.
+      places: (M, P) int, indices into the grid's H * W positions, row by row.
+      images: (M,) int, which images they are of.
       scale: how many times finer than the first layer the grid is.
 
     Returns:
-      (N, P, sum of C_i).
+      (M, P, sum of C_i).
     """
     height, width = feature_grid(layers, scale)
-    image = jnp.arange(len(places))[:, None, None, None]
+    image = images[:, None, None, None]
     parts = []
     for x in layers:
         rows, of_rows = (t[places // width] for t in _taps(x.shape[1], height))
