@@ -15,7 +15,7 @@ def get_config():
     config = default_config()
     config.name = 'drawn'
     config.image_score = 'map'
-    config.positions = 128
+    config.positions = 32
     config.product_share = 0.5
     config.map_loss = 'cross_entropy'
     config.features.layers = (1, 2, 3)
@@ -31,6 +31,6 @@ def get_config():
     config.optimizer.adaptor_learning_rate = 2e-4
     config.optimizer.heads_learning_rate = 4e-4
     config.optimizer.average = 0.995
-    config.batch_size = 16
-    config.epochs = 15
+    config.batch_size = 64
+    config.epochs = 60
     return config

@@ -9,6 +9,8 @@ one's before they are timed.
 - batch 1: median and 95th percentile, in ms. batch 16: images per second.
 - MB: arguments, results and temporaries of a call of batch 1, as XLA plans them.
 - first: seconds from trained variables to the first result, compilation included.
+- std off: of bfloat16 (`--bfloat16`), how far scores and maps lie from float32's at most, in standard
+  deviations of the logits over the 16 images (`deploy.deviation`).
 """
 
 import importlib.util
@@ -19,6 +21,7 @@ import time
 from absl import app, flags, logging
 import cv2
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ssn_jax import cli, deploy, published, steps
@@ -39,6 +42,7 @@ _JSON = flags.DEFINE_bool('json', False, 'Print one JSON document instead of the
 _TRAIN = flags.DEFINE_bool('train', False, 'Measure training instead of inference.')
 _BATCH = flags.DEFINE_integer('batch', 16, 'With --train: images per step, before doubling.')
 _DIRECT = flags.DEFINE_bool('direct', True, 'Measure the direct form too.')
+_BFLOAT16 = flags.DEFINE_bool('bfloat16', False, 'Measure the fused form in bfloat16 too.')
 
 
 def load_config(name: str):
@@ -75,8 +79,10 @@ def random_variables(config) -> tuple[dict, dict]:
 def compile_jax(form: str, config, variables: tuple[dict, dict], images: np.ndarray):
     """A form's call on images of this shape, and what XLA knows of it."""
     network = steps.build_network(config)
-    if form == 'fused':
-        held, run = deploy.prepare(deploy.fuse(*variables, network)), deploy.predict
+    if form != 'direct':
+        fused = deploy.fuse(*variables, network)
+        fused = deploy.cast(fused, jnp.bfloat16) if form == 'bfloat16' else fused
+        held, run = deploy.prepare(fused), deploy.predict
     else:
         held, backbone = variables, resnet.BACKBONES[config.backbone.name]
 
@@ -153,12 +159,11 @@ def check_outputs(name: str, actual, expected) -> None:
             raise ValueError(f'{name} deviates from the fused form by {error:.1e}')
 
 
-def measure(name: str, against: list[str], turns: int, direct: bool) -> dict:
-    """Everything about one config."""
+def measure(name: str, against: list[str], turns: int, forms: list[str]) -> dict:
+    """Everything about one config; `forms` are this project's, fused among them."""
     config = load_config(name)
     variables = random_variables(config)
     count = sum(x.size for v in variables for x in jax.tree.leaves(v['params']))
-    forms = (['direct'] if direct else []) + ['fused']
     size = list(config.image_size)
     result = {
         'config': name,
@@ -177,8 +182,12 @@ def measure(name: str, against: list[str], turns: int, direct: bool) -> dict:
             output = calls[form](images)
             if batch == 1:
                 row |= facts | {'first_s': time.perf_counter() - began}
+            elif form == 'bfloat16':
+                fused = deploy.fuse(*variables, steps.build_network(config))
+                row['deviation'] = deploy.deviation(fused, images)
             expected = expected or output
-            check_outputs(form, output, expected)
+            if form != 'bfloat16':
+                check_outputs(form, output, expected)
         times = take_turns(calls, images, turns if batch == 1 else max(7, turns // 2))
         for form, seconds in times.items():
             row = result['forms'][form]
@@ -213,6 +222,8 @@ def format_table(results: list[dict]) -> str:
             line += ''.join(f'{"-":>9s}' if v is None else f'{v:9{f}}' for v, f in shown)
             ratios = [row.get(f'fused_is_faster_{b}') for b in BATCHES]
             line += '' if None in ratios else '  ' + ' / '.join(f'{x:.2f}x' for x in ratios)
+            if 'deviation' in row:
+                line += ''.join(f'  {k} {v:.1e} std off' for k, v in row['deviation'].items())
             lines.append(line)
     return '\n'.join(lines)
 
@@ -312,9 +323,11 @@ def run(argv: list[str]) -> None:
         load_config(name)
     if _TRAIN.value:
         return run_training()
+    wanted = {'direct': _DIRECT.value, 'bfloat16': _BFLOAT16.value, 'fused': True}
+    forms = [form for form, yes in wanted.items() if yes]
     results = []
     for name in _CONFIGS.value:
-        results.append(measure(name, _AGAINST.value, _TURNS.value, _DIRECT.value))
+        results.append(measure(name, _AGAINST.value, _TURNS.value, forms))
         if not _JSON.value:
             lines = format_table(results[-1:]).splitlines()
             print('\n'.join(lines if len(results) == 1 else lines[1:]), flush=True)

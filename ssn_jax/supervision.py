@@ -200,7 +200,7 @@ def truth(
 def product(split: Split, grid: tuple[int, int]) -> np.ndarray:
     """Where the product is in normal images, at the feature grid (h, w): float32 (N, h, w, 1).
 
-    Of defective images nothing is said, 0 everywhere.
+    1 where it covers most of a position; of defective images nothing is said, 0 everywhere.
     """
     places = np.zeros((len(split.labels), *grid, 1), np.float32)
     for i in np.flatnonzero(split.labels == 0):

@@ -123,6 +123,8 @@ CASES = {
         ('--config.image_size=__import__("os").mkdir("unpickled")', '--config.image_size'),
         ('--config.noise.beta=nan', '--config.noise.beta=nan'),
         ('--config.optimizer.drops=(0.9,0.1)', 'rising fractions'),
+        ('--config.product_share=0.5', '--config.positions above 0'),
+        ('--config.turned_copies=-1', 'a number from 0 to 100'),
         ('--config.seed=-1', '--config.seed=-1'),
         ('--config.seeds=0', '--config.seeds=0'),
         ('--config.resize=(32,32)', '--config.resize=(32, 32)'),

@@ -7,6 +7,7 @@ import pytest
 from ssn_jax import supervision
 from ssn_jax.config import default_config
 from ssn_jax.data import Split, defects, synthetic
+from ssn_jax.data.images import turn
 
 
 def product(seed=0, size=(96, 128)):
@@ -77,23 +78,69 @@ def test_defects_follow_from_the_seed():
     np.testing.assert_array_equal(defects.draw(images, 2, 0)[0][0], first[0][0])
 
 
-def test_training_split_with_drawn_defects():
+def make_split():
+    """Two normal images, and a defective one whose mask is unknown."""
     rng = np.random.default_rng(0)
-    images = np.stack([synthetic.draw('bottle', 'good', rng)[0][:64, :64] for _ in range(3)])
-    given = Split(
-        images=images,
+    return Split(
+        images=np.stack([synthetic.draw('bottle', 'good', rng)[0][:64, :64] for _ in range(3)]),
         masks=np.zeros((3, 64, 64), np.uint8),
         has_mask=np.array([True, True, False]),
         labels=np.array([0, 0, 1], np.int32),
         defects=('good', 'good', 'dent'),
         files=('a', 'b', 'c'),
     )
-    config = default_config()
+
+
+def test_training_split_with_turned_copies():
+    """They stand behind the normal images, before the defective ones, and are turned images."""
+    config, given = default_config(), make_split()
+    assert supervision.with_turned(config, given) is given
+    config.turned_copies = 2
+    split = supervision.with_turned(config, given)
+    assert split.labels.tolist() == [0, 0, 0, 0, 0, 0, 1]
+    assert split.has_mask.tolist() == [True] * 6 + [False]
+    assert split.files == ('a', 'b', 'a', 'a', 'b', 'b', 'c')
+    np.testing.assert_array_equal(split.images[[0, 1, 6]], given.images)
+    again = supervision.with_turned(config, given)
+    np.testing.assert_array_equal(split.images, again.images)
+    assert len({image.tobytes() for image in split.images}) == 7
+    config.drawn.seed = 1
+    assert (supervision.with_turned(config, given).images != split.images).any()
+
+
+def test_turning_keeps_the_middle_and_turns_the_rest():
+    """A spot near the middle of a black image comes to lie at its own distance from it."""
+    image = np.zeros((1, 65, 65, 3), np.uint8)
+    image[0, 31:34, 31:34] = 100
+    image[0, 30:35, 40:45] = 255
+    turned = turn(image, 20, 0)[..., 0].astype(float)
+    assert (turned[:, 32, 32] == 100).all()
+    rows, columns = np.mgrid[:65, :65] - 32.0
+    spots = np.where(turned > 120, turned, 0)
+    total = spots.sum((1, 2))
+    down, right = ((spots * x).sum((1, 2)) / total for x in (rows, columns))
+    np.testing.assert_allclose(np.hypot(down, right), 10, atol=0.5)
+    assert np.ptp(np.arctan2(down, right)) > 3
+
+
+def test_product_of_normal_images_at_the_feature_grid():
+    split = make_split()
+    places = supervision.product(split, (16, 16))
+    assert places.shape == (3, 16, 16, 1)
+    for image, found in zip(split.images[:2], places[:2, ..., 0], strict=True):
+        share = defects.foreground(image).reshape(16, 4, 16, 4).mean((1, 3))
+        assert 0 < found.sum() < found.size
+        np.testing.assert_array_equal(found[share != 0.5], share[share != 0.5] > 0.5)
+    assert not places[2].any()
+
+
+def test_training_split_with_drawn_defects():
+    config, given = default_config(), make_split()
     assert supervision.with_drawn(config, given) is given
     config.drawn.copies = 2
     split = supervision.with_drawn(config, given)
     assert split.labels.tolist() == [0, 0, 1, 1, 1, 1, 1]
     assert split.has_mask.tolist() == [True, True, False, True, True, True, True]
     assert split.files == ('a', 'b', 'c', 'a', 'a', 'b', 'b')
-    np.testing.assert_array_equal(split.images[:3], images)
+    np.testing.assert_array_equal(split.images[:3], given.images)
     assert split.masks[3:].any((1, 2)).sum() >= 3
