@@ -9,7 +9,6 @@ same command goes on with what is missing. Exit status: 0; 2 if runs failed; 1 f
 """
 
 import pathlib
-import signal
 
 from absl import flags
 from ml_collections import config_flags
@@ -33,7 +32,6 @@ def sweep(argv: list[str]) -> int:
     if not FLAGS.workdir:
         raise UserError('no folder for the results: add --workdir sweeps/NAME.')
     cli.set_up_log(FLAGS.quiet)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ends the run's process too.
 
     workdir = pathlib.Path(FLAGS.workdir)
     given = config_flags.get_override_values(FLAGS['config'])
