@@ -9,8 +9,8 @@ one's before they are timed.
 - batch 1: median and 95th percentile, in ms. batch 16: images per second.
 - MB: arguments, results and temporaries of a call of batch 1, as XLA plans them.
 - first: seconds from trained variables to the first result, compilation included.
-- std off: of bfloat16 (`--bfloat16`), how far scores and maps lie from float32's at most, in standard
-  deviations of the logits over the 16 images (`deploy.deviation`).
+- std off: of bfloat16 (`--bfloat16`), how far scores and maps lie from float32's at most, in
+  standard deviations of the logits over the 16 images (`deploy.deviation`).
 """
 
 import importlib.util
