@@ -362,15 +362,9 @@ def make_step(
 
 
 def _take(x, indices):
-    """Some of all images' features (or masks); those kept in bfloat16 are computed with in float32.
-
-    They are taken as the bits that they are: XLA on a CPU would convert all images before it took
-    these few.
-    """
-    if x.dtype != jnp.bfloat16:
-        return x[indices]
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint16)[indices]
-    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32)
+    """Some images' features (or masks); what is kept in bfloat16 is computed with in float32."""
+    taken = devices.from_bits(devices.to_bits(x)[indices], x.dtype)
+    return taken.astype(jnp.float32) if x.dtype == jnp.bfloat16 else taken
 
 
 def make_epoch(

@@ -53,7 +53,7 @@ def extract_layers(
 
     if mesh is not None and not to_host:
         return devices.map_images(mesh, layers_of, variables, images, batch_size)
-    run = jax.jit(layers_of)
+    run = jax.jit(lambda v, x: tuple(devices.to_bits(y) for y in layers_of(v, x)))
     parts = []
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
@@ -61,8 +61,10 @@ def extract_layers(
         padded = np.pad(batch, ((0, padding), (0, 0), (0, 0), (0, 0)))
         layers = [x[: len(batch)] for x in run(variables, padded)]
         parts.append(jax.device_get(layers) if to_host else layers)
-    join = np.concatenate if to_host else jnp.concatenate
-    return tuple(join(layer) for layer in zip(*parts, strict=True))
+    layers, dtype = zip(*parts, strict=True), jnp.dtype(dtype)
+    if to_host:
+        return tuple(np.concatenate(layer).view(dtype) for layer in layers)
+    return tuple(devices.from_bits(jnp.concatenate(layer), dtype) for layer in layers)
 
 
 def layers_bytes(
