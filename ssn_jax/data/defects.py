@@ -2,12 +2,13 @@
 
 Noise in feature space is told by what no image can cause, and a discriminator that has learnt to
 tell it need not know a scratch. Drawn defects are crude, but their features are those of images.
-Four kinds, each in a random place of the product:
+Five kinds, each in a random place of the product:
 
 - paste: a piece of another image, turned (Li et al., "CutPaste", CVPR 2021);
 - tone: darker or brighter, with less or more contrast;
 - smear: blurred along a line;
-- warp: pushed, twisted, or drawn together.
+- warp: pushed, twisted, or drawn together;
+- scratch: a thin line that wanders, darker or brighter.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -55,7 +56,7 @@ def draw_one(
     Args:
       image: uint8 RGB (H, W, 3).
       other: where a paste comes from, of the same shape.
-      kind: paste, tone, smear or warp.
+      kind: paste, tone, smear, warp or scratch.
       rng: source of every choice.
 
     Returns:
@@ -167,4 +168,22 @@ def _warp(image, other, place, area, rng):
     return cv2.remap(image, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
 
 
-_KINDS = {'paste': _paste, 'tone': _tone, 'smear': _smear, 'warp': _warp}
+def _scratch(image, other, place, area, rng):
+    del other
+    height, width = image.shape[:2]
+    # A line that wanders, drawn four times as fine and averaged.
+    step, bend, fine = rng.uniform(2, 5), rng.uniform(0.05, 0.5), 4
+    angle = rng.uniform(0, 2 * np.pi)
+    angles = angle + np.cumsum(bend * rng.normal(size=max(2, int(np.sqrt(area) * 4 / step))))
+    points = np.cumsum(step * np.stack([np.cos(angles), np.sin(angles)], 1), 0) + place[::-1]
+    opacity = np.zeros((height * fine, width * fine), np.float32)
+    for start, end in zip(points[:-1], points[1:], strict=True):
+        thick = max(1, round(fine * rng.uniform(0.6, 2.5)))
+        cv2.line(opacity, *((fine * p).astype(int).tolist() for p in (start, end)), 1.0, thick)
+    opacity = cv2.resize(opacity, (width, height), interpolation=cv2.INTER_AREA)
+    opacity = cv2.GaussianBlur(opacity, (0, 0), rng.uniform(0.3, 0.8)).clip(0, 1)
+    opacity = (opacity * foreground(image.astype(np.uint8)))[..., None]
+    return image + opacity * rng.choice([-1, 1]) * rng.uniform(20, 90)
+
+
+_KINDS = {'paste': _paste, 'tone': _tone, 'smear': _smear, 'warp': _warp, 'scratch': _scratch}
