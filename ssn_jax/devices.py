@@ -234,27 +234,10 @@ def map_images(
     ]
 
     def join(parts):
-        def one(*x):
-            joined = jax.numpy.concatenate([to_bits(part) for part in x])[:share]
-            return from_bits(joined, x[0].dtype)
-
-        return jax.tree.map(one, *parts)
+        return jax.tree.map(lambda *x: jax.numpy.concatenate(x)[:share], *parts)
 
     joined = jax.shard_map(join, mesh=mesh, in_specs=(_P(AXIS),), out_specs=_P(AXIS))
     return jax.jit(joined)(parts)
-
-
-def to_bits(x: jax.Array) -> jax.Array:
-    """A bfloat16 array as the bits that it is, uint16; any other as it is.
-
-    To join or take from bfloat16 arrays, XLA on a CPU makes float32 copies of all of them first.
-    """
-    return jax.lax.bitcast_convert_type(x, np.uint16) if x.dtype == jax.numpy.bfloat16 else x
-
-
-def from_bits(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """What `to_bits` made of an array of this type."""
-    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
 
 
 def _rows(mesh, array, share, start, count):

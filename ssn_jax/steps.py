@@ -361,12 +361,6 @@ def make_step(
     return step
 
 
-def _take(x, indices):
-    """Some images' features (or masks); what is kept in bfloat16 is computed with in float32."""
-    taken = devices.from_bits(devices.to_bits(x)[indices], x.dtype)
-    return taken.astype(jnp.float32) if x.dtype == jnp.bfloat16 else taken
-
-
 def make_epoch(
     config: ml_collections.ConfigDict,
     steps: int,
@@ -399,7 +393,7 @@ def make_epoch(
 
         def body(state, inputs):
             indices, k = inputs
-            batch = jax.tree.map(lambda x: _take(x, indices), data)
+            batch = jax.tree.map(lambda x: features_lib.restore(x[indices]), data)
             if mesh is not None:
                 batch = jax.lax.with_sharding_constraint(batch, devices.spread(mesh))
             state, terms = step(state, batch, k)

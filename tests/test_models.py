@@ -253,6 +253,23 @@ def test_extract_layers_does_not_depend_on_the_batch_size():
         assert rule.relative_error(actual, layer) < 1e-5
 
 
+@pytest.mark.parametrize('to_host', [False, True])
+def test_features_kept_in_bfloat16_are_restored(to_host):
+    """Half the memory, and what comes back is within half of bfloat16's last bit."""
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    model, variables = resnet.BACKBONES['resnet18'], rule.backbone('resnet18')
+    exact = features_lib.extract_layers(model, variables, images)
+    kept = features_lib.extract_layers(
+        model, variables, images, batch_size=2, dtype='bfloat16', to_host=to_host
+    )
+    for stored, layer in zip(kept, exact, strict=True):
+        assert stored.nbytes == layer.nbytes / 2
+        restored = features_lib.restore(stored[1:])
+        assert restored.dtype == np.float32
+        np.testing.assert_allclose(restored, layer[1:], rtol=2**-8, atol=1e-6)
+    np.testing.assert_array_equal(features_lib.restore(exact[0]), exact[0])
+
+
 def test_stopped_map_gradient_keeps_the_score_out_of_the_segmentation_head():
     model = SuperSimpleNet()
     features = rule.draw_input('stop', (2, 8, 8, 12))

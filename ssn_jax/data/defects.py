@@ -12,6 +12,7 @@ Five kinds, each in a random place of the product:
 """
 
 from concurrent.futures import ThreadPoolExecutor
+import itertools
 
 import cv2
 import numpy as np
@@ -177,7 +178,7 @@ def _scratch(image, other, place, area, rng):
     angles = angle + np.cumsum(bend * rng.normal(size=max(2, int(np.sqrt(area) * 4 / step))))
     points = np.cumsum(step * np.stack([np.cos(angles), np.sin(angles)], 1), 0) + place[::-1]
     opacity = np.zeros((height * fine, width * fine), np.float32)
-    for start, end in zip(points[:-1], points[1:], strict=True):
+    for start, end in itertools.pairwise(points):
         thick = max(1, round(fine * rng.uniform(0.6, 2.5)))
         cv2.line(opacity, *((fine * p).astype(int).tolist() for p in (start, end)), 1.0, thick)
     opacity = cv2.resize(opacity, (width, height), interpolation=cv2.INTER_AREA)

@@ -44,16 +44,17 @@ def extract_layers(
 
     Returns:
       layer2 and layer3 (N, H_i, W_i, C_i) at their own grids, an eighth of the feature grid's
-      memory; or what `frozen` makes of them. On a mesh they are spread as `devices.map_images`
+      memory; or what `frozen` makes of them. bfloat16 is kept as the bits that it is, uint16, for
+      `restore`: to join or take from bfloat16 arrays, XLA on a CPU makes float32 copies of all. On a mesh they are spread as `devices.map_images`
       does it, and N may be larger.
     """
 
     def layers_of(v, x):
-        return tuple(y.astype(dtype) for y in frozen(backbone.apply(v, normalise(x))))
+        return tuple(_store(y, dtype) for y in frozen(backbone.apply(v, normalise(x))))
 
     if mesh is not None and not to_host:
         return devices.map_images(mesh, layers_of, variables, images, batch_size)
-    run = jax.jit(lambda v, x: tuple(devices.to_bits(y) for y in layers_of(v, x)))
+    run = jax.jit(layers_of)
     parts = []
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
@@ -61,10 +62,23 @@ def extract_layers(
         padded = np.pad(batch, ((0, padding), (0, 0), (0, 0), (0, 0)))
         layers = [x[: len(batch)] for x in run(variables, padded)]
         parts.append(jax.device_get(layers) if to_host else layers)
-    layers, dtype = zip(*parts, strict=True), jnp.dtype(dtype)
-    if to_host:
-        return tuple(np.concatenate(layer).view(dtype) for layer in layers)
-    return tuple(devices.from_bits(jnp.concatenate(layer), dtype) for layer in layers)
+    join = np.concatenate if to_host else jnp.concatenate
+    return tuple(join(layer) for layer in zip(*parts, strict=True))
+
+
+def _store(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    x = x.astype(dtype)
+    return jax.lax.bitcast_convert_type(x, np.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def restore(x: jax.Array) -> jax.Array:
+    """Some of what `extract_layers` keeps (or anything else that is none of it), to compute with.
+
+    What is kept in bfloat16 becomes float32.
+    """
+    if x.dtype != np.uint16:
+        return x
+    return jax.lax.bitcast_convert_type(x, jnp.bfloat16).astype(jnp.float32)
 
 
 def layers_bytes(
