@@ -45,8 +45,8 @@ def extract_layers(
     Returns:
       layer2 and layer3 (N, H_i, W_i, C_i) at their own grids, an eighth of the feature grid's
       memory; or what `frozen` makes of them. bfloat16 is kept as the bits that it is, uint16, for
-      `restore`: to join or take from bfloat16 arrays, XLA on a CPU makes float32 copies of all. On a mesh they are spread as `devices.map_images`
-      does it, and N may be larger.
+      `restore`: to join or take from bfloat16 arrays, XLA on a CPU makes float32 copies of all.
+      On a mesh they are spread as `devices.map_images` does it, and N may be larger.
     """
 
     def layers_of(v, x):
