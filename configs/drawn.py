@@ -5,8 +5,8 @@
 Three copies of every normal image are turned by any angle, and four copies of each of all these get
 a defect drawn into them (`ssn_jax/data/defects.py`); their features are frozen like all others.
 Half of the anomalies' weight is theirs, the other half that of noise of 0.5 standard deviations a
-channel. An epoch is all drawn defects and as many normal images. Measured after the last epoch, three
-seeds: screw I-AUROC 94.3, AUPRO 95.0; bottle, 5 epochs, one seed: 100.0, 94.9.
+channel. An epoch is all drawn defects and as many normal images. Measured after the last epoch,
+three seeds: screw I-AUROC 94.3, AUPRO 95.0; bottle, 5 epochs, one seed: 100.0, 94.9.
 """
 
 from ssn_jax.config import default_config
