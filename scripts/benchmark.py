@@ -204,7 +204,7 @@ def format_table(results: list[dict]) -> str:
     """The results for people."""
     head = ('params', 'GFLOP', 'batch 1', '95 %', 'batch 16', 'MB', 'first', 'fused is faster')
     lines = [
-        f'{"config":10s}{"form":10s}' + ''.join(f'{h:>9s}' for h in head[:-1]) + f'  {head[-1]}'
+        f'{"config":14s}{"form":10s}' + ''.join(f'{h:>9s}' for h in head[:-1]) + f'  {head[-1]}'
     ]
     for r in results:
         rows = r['forms'] | {published.DEVICE: published.EFFICIENCY.get(r['config'], {})}
@@ -218,7 +218,7 @@ def format_table(results: list[dict]) -> str:
                 (row.get('mb'), '.1f'),
                 (row.get('first_s'), '.1f'),
             ]
-            line = f'{r["config"]:10s}{form:10s}'
+            line = f'{r["config"]:14s}{form:10s}'
             line += ''.join(f'{"-":>9s}' if v is None else f'{v:9{f}}' for v, f in shown)
             ratios = [row.get(f'fused_is_faster_{b}') for b in BATCHES]
             line += '' if None in ratios else '  ' + ' / '.join(f'{x:.2f}x' for x in ratios)

@@ -74,7 +74,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.turned_copies = 0
 
     config.drawn = drawn = ml_collections.ConfigDict()
-    drawn.copies = 0  # Of each of these, with a defect drawn into them; 0: none.
+    drawn.copies = 0  # Of each normal image, turned ones too, with a defect drawn into them.
     drawn.seed = 0  # Where defects are drawn and how they look; and how copies are turned.
 
     config.noise = noise = ml_collections.ConfigDict()

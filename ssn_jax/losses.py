@@ -26,6 +26,20 @@ def mean_where(values: jax.Array, where: jax.Array) -> jax.Array:
     return jnp.where(total > 0, (values * weights).sum() / jnp.maximum(total, 1e-12), 0.0)
 
 
+def beyond_margin(logits: jax.Array, targets: jax.Array, threshold: float = 0.5) -> jax.Array:
+    """Truncated L1 per element (Liu et al., "SimpleNet", CVPR 2023, equation 7).
+
+    Args:
+      logits: any shape.
+      targets: same shape, 0 normal or 1 anomalous.
+      threshold: the margin; what is below -threshold or above threshold, as it should, costs 0.
+
+    Returns:
+      Same shape: how far each element is from where it costs nothing.
+    """
+    return jax.nn.relu(threshold + jnp.where(targets > 0, -logits, logits))
+
+
 def truncated_l1(
     logits: jax.Array,
     targets: jax.Array,
@@ -33,10 +47,7 @@ def truncated_l1(
     weight: jax.Array | float = 1.0,
     taught: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Truncated L1 on anomaly logits, averaged apart over normal and anomalous positions.
-
-    Normal positions are pushed below -threshold, anomalous ones above threshold; beyond it they
-    cost nothing (Liu et al., "SimpleNet", CVPR 2023, equation 7).
+    """`beyond_margin` of anomaly logits, averaged apart over normal and anomalous positions.
 
     Args:
       logits: (N, H, W, 1).
@@ -48,9 +59,8 @@ def truncated_l1(
     Returns:
       Two scalars: the mean over normal and over anomalous positions, 0 where there are none.
     """
-    normal = mean_where(weight * jax.nn.relu(threshold + logits), taught * (targets == 0))
-    anomalous = mean_where(weight * jax.nn.relu(threshold - logits), taught * (targets > 0))
-    return normal, anomalous
+    each = weight * beyond_margin(logits, targets, threshold)
+    return mean_where(each, taught * (targets == 0)), mean_where(each, taught * (targets > 0))
 
 
 def discriminator_loss(

@@ -55,15 +55,14 @@ def make_map_loss(
         logits = logits[:, 0]
 
         weight = jnp.concatenate([sampled.weight, noisy])
-        target = jnp.concatenate([sampled.defective, jnp.ones_like(noisy)])
         kind = jnp.concatenate([sampled.defective, 2 * jnp.ones_like(noisy)])
+        target = kind > 0
         share = weight * _shares(kind, weight > 0)
         if config.map_loss == 'cross_entropy':
             # Beyond a margin the truncated L1 is content; this one goes on telling apart.
             terms = {'map_cross_entropy': (share * losses.focal(logits, target, gamma=0.0)).sum()}
         else:
-            beyond = jax.nn.relu(0.5 + jnp.where(target > 0, -logits, logits))
-            focal = losses.focal(logits, target)
+            beyond, focal = losses.beyond_margin(logits, target), losses.focal(logits, target)
             terms = {'map_l1': (share * beyond).sum(), 'map_focal': (share * focal).sum() / 2}
         loss = sum(terms.values())
         power = losses.mean_where(noise**2, noisy[:, None])
@@ -97,6 +96,7 @@ class _Sample(NamedTuple):
 
 
 def _sample(key, batch, positions, product_share):
+    """Chooses positions of a batch, as `make_map_loss` says."""
     layers = batch['layers']
     n, (height, width) = len(layers[0]), feature_grid(layers)
     label = batch.get('label', jnp.zeros(n))[:, None]

@@ -39,6 +39,11 @@ def join(*splits: Split) -> Split:
     return Split(*(joined(*(getattr(split, name) for split in splits)) for name in names))
 
 
+def repeat(split: Split, copies: int) -> Split:
+    """Copies of every image of a split, those of an image side by side."""
+    return take(split, np.repeat(np.arange(len(split.labels)), copies))
+
+
 def hold_out(config: ml_collections.ConfigDict, split: Split) -> tuple[Split, Split]:
     """Keeps a share of the training images aside, to choose a threshold on.
 
@@ -146,10 +151,10 @@ def with_turned(config: ml_collections.ConfigDict, split: Split) -> Split:
     if not config.turned_copies:
         return split
     normal, defective = (take(split, np.flatnonzero(split.labels == label)) for label in (0, 1))
-    copies = take(normal, np.repeat(np.arange(len(normal.labels)), config.turned_copies))
     turned = images.turn(normal.images, config.turned_copies, config.drawn.seed)
     logging.info('%d copies of normal training images are turned', len(turned))
-    return join(normal, dataclasses.replace(copies, images=turned), defective)
+    copied = repeat(normal, config.turned_copies)
+    return join(normal, dataclasses.replace(copied, images=turned), defective)
 
 
 def with_drawn(config: ml_collections.ConfigDict, split: Split) -> Split:
@@ -164,7 +169,7 @@ def with_drawn(config: ml_collections.ConfigDict, split: Split) -> Split:
         return split
     drawn, masks = defects.draw(normal.images, copies, config.drawn.seed)
     logging.info('%d copies of normal training images have a defect drawn into them', len(drawn))
-    copied = take(normal, np.repeat(np.arange(len(normal.labels)), copies))
+    copied = repeat(normal, copies)
     names = ('drawn',) * len(drawn)
     labels = np.ones_like(copied.labels)
     of_drawn = {'images': drawn, 'masks': masks, 'labels': labels, 'defects': names}

@@ -67,14 +67,15 @@ def extract_layers(
 
 
 def _store(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """An array of any shape in the type that it is kept in; `restore` is the way back."""
     x = x.astype(dtype)
     return jax.lax.bitcast_convert_type(x, np.uint16) if x.dtype == jnp.bfloat16 else x
 
 
 def restore(x: jax.Array) -> jax.Array:
-    """Some of what `extract_layers` keeps (or anything else that is none of it), to compute with.
+    """What was taken of the layers that `extract_layers` keeps, of any shape, to compute with.
 
-    What is kept in bfloat16 becomes float32.
+    Of the bits of bfloat16 it makes float32; any other array stays as it is.
     """
     if x.dtype != np.uint16:
         return x
