@@ -238,15 +238,12 @@ def measure_training(name: str, against: list[str], turns: int, batch: int) -> d
     config.batch_size = batch
     images = embedded_images(batch, tuple(config.image_size))
     variables = random_variables(config)
-    backbone, network = resnet.BACKBONES[config.backbone.name], steps.build_network(config)
-    frozen = network.frozen
-
-    def extract():
-        return features_lib.extract_layers(backbone, variables[0], images, batch, frozen)
-
-    layers = extract()
+    network = steps.build_network(config)
+    backbone = jax.device_put(deploy.prepare_backbone(deploy.fuse_backbone(variables[0])))
+    extract = jax.jit(lambda v, x: network.frozen(deploy.backbone(v, x)))
+    layers = extract(backbone, images)
     began = time.perf_counter()
-    jax.block_until_ready(extract())
+    jax.block_until_ready(extract(backbone, images))
     extraction = time.perf_counter() - began
     channels = sum(x.shape[-1] for x in layers)
     order = np.arange(batch)[None]

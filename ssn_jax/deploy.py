@@ -309,13 +309,20 @@ def prepare(fused: dict) -> dict:
     """Brings `fuse`'s arrays into the form that is fastest where they will be used.
 
     Matrices that are used one by one become arrays of their own: XLA copies a slice before it
-    multiplies with it, which takes a fifth of the time of one image with WideResNet50-2. On a CPU,
-    in float32, the backbone's 3x3 convolutions of stride 1 become Winograd's: 16
-    products for 4 outputs instead of 36 (Lavin and Gray, "Fast algorithms for convolutional neural
-    networks", CVPR 2016, F(2x2, 3x3)). Other devices choose such algorithms by themselves.
+    multiplies with it, which takes a fifth of the time of one image with WideResNet50-2.
     """
-    fused = fused | {name: _apart(fused[name]) for name in ('cls', 'adaptor') if name in fused}
-    if jax.default_backend() != 'cpu' or fused['backbone']['stem']['bias'].dtype != np.float32:
+    apart = {name: _apart(fused[name]) for name in ('cls', 'adaptor') if name in fused}
+    return fused | apart | {'backbone': prepare_backbone(fused['backbone'])}
+
+
+def prepare_backbone(fused: dict) -> dict:
+    """Brings `fuse_backbone`'s arrays into the form that is fastest where they will be used.
+
+    On a CPU, in float32, 3x3 convolutions of stride 1 become Winograd's: 16 products for 4 outputs
+    instead of 36 (Lavin and Gray, "Fast algorithms for convolutional neural networks", CVPR 2016,
+    F(2x2, 3x3)). Other devices choose such algorithms by themselves.
+    """
+    if jax.default_backend() != 'cpu' or fused['stem']['bias'].dtype != np.float32:
         return fused
 
     def transform(stage, block):
@@ -327,10 +334,8 @@ def prepare(fused: dict) -> dict:
         ]
         return block | {'convs': convs}
 
-    stages = [
-        [transform(s, b) for b in stage] for s, stage in enumerate(fused['backbone']['stages'])
-    ]
-    return fused | {'backbone': fused['backbone'] | {'stages': stages}}
+    stages = [[transform(s, b) for b in stage] for s, stage in enumerate(fused['stages'])]
+    return fused | {'stages': stages}
 
 
 def _apart(part):

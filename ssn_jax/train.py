@@ -23,6 +23,7 @@ from ssn_jax import (
     config as config_lib,
     data,
     decision,
+    deploy,
     devices,
     evaluate,
     files,
@@ -163,7 +164,6 @@ def train_and_evaluate(
             'Its figures say nothing about a real data set.',
             dataset.category,
         )
-    backbone = resnet.BACKBONES.get(config.backbone.name)
     backbone_variables, origin = weights.load_backbone(
         config.backbone.name, config.backbone.weights, allow_random=dataset.embedded
     )
@@ -171,11 +171,12 @@ def train_and_evaluate(
 
     devices.wait_for_all('workdir checked')  # Before the first one writes there.
     network = steps.build_network(config)
-    frozen = network, backbone, backbone_variables
+    backbone = deploy.prepare_backbone(deploy.fuse_backbone(backbone_variables))
     with contextlib.ExitStack() as locks:
         for run in runs:
             begin_workdir(*run, split, locks)
-        trained = train(runs, split, *frozen, keeper or checkpoint.Keeper(), events, quiet)
+        keeper = keeper or checkpoint.Keeper()
+        trained = train(runs, split, network, backbone, keeper, events, quiet)
         predict = evaluate.make_predictor(network, config.eval_batch_size)
 
         def measure_run(run, state, log):
@@ -291,7 +292,7 @@ class Start:
     key: jax.Array
 
 
-def train(runs, split, network, backbone, backbone_variables, keeper, events=False, quiet=False):
+def train(runs, split, network, backbone, keeper, events=False, quiet=False):
     """Runs the epochs that are missing; returns each run's final state and its log."""
     config, _ = runs[0]
     split = supervision.with_turned(config, supervision.with_flips(split))
@@ -301,10 +302,9 @@ def train(runs, split, network, backbone, backbone_variables, keeper, events=Fal
     states = [start.state for start in starts]
     missing = sorted({start.done for start in starts} - {config.epochs})
     if missing:
-        on_host = keep_on_host(config, split, network, backbone, backbone_variables)
-        frozen = network, backbone, backbone_variables
+        on_host = keep_on_host(config, split, network, backbone)
         with naming_nans(config):
-            contents = training_data(config, split, *frozen, mesh, on_host)
+            contents = training_data(config, split, network, backbone, mesh, on_host)
     # A kill between two seeds' checkpoints leaves seeds at different epochs: those of the same
     # go on together.
     for done in missing:
@@ -428,7 +428,7 @@ def image_order(config, split):
     )
 
 
-def keep_on_host(config, split, network, backbone, backbone_variables) -> bool:
+def keep_on_host(config, split, network, backbone) -> bool:
     """Whether features stay on the host: as the config says, or because a device is too small."""
     several = jax.process_count() > 1
     if config.features.place != 'auto' or several:
@@ -439,10 +439,10 @@ def keep_on_host(config, split, network, backbone, backbone_variables) -> bool:
             )
         return config.features.place == 'host'
     needed = features_lib.layers_bytes(
-        backbone, backbone_variables, split.images.shape, network.frozen, config.features.dtype
+        deploy.backbone, backbone, split.images.shape, network.frozen, config.features.dtype
     )
     limit = (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit', math.inf)
-    # The other half is for a step's own arrays and for the copy that joins the batches.
+    # The other half is for a step's own arrays.
     if needed > limit / 2:
         logging.info(
             'Features of %.1f GB stay on the host: the device has %.1f GB',
@@ -452,11 +452,11 @@ def keep_on_host(config, split, network, backbone, backbone_variables) -> bool:
     return needed > limit / 2
 
 
-def training_data(config, split, network, backbone, backbone_variables, mesh, on_host):
+def training_data(config, split, network, backbone, mesh, on_host):
     """Everything that is trained on, as one batch: on the devices of the mesh, or on the host."""
     layers = features_lib.extract_layers(
+        deploy.backbone,
         backbone,
-        backbone_variables,
         split.images,
         frozen=network.frozen,
         mesh=mesh,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import rule
 
-from ssn_jax import synthesis, weights
+from ssn_jax import deploy, synthesis, weights
 from ssn_jax.models import features as features_lib, layers, resnet
 from ssn_jax.models.heads import NoiseGenerator
 from ssn_jax.models.simplenet import SimpleNet, adaptive_average, embed, unfold
@@ -242,12 +242,16 @@ def test_normalise_by_hand():
     np.testing.assert_allclose(features_lib.normalise(images)[0, 0], expected, atol=1e-6)
 
 
-def test_extract_layers_does_not_depend_on_the_batch_size():
-    """7 images in batches of 3: the padded last batch gives the same rows as one batch of 7."""
+@pytest.mark.parametrize('to_host', [False, True])
+def test_extract_layers_does_not_depend_on_the_batch_size(to_host):
+    """7 images in batches of 3, the last two of which overlap: the direct form's rows."""
     images = np.random.default_rng(0).integers(0, 256, (7, 32, 48, 3), dtype=np.uint8)
     model, variables = resnet.BACKBONES['resnet18'], rule.backbone('resnet18')
     expected = model.apply(variables, features_lib.normalise(images))[1:]
-    extracted = features_lib.extract_layers(model, variables, images, batch_size=3)
+    fused = deploy.prepare_backbone(deploy.fuse_backbone(variables))
+    extracted = features_lib.extract_layers(
+        deploy.backbone, fused, images, batch_size=3, to_host=to_host
+    )
     assert len(extracted) == 2
     for actual, layer in zip(extracted, expected, strict=True):
         assert rule.relative_error(actual, layer) < 1e-5
@@ -257,10 +261,10 @@ def test_extract_layers_does_not_depend_on_the_batch_size():
 def test_features_kept_in_bfloat16_are_restored(to_host):
     """Half the memory, and what comes back is within half of bfloat16's last bit."""
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
-    model, variables = resnet.BACKBONES['resnet18'], rule.backbone('resnet18')
-    exact = features_lib.extract_layers(model, variables, images)
+    fused = deploy.fuse_backbone(rule.backbone('resnet18'))
+    exact = features_lib.extract_layers(deploy.backbone, fused, images)
     kept = features_lib.extract_layers(
-        model, variables, images, batch_size=2, dtype='bfloat16', to_host=to_host
+        deploy.backbone, fused, images, batch_size=2, dtype='bfloat16', to_host=to_host
     )
     for stored, layer in zip(kept, exact, strict=True):
         assert stored.nbytes == layer.nbytes / 2

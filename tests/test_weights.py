@@ -12,7 +12,7 @@ import pytest
 import rule
 import safetensors.numpy
 
-from ssn_jax import weights
+from ssn_jax import deploy, weights
 from ssn_jax.data import synthetic
 from ssn_jax.errors import UserError
 from ssn_jax.models import features as features_lib, resnet
@@ -235,7 +235,8 @@ def test_real_weights_give_sensible_features():
     variables, origin = weights.load_backbone('resnet18', str(path), allow_random=False)
     assert origin == str(path)
     image, _, _ = synthetic.draw('bottle', 'good', np.random.default_rng(0))
-    layers = features_lib.extract_layers(resnet.BACKBONES['resnet18'], variables, image[None])
+    fused = deploy.fuse_backbone(variables)
+    layers = features_lib.extract_layers(deploy.backbone, fused, image[None])
     for layer, side, channels in zip(layers, (32, 16), (128, 256), strict=True):
         layer = np.asarray(layer)
         assert layer.shape == (1, side, side, channels)

@@ -21,7 +21,7 @@ def normalise(images: jax.Array) -> jax.Array:
 
 
 def extract_layers(
-    backbone: nn.Module,
+    backbone: Callable,
     variables: dict,
     images: np.ndarray,
     batch_size: int = 16,
@@ -33,8 +33,8 @@ def extract_layers(
     """Frozen features of a whole split, computed once and left on the devices.
 
     Args:
-      backbone: maps normalised images (N, H, W, 3) to its stages' outputs.
-      variables: its parameters and statistics.
+      backbone: `backbone(variables, images)` gives the stages' outputs, as `deploy.backbone` does.
+      variables: its arrays.
       images: uint8 RGB (N, H, W, 3).
       batch_size: images at a time (and device).
       frozen: what to keep of the stages' outputs, as the network says.
@@ -50,20 +50,36 @@ def extract_layers(
     """
 
     def layers_of(v, x):
-        return tuple(_store(y, dtype) for y in frozen(backbone.apply(v, normalise(x))))
+        return tuple(_store(y, dtype) for y in frozen(backbone(v, x)))
 
     if mesh is not None and not to_host:
         return devices.map_images(mesh, layers_of, variables, images, batch_size)
+
+    # Into arrays of their final size: batches that are joined in the end take twice the memory.
+    @functools.partial(jax.jit, donate_argnums=0)
+    def write(kept, variables, batch, start):
+        layers = layers_of(variables, batch)
+        return [
+            jax.lax.dynamic_update_slice_in_dim(all_of, new, start, 0)
+            for all_of, new in zip(kept, layers, strict=True)
+        ]
+
     run = jax.jit(layers_of)
-    parts = []
+    variables = jax.device_put(variables)
+    batch_size = min(batch_size, len(images))
+    shapes = jax.eval_shape(layers_of, variables, images[:1])
+    new = np.empty if to_host else jnp.empty
+    kept = [new((len(images), *x.shape[1:]), x.dtype) for x in shapes]
     for start in range(0, len(images), batch_size):
+        # The last batch is whole too, and begins earlier.
+        start = min(start, len(images) - batch_size)
         batch = images[start : start + batch_size]
-        padding = batch_size - len(batch)
-        padded = np.pad(batch, ((0, padding), (0, 0), (0, 0), (0, 0)))
-        layers = [x[: len(batch)] for x in run(variables, padded)]
-        parts.append(jax.device_get(layers) if to_host else layers)
-    join = np.concatenate if to_host else jnp.concatenate
-    return tuple(join(layer) for layer in zip(*parts, strict=True))
+        if not to_host:
+            kept = write(kept, variables, batch, start)
+            continue
+        for all_of, layer in zip(kept, jax.device_get(run(variables, batch)), strict=True):
+            all_of[start : start + batch_size] = layer
+    return tuple(kept)
 
 
 def _store(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -83,15 +99,15 @@ def restore(x: jax.Array) -> jax.Array:
 
 
 def layers_bytes(
-    backbone: nn.Module,
+    backbone: Callable,
     variables: dict,
     shape: tuple[int, ...],
     frozen: Callable = lambda stages: stages[1:],
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> int:
     """How much memory `extract_layers` of images of `shape` (N, H, W, 3) takes."""
-    image = jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32)
-    layers = jax.eval_shape(lambda v, x: frozen(backbone.apply(v, x)), variables, image)
+    image = jax.ShapeDtypeStruct((1, *shape[1:]), jnp.uint8)
+    layers = jax.eval_shape(lambda v, x: frozen(backbone(v, x)), variables, image)
     return shape[0] * sum(x.size for x in layers) * jnp.dtype(dtype).itemsize
 
 
