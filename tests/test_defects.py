@@ -29,7 +29,7 @@ def test_foreground_is_the_product(bright):
 
 @settings(max_examples=30, deadline=None)
 @given(
-    kind=st.sampled_from(['paste', 'tone', 'smear', 'warp', 'scratch']),
+    kind=st.sampled_from(['paste', 'tone', 'smear', 'warp', 'scratch', 'break']),
     size=st.tuples(st.integers(32, 96), st.integers(32, 96)),
     seed=st.integers(0, 2**32 - 1),
 )
@@ -48,7 +48,7 @@ def test_outside_its_mask_an_image_looks_the_same(kind, size, seed):
         assert difference[mask == 1].max() > 10
 
 
-@pytest.mark.parametrize('kind', ['paste', 'tone', 'smear', 'warp', 'scratch'])
+@pytest.mark.parametrize('kind', ['paste', 'tone', 'smear', 'warp', 'scratch', 'break'])
 def test_every_kind_can_be_seen_on_a_product(kind):
     image, disc = product()
     rng = np.random.default_rng(3)

@@ -2,13 +2,14 @@
 
 Noise in feature space is told by what no image can cause, and a discriminator that has learnt to
 tell it need not know a scratch. Drawn defects are crude, but their features are those of images.
-Five kinds, each in a random place of the product:
+Six kinds, each in a random place of the product:
 
 - paste: a piece of another image, turned (Li et al., "CutPaste", CVPR 2021);
 - tone: darker or brighter, with less or more contrast;
 - smear: blurred along a line;
 - warp: pushed, twisted, or drawn together;
-- scratch: a thin line that wanders, darker or brighter.
+- scratch: a thin line that wanders, darker or brighter;
+- break: a piece of the edge is missing, half the time of what sticks out.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -57,7 +58,7 @@ def draw_one(
     Args:
       image: uint8 RGB (H, W, 3).
       other: where a paste comes from, of the same shape.
-      kind: paste, tone, smear, warp or scratch.
+      kind: paste, tone, smear, warp, scratch or break.
       rng: source of every choice.
 
     Returns:
@@ -187,4 +188,34 @@ def _scratch(image, other, place, area, rng):
     return image + opacity * rng.choice([-1, 1]) * rng.uniform(20, 90)
 
 
-_KINDS = {'paste': _paste, 'tone': _tone, 'smear': _smear, 'warp': _warp, 'scratch': _scratch}
+def _break(image, other, place, area, rng):
+    del other
+    product = foreground(image.astype(np.uint8)).astype(np.uint8)
+    outlines, _ = cv2.findContours(product, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    if rng.random() < 0.5:
+        outlines = [cv2.convexHull(outline) for outline in outlines]
+    edge = np.concatenate(outlines)[:, 0, ::-1]  # Rows and columns.
+    place = edge[np.argmin(((edge - place) ** 2).sum(1))]
+    inside = cv2.erode(product, np.ones((3, 3), np.uint8))[..., None]
+    opacity = _blob(image.shape, place, area, rng) * inside
+    # What shows instead: what lies behind, as bright as beside the place, with the grain of where
+    # it is widest.
+    behind = cv2.erode(1 - product, np.ones((3, 3), np.uint8)).astype(np.float32)[..., None]
+    near = cv2.GaussianBlur(np.concatenate([image * behind, behind], -1), (0, 0), 8.0)
+    overall = (behind * image).sum((0, 1)) / max(behind.sum(), 1)
+    bright = (near[..., :3] + 1e-3 * overall) / (near[..., 3:] + 1e-3)
+    room = cv2.distanceTransform(1 - product, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    wide = np.argwhere(room >= min(room.max(), 2 * np.sqrt(area)))
+    shift = place - wide[rng.integers(len(wide))]
+    grain = np.roll(behind * (image - bright), shift, (0, 1))
+    return image + opacity * (bright + grain - image)
+
+
+_KINDS = {
+    'paste': _paste,
+    'tone': _tone,
+    'smear': _smear,
+    'warp': _warp,
+    'scratch': _scratch,
+    'break': _break,
+}
