@@ -2,7 +2,7 @@
 
     python -m ssn_jax.main --config configs/drawn.py
 
-Three copies of every normal image are turned by any angle, and four copies of each of all these get
+Five copies of every normal image are turned by any angle, and four copies of each of all these get
 a defect drawn into them (`ssn_jax/data/defects.py`); their features are frozen like all others.
 Half of the anomalies' weight is theirs, the other half that of noise of 0.5 standard deviations a
 channel. An epoch is all drawn defects and as many normal images. Measured after the last epoch,
@@ -21,7 +21,7 @@ def get_config():
     config.map_loss = 'cross_entropy'
     config.features.layers = (1, 2, 3)
     config.features.dtype = 'bfloat16'
-    config.turned_copies = 3
+    config.turned_copies = 5
     config.drawn.copies = 4
     config.noise.unit = 'feature_std'
     config.noise.std = 0.5

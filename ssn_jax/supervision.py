@@ -4,6 +4,7 @@
 after it has seen more.
 """
 
+from collections.abc import Iterable
 import dataclasses
 import math
 
@@ -193,10 +194,10 @@ def truth(
     if split.masks.any():
         kernel = np.ones((settings.dilation, settings.dilation), np.uint8)
         dilated = [cv2.dilate(mask, kernel) for mask in split.masks]
-        weights = [
+        weights = (
             distance_weights(mask, settings.distance_weight, settings.distance_power)
             for mask in dilated
-        ]
+        )
         arrays['mask'] = _resize(dilated, grid) >= 0.5
         arrays['weight'] = _resize(weights, grid)
     return {name: value.astype(np.float32) for name, value in arrays.items()}
@@ -242,6 +243,6 @@ def distance_weights(mask: np.ndarray, weight: float = 3.0, power: float = 2.0) 
     return weights
 
 
-def _resize(x: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+def _resize(x: Iterable[np.ndarray], size: tuple[int, int]) -> np.ndarray:
     """Resizes N arrays (H, W) bilinearly to (N, *size, 1)."""
     return np.stack([images.resize(y.astype(np.float32), size) for y in x])[..., None]
