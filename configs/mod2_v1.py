@@ -4,7 +4,8 @@
 
 No bound, no random input, no penalty; both players move on every step. Published for screw: the
 loss goes to about 82 and I-AUROC is 39.8, since the discriminator's gradient was zero throughout.
-Here each player has its own gradient: expect another curve, and a generator that wins.
+Here each player has its own gradient. Measured on screw (map alone, 600 steps of 16, three seeds):
+the discriminator wins within two epochs, the map loss is 1e-6, I-AUROC 47.4.
 """
 
 from ssn_jax.config import default_config

@@ -20,9 +20,13 @@ import numpy as np
 from ssn_jax.models import features as features_lib, native, simplenet
 from ssn_jax.models.layers import EPSILON, SLOPE, conv2d
 
+# Images that a CPU's cores may work on at the same time.
+_IMAGES = 4
 # Hidden channels of the segmentation head at a time, on a CPU: at the feature grid, these of one
 # image (64 * 64 * 64 * 4 B = 1 MiB) stay in the cache between upscaling, LeakyReLU and product.
 _CHUNK = 64
+# Those of the classification head's convolution, which are upscaled from 25 projections each.
+_CLS_CHUNK = 32
 
 
 def fuse(backbone_variables: dict, variables: dict, network: nn.Module) -> dict:
@@ -83,7 +87,7 @@ def _fuse_heads(params, stats, network, channels):
         hidden = _fold(seg['hidden'], seg['norm'], stats['seg_head']['norm'])
         if linear:
             hidden['bias'] += bias @ hidden['kernel']
-            hidden['kernel'] = native.arrange((weight @ hidden['kernel'])[None, None], channels)
+            [hidden['kernel']] = native.arrange((weight @ hidden['kernel'])[None, None], channels)
         hidden['out'] = seg['out']['kernel'][:, 0]
         fused['hidden'] = jax.tree.map(_split, hidden)
     return fused
@@ -92,21 +96,17 @@ def _fuse_heads(params, stats, network, channels):
 def _fuse_simplenet(params, stats, network, channels):
     """SimpleNet's embedding, projection and discriminator, for `_simplenet`.
 
-    The embedding is linear: a layer's patches (9 C_i values a position), averaged to E values,
-    and those of all layers to E again. So every layer meets one 3x3 convolution at its own grid.
+    All after the averages over a layer's patches is linear: one matrix at the layer's own grid.
     """
     discriminator, size = params['discriminator'], network.embedding
     hidden = _fold(discriminator['hidden'], discriminator['norm'], stats['discriminator']['norm'])
-    adaptor = params['adaptor']
-    joined = np.asarray(simplenet.adaptive_average(np.eye(len(channels) * size), size), np.float64)
+    adaptor, count = params['adaptor'], len(channels)
+    joined = np.asarray(simplenet.adaptive_average(np.eye(count * size), size), np.float64)
     joined = joined @ adaptor['kernel'] @ hidden['kernel']
-    kernels = [
-        np.asarray(simplenet.adaptive_average(np.eye(9 * n), size), np.float64) @ part
-        for n, part in zip(channels, np.split(joined, len(channels)), strict=True)
-    ]
     bias = hidden['bias'] + adaptor['bias'] @ hidden['kernel']
     # The discriminator's output is high for what is normal, an anomaly logit is its opposite.
-    return {'patches': tuple(kernels), 'bias': bias, 'out': -discriminator['out']['kernel'][:, 0]}
+    out = -discriminator['out']['kernel'][:, 0]
+    return {'patches': tuple(np.split(joined, count)), 'bias': bias, 'out': out}
 
 
 def fuse_backbone(variables: dict) -> dict:
@@ -164,17 +164,23 @@ def predict(
       fused: as `fuse` returns it.
       images: RGB (N, H, W, 3) in 0..255, uint8 or float.
       image_size: the model's (height, width); images of another size are resized to it.
-      for_cache: see `heads`.
+      for_cache: whether to go image by image and in chunks of hidden channels, so that what is
+        computed is still in the cache where it is used; by default on a CPU.
 
     Returns:
       Score logits (N,) and full-size anomaly logits (N, *image_size), both float32.
     """
-    images = resize_images(images, image_size or images.shape[1:3])
-    stages = backbone(fused['backbone'], images)
-    layers = features_lib.select_layers(stages, _layers_read(fused, stages))
-    scores, logits = heads(fused, layers, for_cache)
-    smooth = simplenet.full_size_map if 'patches' in fused else features_lib.full_size_map
-    return scores, smooth(logits[..., None], images.shape[1:3])[..., 0]
+    for_cache = jax.default_backend() == 'cpu' if for_cache is None else for_cache
+
+    def run(images):
+        images = resize_images(images, image_size or images.shape[1:3])
+        stages = backbone(fused['backbone'], images, for_cache)
+        layers = features_lib.select_layers(stages, _layers_read(fused, stages))
+        scores, logits = heads(fused, layers, for_cache)
+        smooth = simplenet.full_size_map if 'patches' in fused else features_lib.full_size_map
+        return scores, smooth(logits[..., None], images.shape[1:3])[..., 0]
+
+    return native.by_image(run, images, _IMAGES, for_cache)
 
 
 def _layers_read(fused, stages):
@@ -182,9 +188,10 @@ def _layers_read(fused, stages):
     if 'patches' in fused:
         return (2, 3)
     part = next(fused[name] for name in ('adaptor', 'cls', 'hidden') if name in fused)
-    kernels = part if isinstance(part, tuple | list) else part['kernel']
-    first = (1, 2) if kernels[0][0].shape[-2] > stages[1].shape[-1] else (2,)
-    return first + (3,) * (len(kernels) > 1)
+    kernels = jax.tree.leaves(part['kernel'] if isinstance(part, dict) else part)
+    channels = [kernel.shape[-2] for kernel in kernels]
+    first = (1, 2) if channels[0] > stages[1].shape[-1] else (2,)
+    return first + (3,) * (len(set(channels)) > 1)
 
 
 def make_predictor(
@@ -252,18 +259,23 @@ def resize_images(images: jax.Array, size: tuple[int, int]) -> jax.Array:
     return jnp.floor(resized + 0.5) if images.dtype == jnp.uint8 else resized
 
 
-def backbone(fused: dict, images: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def backbone(
+    fused: dict, images: jax.Array, for_cache: bool | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The three stages of a ResNet on images (N, H, W, 3) in 0..255, by `fuse_backbone`'s arrays.
 
-    Shapes as of `resnet.ResNet`.
+    Shapes as of `resnet.ResNet`; `for_cache` as of `predict`.
     """
+    return native.by_image(functools.partial(_backbone, fused), images, _IMAGES, for_cache)
+
+
+def _backbone(fused, images):
     # The mean is subtracted before the zero padding; the standard deviation is in the kernel.
     x = images - 255.0 * np.array(features_lib.IMAGENET_MEAN, np.float32)
     x = jax.nn.relu(_conv(fused['stem'], x.astype(fused['stem']['kernel'].dtype), 2))
-    x = jax.lax.reduce_window(
-        x, -np.array(np.inf, x.dtype), jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1),
-        ((0, 0), (1, 1), (1, 1), (0, 0)),
-    )  # fmt: skip
+    # Rows, then columns: XLA's pooling over both takes twice as long on a CPU.
+    x = nn.max_pool(x, (3, 1), (2, 1), ((1, 1), (0, 0)))
+    x = nn.max_pool(x, (1, 3), (1, 2), ((0, 0), (1, 1)))
     outputs = []
     for blocks in fused['stages']:
         for i, block in enumerate(blocks):
@@ -309,10 +321,17 @@ def prepare(fused: dict) -> dict:
     """Brings `fuse`'s arrays into the form that is fastest where they will be used.
 
     Matrices that are used one by one become arrays of their own: XLA copies a slice before it
-    multiplies with it, which takes a fifth of the time of one image with WideResNet50-2.
+    multiplies with it, which takes a fifth of the time of one image with WideResNet50-2. On a CPU
+    the classification head's convolution goes in chunks, which stay in the cache.
     """
-    apart = {name: _apart(fused[name]) for name in ('cls', 'adaptor') if name in fused}
-    return fused | apart | {'backbone': prepare_backbone(fused['backbone'])}
+    ready = fused | {'backbone': prepare_backbone(fused['backbone'])}
+    if 'cls' in fused:
+        chunk = _CLS_CHUNK if jax.default_backend() == 'cpu' else None
+        ready['cls'] = native.in_chunks(fused['cls'], chunk)
+    if 'adaptor' in fused:
+        kernel = native.in_chunks(fused['adaptor']['kernel'])
+        ready['adaptor'] = fused['adaptor'] | {'kernel': kernel}
+    return ready
 
 
 def prepare_backbone(fused: dict) -> dict:
@@ -338,13 +357,6 @@ def prepare_backbone(fused: dict) -> dict:
     return fused | {'stages': stages}
 
 
-def _apart(part):
-    """Kernels as of `native.arrange`, or such a 'kernel' and its 'bias', tap by tap in a tuple."""
-    if isinstance(part, dict):
-        return part | {'kernel': _apart(part['kernel'])}
-    return tuple(tuple(kernel) for kernel in part)
-
-
 def _winograd_kernel(kernel):
     """A kernel (3, 3, C, D) for `_winograd`: 16 of (C, D)."""
     g = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
@@ -355,8 +367,6 @@ def _winograd_kernel(kernel):
 
 def _winograd(x, kernel):
     """The 3x3 convolution of x (N, H, W, C), zero padding, by products of 2x2 output tiles."""
-    if len(x) > 1:  # Image by image the tiles stay in the cache.
-        return jax.lax.map(lambda image: _winograd(image[None], kernel)[0], x)
     n, h, w, channels = x.shape
     rows, columns = (h + 1) // 2, (w + 1) // 2
     x = jnp.pad(x, ((0, 0), (1, 1 + h % 2), (1, 1 + w % 2), (0, 0)))
@@ -381,32 +391,24 @@ def _winograd(x, kernel):
 
 
 def heads(
-    fused: dict, layers: tuple[jax.Array, ...], for_cache: bool | None = None
+    fused: dict, layers: tuple[jax.Array, ...], in_chunks: bool = True
 ) -> tuple[jax.Array, jax.Array]:
     """Scores (N,) and anomaly logits (N, H, W) on the feature grid, float32.
 
     Args:
       fused: as `fuse` returns it.
       layers: layer2 and layer3 (N, H_i, W_i, C_i).
-      for_cache: whether to go image by image and in chunks of hidden channels, so that what is
-        computed is still in the cache where it is used; by default on a CPU.
+      in_chunks: whether the segmentation head goes in chunks of hidden channels.
     """
-    for_cache = jax.default_backend() == 'cpu' if for_cache is None else for_cache
-    run = _simplenet if 'patches' in fused else _heads
-    if not for_cache and 'hidden' in fused:  # All hidden channels are one chunk.
+    if 'patches' in fused:
+        return _simplenet(fused, layers)
+    if not in_chunks and 'hidden' in fused:  # All hidden channels are one chunk.
         fused = fused | {'hidden': jax.tree.map(_merge, fused['hidden'])}
-    if not for_cache or len(layers[0]) == 1:
-        return run(fused, layers)
-
-    def one(layers):
-        score, logits = run(fused, jax.tree.map(lambda x: x[None], layers))
-        return score[0], logits[0]
-
-    return jax.lax.map(one, layers)
+    return _heads(fused, layers)
 
 
 def _heads(fused, layers):
-    grid = features_lib.feature_grid(layers)
+    grid, layers = features_lib.feature_grid(layers), native.columns_first(layers)
     if 'adaptor' in fused:
         adapted = native.convolve_arranged(layers, fused['adaptor']['kernel'])
         adapted = jax.nn.relu(adapted + fused['adaptor']['bias'])
@@ -414,13 +416,14 @@ def _heads(fused, layers):
     # The segmentation head in chunks of hidden channels, added up.
     def add(logits, chunk):
         kernel = chunk['kernel']
-        y = adapted @ kernel if 'adaptor' in fused else native.convolve_arranged(layers, kernel)
+        y = adapted @ kernel if 'adaptor' in fused else native.convolve_arranged(layers, [kernel])
         y = jax.nn.leaky_relu(y + chunk['bias'], SLOPE)
         return logits + jnp.matmul(y, chunk['out'], preferred_element_type=jnp.float32), None
 
     if 'hidden' in fused:
-        logits = jnp.zeros((layers[0].shape[0], *grid))
-        logits, _ = jax.lax.scan(add, logits, fused['hidden'])
+        logits = jnp.zeros((layers[0].shape[1], *grid))
+        # Two chunks at a time keep two cores busy: the products of one are too small for that.
+        logits, _ = jax.lax.scan(add, logits, fused['hidden'], unroll=2)
         if 'score' not in fused:  # No classification head.
             return logits.max((1, 2)), logits
 
@@ -447,7 +450,8 @@ def _simplenet(fused, layers):
     grid = layers[0].shape[1:3]
     x = fused['bias']
     for layer, kernel in zip(layers, fused['patches'], strict=True):
-        x += features_lib.resize(simplenet.unfold(layer) @ kernel, grid).astype(kernel.dtype)
+        patches = simplenet.average_patches(layer, len(kernel))
+        x += features_lib.resize(patches @ kernel, grid).astype(kernel.dtype)
     x = jax.nn.leaky_relu(x, SLOPE)
     logits = jnp.matmul(x, fused['out'], preferred_element_type=jnp.float32)
     return logits.max((1, 2)), logits

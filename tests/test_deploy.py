@@ -170,4 +170,6 @@ def test_convolve_arranged_is_convolve():
         expected, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
     )
     arranged = native.arrange(kernel, (3, 4))
-    assert rule.relative_error(native.convolve_arranged(layers, arranged), expected) < TOLERANCE
+    for kernels in (arranged, native.in_chunks(arranged), native.in_chunks(arranged, 4)):
+        actual = native.convolve_arranged(native.columns_first(layers), kernels)
+        assert rule.relative_error(actual, expected) < TOLERANCE

@@ -11,7 +11,13 @@ import rule
 from ssn_jax import deploy, synthesis, weights
 from ssn_jax.models import features as features_lib, layers, resnet
 from ssn_jax.models.heads import NoiseGenerator
-from ssn_jax.models.simplenet import SimpleNet, adaptive_average, embed, unfold
+from ssn_jax.models.simplenet import (
+    SimpleNet,
+    adaptive_average,
+    average_patches,
+    embed,
+    unfold,
+)
 from ssn_jax.models.supersimplenet import GapCam, SuperSimpleNet
 
 TOLERANCE = 1e-4  # Relative to an array's largest value.
@@ -145,6 +151,14 @@ def test_embedding_of_more_values_than_a_patch_has(channels):
     embedding = embed(layers_, 1536)
     assert embedding.shape == (1, 4, 4, 1536)
     np.testing.assert_allclose(embedding[0, 1:3, 1:3, :768], 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize('size', [3, 5, 6, 12, 40])
+def test_average_patches_is_the_average_of_patches(size):
+    """Also where windows hold whole rows of patches (3, 6, 12 of 36 values) and none is built."""
+    x = rule.draw_input('patches', (2, 5, 3, 4))
+    expected = adaptive_average(unfold(x), size)
+    assert rule.relative_error(average_patches(x, size), expected) < 1e-5
 
 
 def test_unfold_and_adaptive_average_by_hand():

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssn_jax.models.features import feature_grid, grid_matrix
+from ssn_jax.models.features import grid_matrix
 
 
 def project(layers: tuple[jax.Array, ...], kernel: jax.Array, scale: int = 2) -> jax.Array:
@@ -41,19 +41,36 @@ def convolve(layers: tuple[jax.Array, ...], kernel: jax.Array, scale: int = 2) -
       (N, H, W, D).
     """
     kernels = arrange(kernel, [x.shape[-1] for x in layers])
-    return by_image(lambda layers: convolve_arranged(layers, kernels, scale), layers)
+
+    def run(layers):
+        return convolve_arranged(columns_first(layers), kernels, scale)
+
+    return by_image(run, layers)
 
 
-def by_image(run: Callable, inputs: jax.Array | tuple[jax.Array, ...]) -> jax.Array:
-    """`run(inputs)`, on a CPU image by image: what it computes is in the cache where it is used.
+def by_image(
+    run: Callable,
+    inputs: jax.Array | tuple[jax.Array, ...],
+    together: int = 1,
+    for_cache: bool | None = None,
+) -> jax.Array | tuple[jax.Array, ...]:
+    """`run(inputs)`, image by image, so that what it computes is in the cache where it is used.
 
     Args:
-      run: a function of inputs of any number of images to one array, images apart.
+      run: a function of inputs of any number of images to arrays, images apart.
       inputs: arrays with the images on the first axis.
+      together: images that several cores may work on at the same time.
+      for_cache: whether to do so, by default on a CPU, or all images at once.
     """
-    if jax.default_backend() != 'cpu' or len(jax.tree.leaves(inputs)[0]) == 1:
+    for_cache = jax.default_backend() == 'cpu' if for_cache is None else for_cache
+    if not for_cache or len(jax.tree.leaves(inputs)[0]) == 1:
         return run(inputs)
-    return jax.lax.map(lambda x: run(jax.tree.map(lambda y: y[None], x))[0], inputs)
+
+    def one(carry, image):
+        result = run(jax.tree.map(lambda x: x[None], image))
+        return carry, jax.tree.map(lambda x: x[0], result)
+
+    return jax.lax.scan(one, None, inputs, unroll=together)[1]
 
 
 def split(x: jax.Array, chunk: int = 128) -> jax.Array:
@@ -62,51 +79,78 @@ def split(x: jax.Array, chunk: int = 128) -> jax.Array:
     return jnp.moveaxis(x.reshape(*x.shape[:-1], -1, chunk), -2, 0)
 
 
-def arrange(kernel: jax.Array, channels: Sequence[int]) -> tuple[jax.Array, ...]:
-    """A kernel (k, k, sum of C_i, D) as `convolve_arranged` takes it.
+def columns_first(layers: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Outputs of the backbone (N, H_i, W_i, C_i) as (W_i, N, H_i, C_i)."""
+    return tuple(x.transpose(2, 0, 1, 3) for x in layers)
+
+
+def arrange(kernel: jax.Array, channels: Sequence[int]) -> tuple[tuple[jax.Array, ...]]:
+    """A kernel (k, k, sum of C_i, D) as `convolve_arranged` takes it, in one chunk.
 
     Returns:
-      Per layer (k, C_i, k * D): column tap, channel, row tap and D.
+      Per chunk and layer (k, C_i, k * D): column tap, channel, row tap and output channel.
     """
-    size, features = kernel.shape[0], kernel.shape[-1]
     parts, start = [], 0
     for n in channels:
         part = kernel[:, :, start : start + n].transpose(1, 2, 0, 3)
-        parts.append(part.reshape(size, n, size * features))
+        parts.append(part.reshape(len(kernel), n, -1))
         start += n
-    return tuple(parts)
+    return (tuple(parts),)
+
+
+def in_chunks(kernels: tuple[tuple[jax.Array, ...]], chunk: int | None = None) -> tuple:
+    """What `arrange` returns in chunks of output channels, and tap by tap in a tuple.
+
+    XLA would copy a tap's slice before it multiplies with it.
+    """
+    [of_layers] = kernels
+    size = len(of_layers[0])
+    features = of_layers[0].shape[-1] // size
+    chunk = chunk or features
+
+    def taps(kernel, start):
+        by_tap = kernel.reshape(*kernel.shape[:2], size, features)
+        return tuple(by_tap[..., start : start + chunk].reshape(*kernel.shape[:2], -1))
+
+    starts = range(0, features, chunk)
+    return tuple(tuple(taps(kernel, start) for kernel in of_layers) for start in starts)
 
 
 def convolve_arranged(
-    layers: tuple[jax.Array, ...], kernels: tuple[jax.Array, ...], scale: int = 2
+    layers: tuple[jax.Array, ...], kernels: tuple[tuple[jax.Array, ...], ...], scale: int = 2
 ) -> jax.Array:
-    """`convolve` with a kernel that was brought into the order of the products before.
+    """`convolve` with layers and kernel brought into the order of the products before.
 
     With columns in front of rows, every intermediate result lies in memory as the next product
     reads it: (column tap and column, image, row and row tap, D).
 
     Args:
-      layers: outputs of the backbone (N, H_i, W_i, C_i), finest first.
-      kernels: per layer (k, C_i, k * D), see `arrange`.
+      layers: as of `columns_first`, finest first.
+      kernels: as of `arrange` or `in_chunks`.
       scale: how many times finer than the first layer the grid is.
 
     Returns:
       (N, H, W, D).
     """
-    n, (height, width) = layers[0].shape[0], feature_grid(layers, scale)
+    parts = [_convolve_chunk(layers, kernel, scale) for kernel in kernels]
+    return jnp.concatenate(parts, -1).transpose(1, 2, 0, 3)
+
+
+def _convolve_chunk(layers, kernels, scale):
+    """`convolve_arranged` by one chunk of kernels: (W, N, H, chunk)."""
+    width, n, height = scale * layers[0].shape[0], layers[0].shape[1], scale * layers[0].shape[2]
     rows, parts = [], []
     for x, kernel in zip(layers, kernels, strict=True):
-        h, w, channels = x.shape[1:]
+        w, _, h, channels = x.shape
         size = len(kernel)
-        x = x.transpose(2, 0, 1, 3).reshape(-1, channels)
+        x = x.reshape(-1, channels)
         # One product per column tap: XLA's batched product is slower on a CPU.
         y = jnp.stack([x @ k for k in kernel]).reshape(size * w, -1)
         columns = shifted_matrix(w, width, size).transpose(1, 0, 2).reshape(width, -1)
         parts.append((columns.astype(y.dtype) @ y).reshape(width, n, h * size, -1))
         rows.append(shifted_matrix(h, height, size).transpose(1, 2, 0).reshape(height, -1))
     # All layers meet in one product over rows.
-    y = jnp.matmul(np.concatenate(rows, 1).astype(x.dtype), jnp.concatenate(parts, 2))
-    return y.transpose(1, 2, 0, 3)
+    return jnp.matmul(np.concatenate(rows, 1).astype(x.dtype), jnp.concatenate(parts, 2))
 
 
 def shifted_matrix(size_in: int, size_out: int, taps: int) -> np.ndarray:

@@ -51,6 +51,20 @@ def adaptive_average(x: jax.Array, size: int) -> jax.Array:
     return sum(x[..., p] * w for p, w in zip(places, weights, strict=True))
 
 
+def average_patches(x: jax.Array, size: int) -> jax.Array:
+    """`adaptive_average(unfold(x), size)`: every position's 3x3 patch (N, H, W, C) as (..., size).
+
+    Where every window holds whole rows of patches, as with WideResNet50-2, no patch is built.
+    """
+    height, width, channels = x.shape[1:]
+    if 3 * channels % size:
+        return adaptive_average(unfold(x), size)
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    x = sum(x[:, :, j : j + width] for j in range(3)) / 3
+    rows = jnp.stack([x[:, i : i + height] for i in range(3)], -1)
+    return rows.reshape(*rows.shape[:3], size, -1).mean(-1)
+
+
 def embed(layers: tuple[jax.Array, ...], size: int) -> jax.Array:
     """SimpleNet's embedding of every position of the finest layer (section 3.1).
 
@@ -63,7 +77,7 @@ def embed(layers: tuple[jax.Array, ...], size: int) -> jax.Array:
       layer's grid (averaging and resizing commute), and all layers' values averaged to E.
     """
     grid = layers[0].shape[1:3]
-    parts = [features_lib.resize(adaptive_average(unfold(x), size), grid) for x in layers]
+    parts = [features_lib.resize(average_patches(x, size), grid) for x in layers]
     return adaptive_average(jnp.concatenate(parts, -1), size)
 
 
