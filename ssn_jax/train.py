@@ -297,7 +297,8 @@ def train(runs, split, network, backbone, keeper, events=False, quiet=False):
     config, _ = runs[0]
     split = supervision.with_turned(config, supervision.with_flips(split))
     split = supervision.with_drawn(config, split)
-    mesh = devices.make_mesh(image_order(config, split)(0).shape[1])
+    labels = split.labels
+    mesh = devices.make_mesh(image_order(config, labels)(0).shape[1])
     starts = [find_start(*run, mesh, events) for run in runs]
     states = [start.state for start in starts]
     missing = sorted({start.done for start in starts} - {config.epochs})
@@ -305,12 +306,13 @@ def train(runs, split, network, backbone, keeper, events=False, quiet=False):
         on_host = keep_on_host(config, split, network, backbone)
         with naming_nans(config):
             contents = training_data(config, split, network, backbone, mesh, on_host)
+    del split  # Its copies of the images take as much memory as a part of the features.
     # A kill between two seeds' checkpoints leaves seeds at different epochs: those of the same
     # go on together.
     for done in missing:
         members = [i for i, start in enumerate(starts) if start.done == done]
         together = [starts[i] for i in members]
-        trained = train_together(together, split, contents, mesh, on_host, keeper, quiet)
+        trained = train_together(together, labels, contents, mesh, on_host, keeper, quiet)
         for i, state in zip(members, trained, strict=True):
             states[i] = state
     logs = [start.log for start in starts]
@@ -340,14 +342,14 @@ def find_start(config, workdir, mesh, events) -> Start:
     return Start(config, done, state, manager, log, k_epochs)
 
 
-def train_together(starts, split, contents, mesh, on_host, keeper, quiet):
+def train_together(starts, labels, contents, mesh, on_host, keeper, quiet):
     """Trains runs that differ in their seed alone from the same epoch on; their last states."""
     config, done, several = starts[0].config, starts[0].done, len(starts)
-    orders = [image_order(start.config, split) for start in starts]
+    orders = [image_order(start.config, labels) for start in starts]
     per_epoch = len(orders[0](0))
     make = steps.make_streamed_epoch if on_host else steps.make_epoch
     run_epoch = make(config, per_epoch, mesh, several=several > 1)
-    logging.info('%d images, %d steps per epoch', len(split.images), per_epoch)
+    logging.info('%d images, %d steps per epoch', len(labels), per_epoch)
     state = devices.put(mesh, seeds.stack_states([start.state for start in starts]))
     keeper.reached(done)
 
@@ -418,9 +420,9 @@ def naming_nans(config) -> Iterator[None]:
         raise UserError(f'{str(e).splitlines()[0]} ({where})') from None
 
 
-def image_order(config, split):
+def image_order(config, labels):
     """`order(epoch)`: indices (steps, batch) into the training images, flips included."""
-    total, defective = len(split.labels), int(split.labels.sum())
+    total, defective = len(labels), int(labels.sum())
     if not defective:
         return lambda epoch: sampling.uniform_order(config.seed, epoch, total, config.batch_size)
     return lambda epoch: sampling.balanced_order(
