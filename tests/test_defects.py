@@ -58,6 +58,12 @@ def test_every_kind_can_be_seen_on_a_product(kind):
     assert np.mean([mask[disc].sum() / mask.sum() for mask in masks if mask.any()]) > 0.6
 
 
+def test_nothing_breaks_off_a_texture():
+    texture = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    assert 'break' not in defects._kinds_of(texture)
+    assert 'break' in defects._kinds_of(product()[0])
+
+
 @pytest.mark.parametrize('level', [0, 128, 255])
 def test_images_that_hold_nothing(level):
     """On a constant image only a tone can be seen; nothing fails."""
