@@ -241,7 +241,7 @@ def measure_training(name: str, against: list[str], turns: int, batch: int) -> d
     network = steps.build_network(config)
     backbone = jax.device_put(deploy.prepare_backbone(deploy.fuse_backbone(variables[0])))
     extract = jax.jit(lambda v, x: network.frozen(deploy.backbone(v, x)))
-    layers = extract(backbone, images)
+    layers = jax.block_until_ready(extract(backbone, images))
     began = time.perf_counter()
     jax.block_until_ready(extract(backbone, images))
     extraction = time.perf_counter() - began
