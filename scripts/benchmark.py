@@ -260,7 +260,7 @@ def measure_training(name: str, against: list[str], turns: int, batch: int) -> d
 
         return call
 
-    calls = {'cheap': ours(True), 'direct': ours(False)}
+    calls = {'cheap': ours(True)} | ({'direct': ours(False)} if _DIRECT.value else {})
     if 'torch' in against:
         calls['torch'] = _torch_training(config, variables, images)
     seconds = {form: [] for form in calls}

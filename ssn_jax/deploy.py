@@ -273,9 +273,10 @@ def _backbone(fused, images):
     # The mean is subtracted before the zero padding; the standard deviation is in the kernel.
     x = images - 255.0 * np.array(features_lib.IMAGENET_MEAN, np.float32)
     x = jax.nn.relu(_conv(fused['stem'], x.astype(fused['stem']['kernel'].dtype), 2))
-    # Rows, then columns: XLA's pooling over both takes twice as long on a CPU.
-    x = nn.max_pool(x, (3, 1), (2, 1), ((1, 1), (0, 0)))
-    x = nn.max_pool(x, (1, 3), (1, 2), ((0, 0), (1, 1)))
+    x = jax.lax.reduce_window(
+        x, -np.array(np.inf, x.dtype), jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1),
+        ((0, 0), (1, 1), (1, 1), (0, 0)),
+    )  # fmt: skip
     outputs = []
     for blocks in fused['stages']:
         for i, block in enumerate(blocks):
