@@ -174,7 +174,7 @@ def predict(
 
     def run(images):
         images = resize_images(images, image_size or images.shape[1:3])
-        stages = backbone(fused['backbone'], images, for_cache)
+        stages = _backbone(fused['backbone'], images)
         layers = features_lib.select_layers(stages, _layers_read(fused, stages))
         scores, logits = heads(fused, layers, for_cache)
         smooth = simplenet.full_size_map if 'patches' in fused else features_lib.full_size_map
@@ -259,14 +259,12 @@ def resize_images(images: jax.Array, size: tuple[int, int]) -> jax.Array:
     return jnp.floor(resized + 0.5) if images.dtype == jnp.uint8 else resized
 
 
-def backbone(
-    fused: dict, images: jax.Array, for_cache: bool | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def backbone(fused: dict, images: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The three stages of a ResNet on images (N, H, W, 3) in 0..255, by `fuse_backbone`'s arrays.
 
-    Shapes as of `resnet.ResNet`; `for_cache` as of `predict`.
+    Shapes as of `resnet.ResNet`; on a CPU image by image, as `predict` does it.
     """
-    return native.by_image(functools.partial(_backbone, fused), images, _IMAGES, for_cache)
+    return native.by_image(functools.partial(_backbone, fused), images, _IMAGES)
 
 
 def _backbone(fused, images):

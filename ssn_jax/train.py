@@ -171,12 +171,11 @@ def train_and_evaluate(
 
     devices.wait_for_all('workdir checked')  # Before the first one writes there.
     network = steps.build_network(config)
-    backbone = deploy.prepare_backbone(deploy.fuse_backbone(backbone_variables))
     with contextlib.ExitStack() as locks:
         for run in runs:
             begin_workdir(*run, split, locks)
         keeper = keeper or checkpoint.Keeper()
-        trained = train(runs, split, network, backbone, keeper, events, quiet)
+        trained = train(runs, split, network, backbone_variables, keeper, events, quiet)
         predict = evaluate.make_predictor(network, config.eval_batch_size)
 
         def measure_run(run, state, log):
@@ -292,7 +291,7 @@ class Start:
     key: jax.Array
 
 
-def train(runs, split, network, backbone, keeper, events=False, quiet=False):
+def train(runs, split, network, backbone_variables, keeper, events=False, quiet=False):
     """Runs the epochs that are missing; returns each run's final state and its log."""
     config, _ = runs[0]
     split = supervision.with_turned(config, supervision.with_flips(split))
@@ -303,6 +302,7 @@ def train(runs, split, network, backbone, keeper, events=False, quiet=False):
     states = [start.state for start in starts]
     missing = sorted({start.done for start in starts} - {config.epochs})
     if missing:
+        backbone = deploy.prepare_backbone(deploy.fuse_backbone(backbone_variables))
         on_host = keep_on_host(config, split, network, backbone)
         with naming_nans(config):
             contents = training_data(config, split, network, backbone, mesh, on_host)

@@ -56,9 +56,8 @@ def _kinds_of(image):
 
     A texture fills the image, and the half of it that `foreground` finds lies on its border too.
     """
-    found = foreground(image)
-    border = np.concatenate([found[0], found[-1], found[:, 0], found[:, -1]])
-    return [kind for kind in _KINDS if kind != 'break' or border.mean() < 0.25]
+    in_view = _border(foreground(image)).mean() < 0.25
+    return [kind for kind in _KINDS if kind != 'break' or in_view]
 
 
 def draw_one(
@@ -97,10 +96,14 @@ def foreground(image: np.ndarray) -> np.ndarray:
     """
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     _, bright = cv2.threshold(grey, 0, 1, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
-    border = np.concatenate([bright[0], bright[-1], bright[:, 0], bright[:, -1]])
-    product = 1 - bright if border.mean() > 0.5 else bright
+    product = 1 - bright if _border(bright).mean() > 0.5 else bright
     product = cv2.dilate(product, np.ones((5, 5), np.uint8)) > 0
     return product if product.any() else np.ones_like(product)
+
+
+def _border(x):
+    """The values (2H + 2W,) along the edges of an image (H, W)."""
+    return np.concatenate([x[0], x[-1], x[:, 0], x[:, -1]])
 
 
 def _blob(shape, place, area, rng):

@@ -102,6 +102,13 @@ def in_chunks(kernels: tuple[tuple[jax.Array, ...]], chunk: int | None = None) -
     """What `arrange` returns in chunks of output channels, and tap by tap in a tuple.
 
     XLA would copy a tap's slice before it multiplies with it.
+
+    Args:
+      kernels: as of `arrange`.
+      chunk: output channels at a time; None: all of them.
+
+    Returns:
+      Per chunk and layer k arrays (C_i, k * chunk), one of each column tap.
     """
     [of_layers] = kernels
     size = len(of_layers[0])

@@ -52,7 +52,7 @@ def adaptive_average(x: jax.Array, size: int) -> jax.Array:
 
 
 def average_patches(x: jax.Array, size: int) -> jax.Array:
-    """`adaptive_average(unfold(x), size)`: every position's 3x3 patch (N, H, W, C) as (..., size).
+    """`adaptive_average(unfold(x), size)`: layers (N, H, W, C) to (N, H, W, size).
 
     Where every window holds whole rows of patches, as with WideResNet50-2, no patch is built.
     """
