@@ -22,8 +22,9 @@ from ssn_jax.models.layers import EPSILON, SLOPE, conv2d
 
 # Images that a CPU's cores may work on at the same time.
 _IMAGES = 4
-# Hidden channels of the segmentation head at a time, on a CPU: at the feature grid, these of one
-# image (64 * 64 * 64 * 4 B = 1 MiB) stay in the cache between upscaling, LeakyReLU and product.
+# Hidden channels of the segmentation head, or outputs of a convolutional adaptor, at a time, on a
+# CPU: at the feature grid, these of one image (64 * 64 * 64 * 4 B = 1 MiB) stay in the cache
+# between upscaling, LeakyReLU and product.
 _CHUNK = 64
 # Those of the classification head's convolution, which are upscaled from 25 projections each.
 _CLS_CHUNK = 32
@@ -321,14 +322,14 @@ def prepare(fused: dict) -> dict:
 
     Matrices that are used one by one become arrays of their own: XLA copies a slice before it
     multiplies with it, which takes a fifth of the time of one image with WideResNet50-2. On a CPU
-    the classification head's convolution goes in chunks, which stay in the cache.
+    convolutions of the layers go in chunks, which stay in the cache, one on each core.
     """
     ready = fused | {'backbone': prepare_backbone(fused['backbone'])}
+    on_cpu = jax.default_backend() == 'cpu'
     if 'cls' in fused:
-        chunk = _CLS_CHUNK if jax.default_backend() == 'cpu' else None
-        ready['cls'] = native.in_chunks(fused['cls'], chunk)
+        ready['cls'] = native.in_chunks(fused['cls'], _CLS_CHUNK if on_cpu else None)
     if 'adaptor' in fused:
-        kernel = native.in_chunks(fused['adaptor']['kernel'])
+        kernel = native.in_chunks(fused['adaptor']['kernel'], _CHUNK if on_cpu else None)
         ready['adaptor'] = fused['adaptor'] | {'kernel': kernel}
     return ready
 
