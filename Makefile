@@ -4,8 +4,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# A file's tests share what they set up. Each process takes up to 4 GB.
-PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
+# Each process takes up to 4 GB.
+PARALLEL ?= -n auto --maxprocesses 4
 DEMO_FLAGS ?= --config.epochs=4 --config.batch_size=16
 
 .PHONY: demo test lint clean
@@ -14,10 +14,11 @@ DEMO_FLAGS ?= --config.epochs=4 --config.batch_size=16
 demo: $(STAMP)
 	$(BIN)/python -m ssn_jax.main --config configs/mod2.py $(DEMO_FLAGS)
 
-# The quick tests first: they tell most of what is wrong within a minute.
+# The quick tests first: they tell most of what is wrong within a minute. A file's share what they
+# set up and compile; the slow ones are few and long, and a process without work takes another's.
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow'
-	$(BIN)/python -m pytest $(PARALLEL) -m slow
+	$(BIN)/python -m pytest $(PARALLEL) --dist loadfile -m 'not slow'
+	$(BIN)/python -m pytest $(PARALLEL) --dist worksteal -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -454,10 +454,11 @@ def test_epochs_are_reproducible_and_learn():
     assert np.mean(losses_first[-3:]) < np.mean(losses_first[:3])
 
 
-@pytest.mark.parametrize('steps_per_epoch', [6, 5])
-def test_streamed_epochs_are_those_on_the_device(steps_per_epoch):
+@pytest.mark.parametrize(('steps_per_epoch', 'sparse'), [(6, False), (5, True)])
+def test_streamed_epochs_are_those_on_the_device(steps_per_epoch, sparse):
     """Features on the host, sent a few steps at a time, give the same losses and parameters."""
     config = default_config()
+    config.sparse = sparse
     keys = jax.random.split(jax.random.key(0), 3)
     layers = (
         jax.random.uniform(keys[0], (8, 4, 5, 3)),
