@@ -2,7 +2,7 @@
 
 Direct and fused form of every config with random weights (speed does not depend on them), on
 embedded images, copies from and to the host included. All that is compared runs in this process,
-by turns; a ratio is the median over the turns. Each form's outputs are checked against the direct
+by turns; a ratio is the median over the turns. Each form's outputs are checked against the fused
 one's before they are timed.
 
 - params: backbone and network, in millions. GFLOP: of one image, counted by XLA.
@@ -173,7 +173,8 @@ def measure(name: str, against: list[str], turns: int, forms: list[str]) -> dict
     }
     for batch in BATCHES:
         images, calls, expected = embedded_images(batch, tuple(config.image_size)), {}, None
-        for form in reversed(list(result['forms'])):
+        # The fused form first: the others are checked against it.
+        for form in sorted(result['forms'], key=lambda form: form != 'fused'):
             row, began = result['forms'][form], time.perf_counter()
             if form in OTHERS:
                 calls[form], facts = OTHERS[form](config, variables, images), {}
@@ -316,8 +317,15 @@ def run(argv: list[str]) -> None:
         for package in {'torch', other}:
             if importlib.util.find_spec(package) is None:
                 raise UserError(f"--against={other} needs {package}: pip install -e '.[bench]'.")
+    if _BATCH.value < 1:
+        raise UserError(f'--batch={_BATCH.value} can not be used: it is at least 1.')
     for name in _CONFIGS.value:
-        load_config(name)
+        config = load_config(name)
+        if _AGAINST.value and (config.image_score == 'map' or config.features.layers != (2, 3)):
+            raise UserError(
+                f'--against can not measure {name}: the PyTorch module has a classification head '
+                'and reads layers (2, 3).'
+            )
     if _TRAIN.value:
         return run_training()
     wanted = {'direct': _DIRECT.value, 'bfloat16': _BFLOAT16.value, 'fused': True}
@@ -342,8 +350,14 @@ def run_training() -> None:
     results = []
     for name in _CONFIGS.value:
         config = load_config(name)
-        if config.system != 'supersimplenet' or config.supervision.kind != 'none':
-            raise UserError(f'--train measures unsupervised SuperSimpleNets: {name} is none.')
+        if (config.system, config.supervision.kind, config.image_score) != (
+            'supersimplenet',
+            'none',
+            'head',
+        ):
+            raise UserError(
+                f'--train measures unsupervised SuperSimpleNets with both heads: {name} is none.'
+            )
         results.append(measure_training(name, _AGAINST.value, _TURNS.value, _BATCH.value))
         if not _JSON.value:
             r = results[-1]

@@ -28,10 +28,13 @@ def pick_spread(split: data.Split, count: int) -> np.ndarray:
 
 
 def pick_failures(split: data.Split, count: int, run: runs.Run) -> list[int]:
-    """Places of what a run gets most wrong: half of `count` are defects, half normal images."""
+    """Places of what a run gets most wrong: half of `count` are defects, half normal images.
+
+    Of an odd count the one more is a defect.
+    """
     _, scores = runs.predict(run, split.images)
     _, worst = figures.pick_best_worst(scores, split.labels, -(-count // 2))
-    return worst
+    return worst[:count]
 
 
 def compare(
@@ -39,7 +42,7 @@ def compare(
 ) -> None:
     """Draws `count` test images and every run's map of them into `output`."""
     if count < 1:
-        raise UserError(f'--count {count} shows nothing: it is at least 1.')
+        raise UserError(f'--count={count} can not be used: at least 1.')
     configs = [runs.read_config(workdir) for workdir in workdirs]
     datasets = [data.load(config.data, config.image_size, config.resize) for config in configs]
     dataset = datasets[0]
@@ -58,7 +61,7 @@ def compare(
         run = runs.open_run(workdir)
         logits, scores = runs.predict(run, split.images)
         system = name if names.count(name) == 1 else os.path.relpath(workdir, shared)
-        systems[system] = 1 / (1 + np.exp(-np.clip(logits, -60, 60)))
+        systems[system] = decision.sigmoid(logits)
         notes[system] = [note(score, run.decision) for score in scores]
     title = f'{dataset.category} ({"embedded data" if dataset.embedded else dataset.name})'
     if select == 'failures':
@@ -83,8 +86,6 @@ def main(argv: list[str] | None = None) -> None:
         '--select', choices=('spread', 'failures'), default='spread', help='which images to show'
     )
     arguments = parser.parse_args(argv)
-    if arguments.count < 1:
-        raise UserError(f'--count={arguments.count} can not be used: at least 1.')
     if arguments.output.suffix != '.png':
         raise UserError(f'--output={arguments.output} can not be used: it ends in .png.')
     files.check_output(arguments.output, '--output')

@@ -112,6 +112,9 @@ def fit_config(
         config.system = 'gap_cam'
         if config.supervision.kind == 'none':
             config.supervision.kind = 'labels'  # Nothing else teaches this system.
+    # What a checkpoint of theirs can not have.
+    config.features.layers, config.image_score, config.positions = (2, 3), 'head', 0
+    config.map_loss, config.product_share, config.optimizer.average = 'l1_focal', 0.0, 0.0
     config.noise.kind = 'static'
     first = tensors.get(f'{_GENERATOR}model.0.weight')
     if first is not None and first.ndim == 4:

@@ -111,7 +111,9 @@ def default_config() -> ml_collections.ConfigDict:
     checkpoint.every = 10  # Epochs between checkpoints; one is written at the end in any case.
     checkpoint.keep = 2  # How many are kept.
 
-    config.sparse = True  # Train at the cost of what is new; False: the direct form, its equal.
+    # Train at the cost of what is new; False: the direct form, its equal (there is none of
+    # image_score=map and of simplenet).
+    config.sparse = True
     config.eval_batch_size = 8  # Test images per step and device.
     config.debug_nans = False  # Find the operation that makes a NaN or infinity; slow once it does.
     return config
@@ -246,7 +248,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
     require(config.noise.unit in units, 'noise.unit', f'it is {" or ".join(units)}')
     shell = config.noise.shell
     require(
-        len(shell) == 2 and (not any(shell) or 0 < shell[0] <= shell[1] < math.inf),
+        len(shell) == 2
+        and all(isinstance(s, float | int) for s in shell)
+        and (not any(shell) or 0 < shell[0] <= shell[1] < math.inf),
         'noise.shell',
         'it is (0, 0), or (least, largest), both above 0 and rising',
     )
@@ -255,7 +259,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
     require(1 <= config.noise.shuffle_groups <= 64, 'noise.shuffle_groups', 'it is in 1..64')
     strength = config.noise.shuffle_strength
     require(
-        len(strength) == 2 and 0 < strength[0] <= strength[1] <= 1,
+        len(strength) == 2
+        and all(isinstance(s, float | int) for s in strength)
+        and 0 < strength[0] <= strength[1] <= 1,
         'noise.shuffle_strength',
         'it is (least, most), rising in 0..1',
     )
@@ -316,7 +322,7 @@ def identity(config: ml_collections.ConfigDict) -> dict:
     likes.
     """
     unimportant = ('checkpoint.every', 'checkpoint.keep', 'eval_batch_size', 'data.cache')
-    unimportant += ('debug_nans',)
+    unimportant += ('debug_nans', 'features.place')
     flat = {name: value for name, value in fields(config) if name not in unimportant}
     for field in ('data.root', 'backbone.weights'):
         flat[field] = flat[field] and str(pathlib.Path(flat[field]).expanduser().resolve())
@@ -329,7 +335,11 @@ def to_json(config: ml_collections.ConfigDict) -> str:
 
 
 def from_json(path: pathlib.Path) -> ml_collections.ConfigDict:
-    """Reads a run's config.json; fields added since it was written take their default."""
+    """Reads a run's config.json; fields added since it was written take their default.
+
+    Raises:
+      UserError: there is none, or it can not be understood.
+    """
     try:
         values = json.loads(path.read_text())
         if values['version'] > VERSION:

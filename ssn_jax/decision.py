@@ -1,7 +1,6 @@
 """From scores to a decision: the threshold of a run, and on which images it was chosen."""
 
 from collections.abc import Callable
-import math
 
 import ml_collections
 import numpy as np
@@ -52,7 +51,7 @@ def decide(
             found = {'tpr': None} | metrics.threshold_at_fpr(scores, config.decision.fpr)
     except ValueError as e:
         return {'threshold': None, 'undefined': str(e)} | where
-    return found | {'probability': sigmoid(found['threshold'])} | where
+    return found | {'probability': float(sigmoid(found['threshold']))} | where
 
 
 def rates(scores: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str, float | None]:
@@ -64,6 +63,6 @@ def rates(scores: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str,
     }
 
 
-def sigmoid(x: float) -> float:
-    """The probability of a logit."""
-    return 1 / (1 + math.exp(-min(max(x, -60.0), 60.0)))
+def sigmoid(logits):
+    """The probabilities of logits, a number or an array of any shape."""
+    return 1 / (1 + np.exp(-np.clip(logits, -60, 60)))

@@ -126,7 +126,8 @@ def fuse_backbone(variables: dict) -> dict:
     stem = fold(params, stats, 'conv1', 'bn1')
     stem['kernel'] /= 255.0 * np.array(features_lib.IMAGENET_STD)[:, None]
     stages = [[], [], []]
-    for name in sorted(n for n in params if n.startswith('layer')):
+    blocks = [n for n in params if n.startswith('layer')]
+    for name in sorted(blocks, key=lambda n: [int(part) for part in n[5:].split('_')]):
         of, statistics = params[name], stats[name]
         names = [f'{i}' for i in (1, 2, 3) if f'conv{i}' in of]
         block = {'convs': [fold(of, statistics, f'conv{i}', f'bn{i}') for i in names]}
@@ -397,7 +398,7 @@ def heads(
 
     Args:
       fused: as `fuse` returns it.
-      layers: layer2 and layer3 (N, H_i, W_i, C_i).
+      layers: the backbone's that the network reads (N, H_i, W_i, C_i), finest first.
       in_chunks: whether the segmentation head goes in chunks of hidden channels.
     """
     if 'patches' in fused:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from ssn_jax import decision, deploy, files, runs
+from ssn_jax import data, decision, deploy, files, runs
 from ssn_jax.errors import UserError
 
 _INPUT, _OUTPUTS = 'images', ('scores', 'maps')
@@ -67,12 +67,12 @@ def metadata(run: runs.Run) -> dict:
         'input': 'images: uint8 RGB (N, H, W, 3), any size',
         'outputs': 'scores: logits (N,); maps: logits (N, height, width) of image_size',
         'threshold': threshold,  # A logit: defective from this score on.
-        'threshold_probability': None if threshold is None else decision.sigmoid(threshold),
+        'threshold_probability': None if threshold is None else float(decision.sigmoid(threshold)),
         'classes': list(decision.CLASSES),
         'image_size': list(run.config.image_size),
         'resize': list(run.config.resize),
         'config': run.config.name,
-        'category': run.config.data.category,
+        'category': data.category_of(run.config.data),
         'epoch': run.epoch,
         'commit': commit(),
     }

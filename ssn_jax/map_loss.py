@@ -22,10 +22,12 @@ def make_map_loss(
 ) -> Callable:
     """The loss of both players; arguments and result as of `steps.make_loss`.
 
-    A normal image gives `config.positions` positions, `config.product_share` of them on the product
-    and the others anywhere; a defective one a quarter as many, of its defect, weighted as its mask
-    is (one whose mask is unknown gives none). Every other position of normal images comes once more
-    with noise. Normal and anomalous positions count alike, and of these noise and defects alike.
+    The first half of a batch, its normal images first, gives `config.positions` positions an image,
+    and every other one of normal images comes once more with noise; the rest of the batch gives a
+    quarter as many. `config.product_share` of a normal image's are on the product and the others
+    anywhere; a defective image's are of its defect, weighted as its mask is (one whose mask is
+    unknown gives none). Normal and anomalous positions count alike, and of these noise and defects
+    alike.
 
     Args:
       config: the run's config.

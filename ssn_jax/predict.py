@@ -256,15 +256,11 @@ def strongest_region(logits: np.ndarray) -> tuple[tuple[int, int, int, int], np.
       Its bounding box (x, y, width, height), and all regions (H, W), bool: wherever the probability
       is at least half-way between its median and its highest value.
     """
-    probability = _sigmoid(logits)
+    probability = decision.sigmoid(logits)
     regions = probability >= (np.median(probability) + probability.max()) / 2
     _, labels, stats, _ = cv2.connectedComponentsWithStats(regions.astype(np.uint8))
     strongest = labels.ravel()[probability.argmax()]
     return tuple(int(v) for v in stats[strongest, :4]), regions
-
-
-def _sigmoid(logits):
-    return 1 / (1 + np.exp(-np.clip(logits, -60, 60)))
 
 
 class View:
@@ -307,7 +303,7 @@ def draw(view: View, image: np.ndarray, logits: np.ndarray, contours: bool) -> n
     Returns:
       uint8 BGR (H, W, 3). Colours span probabilities 0..1 in every image, so they compare.
     """
-    tint = np.uint8(np.round(255 * _sigmoid(logits)))
+    tint = np.uint8(np.round(255 * decision.sigmoid(logits)))
     tint = cv2.applyColorMap(tint, cv2.COLORMAP_VIRIDIS)
     grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2BGR)
     # Little contrast is left to the image, lest its bright parts be taken for a high map.

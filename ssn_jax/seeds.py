@@ -4,6 +4,7 @@
 takes away again. One seed has no such axis.
 """
 
+import json
 import pathlib
 import re
 import statistics
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from ssn_jax import files, metrics
+from ssn_jax import config as config_lib, files, metrics
 from ssn_jax.errors import UserError
 
 
@@ -91,6 +92,21 @@ def unstack_states(state, count: int) -> list:
     return [one.replace(step=state.step) for one in each]
 
 
+def other_results(
+    runs: list[tuple[ml_collections.ConfigDict, pathlib.Path]], workdir: pathlib.Path
+) -> list[dict]:
+    """Results of complete runs in a folder beside those of `runs_of`, but for the seed the same."""
+    config, own = config_lib.identity(runs[0][0]) | {'seed': None}, [path for _, path in runs]
+    found = []
+    for file in workdir.glob('seed-*/results.json'):
+        if file.parent in own or not (file.parent / 'config.json').exists():
+            continue
+        theirs = config_lib.identity(config_lib.from_json(file.parent / 'config.json'))
+        if theirs | {'seed': None} == config:
+            found.append(json.loads(file.read_text()))
+    return found
+
+
 def summarise(results: list[dict]) -> dict:
     """What summary.json holds, of several runs' results.
 
@@ -98,6 +114,7 @@ def summarise(results: list[dict]) -> dict:
       config, data, category, embedded and epochs of all, `seeds`, and under `metrics` each
       metric's `mean`, `std` (of a sample) and `values` by seed; None where it is undefined.
     """
+    results = sorted(results, key=lambda r: r['seed'])
     summary = {k: results[0][k] for k in ('config', 'data', 'category', 'embedded', 'epochs')}
     summary |= {'seeds': [r['seed'] for r in results], 'metrics': {}, 'undefined': {}}
     for name in metrics.METRICS:
@@ -114,10 +131,12 @@ def summarise(results: list[dict]) -> dict:
 def format_summary(summary: dict) -> str:
     """Mean and standard deviation of the seven metrics as a table for the terminal."""
     embedded = ', embedded data' if summary['embedded'] else ''
-    shown = summary['seeds']
+    seeds = summary['seeds']
+    last = seeds[-1]
+    shown = f'{seeds[0]} to {last}' if last - seeds[0] < len(seeds) else ', '.join(map(str, seeds))
     lines = [
         f'{summary["config"]} on {summary["data"]} {summary["category"]}{embedded}, '
-        f'{summary["epochs"]} epochs, seeds {shown[0]} to {shown[-1]}, mean ± standard deviation'
+        f'{summary["epochs"]} epochs, seeds {shown}, mean ± standard deviation'
     ]
     for name, value in summary['metrics'].items():
         text = summary['undefined'].get(name)

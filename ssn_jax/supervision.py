@@ -40,24 +40,42 @@ def join(*splits: Split) -> Split:
     return Split(*(joined(*(getattr(split, name) for split in splits)) for name in names))
 
 
-def repeat(split: Split, copies: int) -> Split:
-    """Copies of every image of a split, those of an image side by side."""
-    return take(split, np.repeat(np.arange(len(split.labels)), copies))
+def part(split: Split, start: int, stop: int | None = None) -> Split:
+    """The images from one place to another, not copied."""
+    names = [field.name for field in dataclasses.fields(Split)]
+    return Split(*(getattr(split, name)[start:stop] for name in names))
+
+
+def copies_of(normal: Split, copied: np.ndarray, masks: np.ndarray | None = None) -> Split:
+    """Changed copies (K * N, H, W, 3) of N normal images, those of an image side by side.
+
+    With masks (K * N, H, W) they are defective images, and what was drawn into them is known.
+    """
+    sources = np.repeat(np.arange(len(normal.labels)), len(copied) // len(normal.labels))
+    named = take(dataclasses.replace(normal, images=normal.labels, masks=normal.labels), sources)
+    if masks is None:
+        masks = np.zeros(copied.shape[:3], np.uint8)
+        return dataclasses.replace(named, images=copied, masks=masks)
+    labels, names = np.ones_like(named.labels), ('drawn',) * len(copied)
+    return dataclasses.replace(named, images=copied, masks=masks, labels=labels, defects=names)
 
 
 def hold_out(config: ml_collections.ConfigDict, split: Split) -> tuple[Split, Split]:
     """Keeps a share of the training images aside, to choose a threshold on.
 
     Args:
-      config: the run's; `decision.holdout` is the share of each class, rounded up, and the seed
-        says which.
+      config: the run's; `decision.holdout` is the share of each class that the run learns from,
+        rounded up, and the seed says which.
       split: the training images.
 
     Returns:
       The images to train on, and those kept aside.
+
+    Raises:
+      UserError: none of a class would be left.
     """
     aside = []
-    for label in (0, 1):
+    for label in (0, 1) if config.supervision.kind != 'none' else (0,):
         members = np.flatnonzero(split.labels == label)
         count = math.ceil(config.decision.holdout * len(members))
         if count and count == len(members):
@@ -151,11 +169,11 @@ def with_turned(config: ml_collections.ConfigDict, split: Split) -> Split:
     """
     if not config.turned_copies:
         return split
-    normal, defective = (take(split, np.flatnonzero(split.labels == label)) for label in (0, 1))
+    count = int((split.labels == 0).sum())
+    normal = part(split, 0, count)
     turned = images.turn(normal.images, config.turned_copies, config.drawn.seed)
     logging.info('%d copies of normal training images are turned', len(turned))
-    copied = repeat(normal, config.turned_copies)
-    return join(normal, dataclasses.replace(copied, images=turned), defective)
+    return join(normal, copies_of(normal, turned), part(split, count))
 
 
 def with_drawn(config: ml_collections.ConfigDict, split: Split) -> Split:
@@ -165,16 +183,24 @@ def with_drawn(config: ml_collections.ConfigDict, split: Split) -> Split:
       config: the run's; `drawn` says how many copies, and `seed` there which defects.
       split: the training images, normal ones first.
     """
-    copies, normal = config.drawn.copies, take(split, np.flatnonzero(split.labels == 0))
-    if not copies:
+    if not config.drawn.copies:
         return split
-    drawn, masks = defects.draw(normal.images, copies, config.drawn.seed)
+    normal = part(split, 0, int((split.labels == 0).sum()))
+    drawn, masks = defects.draw(normal.images, config.drawn.copies, config.drawn.seed)
     logging.info('%d copies of normal training images have a defect drawn into them', len(drawn))
-    copied = repeat(normal, copies)
-    names = ('drawn',) * len(drawn)
-    labels = np.ones_like(copied.labels)
-    of_drawn = {'images': drawn, 'masks': masks, 'labels': labels, 'defects': names}
-    return join(split, dataclasses.replace(copied, **of_drawn))
+    return join(split, copies_of(normal, drawn, masks))
+
+
+def shown(config: ml_collections.ConfigDict, split: Split) -> Split:
+    """All images that the steps are shown: with flips, turned copies and drawn defects."""
+    return with_drawn(config, with_turned(config, with_flips(split)))
+
+
+def shown_labels(config: ml_collections.ConfigDict, labels: np.ndarray) -> np.ndarray:
+    """The labels of `shown` of a split with these labels, before any image of it is made."""
+    defective = int(labels.sum())
+    normal = (len(labels) - defective) * (1 + config.turned_copies)
+    return np.repeat([0, 1], [normal, 4 * defective + normal * config.drawn.copies])
 
 
 def truth(

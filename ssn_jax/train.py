@@ -41,12 +41,10 @@ from ssn_jax.models import features as features_lib, resnet
 
 def default_workdir(config: ml_collections.ConfigDict) -> pathlib.Path:
     """Where a run goes unless the user says otherwise."""
-    where = 'embedded' if not config.data.root else config.data.name
-    category = config.data.category
-    if config.data.name == 'folder':
-        category = pathlib.Path(config.data.root).resolve().name
+    where = 'embedded' if data.is_embedded(config.data) else config.data.name
     last = config.seed if config.seeds == 1 else 'seeds'
-    return pathlib.Path('runs') / f'{config.name}-{where}-{category}-{last}'
+    words = config.name, where, data.category_of(config.data), str(last)
+    return pathlib.Path('runs') / '-'.join(dict.fromkeys(words))  # A set can be its own category.
 
 
 def check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -185,7 +183,7 @@ def train_and_evaluate(
         results = [measure_run(run, *after) for run, after in zip(runs, trained, strict=True)]
         if config.seeds == 1:
             return results[0]
-        summary = seeds.summarise(results)
+        summary = seeds.summarise(results + seeds.other_results(runs, workdir))
         write(workdir / 'summary.json', json.dumps(summary, indent=2) + '\n')
         return summary
 
@@ -294,16 +292,15 @@ class Start:
 def train(runs, split, network, backbone_variables, keeper, events=False, quiet=False):
     """Runs the epochs that are missing; returns each run's final state and its log."""
     config, _ = runs[0]
-    split = supervision.with_turned(config, supervision.with_flips(split))
-    split = supervision.with_drawn(config, split)
-    labels = split.labels
+    labels = supervision.shown_labels(config, split.labels)
     mesh = devices.make_mesh(image_order(config, labels)(0).shape[1])
     starts = [find_start(*run, mesh, events) for run in runs]
     states = [start.state for start in starts]
     missing = sorted({start.done for start in starts} - {config.epochs})
     if missing:
+        split = supervision.shown(config, split)
         backbone = deploy.prepare_backbone(deploy.fuse_backbone(backbone_variables))
-        on_host = keep_on_host(config, split, network, backbone)
+        on_host = keep_on_host(config, split, network, backbone, mesh)
         with naming_nans(config):
             contents = training_data(config, split, network, backbone, mesh, on_host)
     del split  # Its copies of the images take as much memory as a part of the features.
@@ -335,7 +332,8 @@ def find_start(config, workdir, mesh, events) -> Start:
         epochs = [int(row['epoch']) for row in log.rows]
         if epochs != list(range(done + 1 - len(epochs), done + 1)):
             raise ValueError(f'epochs before {done} are missing')
-    except (KeyError, ValueError, csv.Error) as e:
+        log.history()
+    except (KeyError, ValueError, TypeError, csv.Error) as e:
         raise UserError(
             f'{file} is damaged ({e}): restore it, or delete it to go on without what it held.'
         ) from None
@@ -430,8 +428,8 @@ def image_order(config, labels):
     )
 
 
-def keep_on_host(config, split, network, backbone) -> bool:
-    """Whether features stay on the host: as the config says, or because a device is too small."""
+def keep_on_host(config, split, network, backbone, mesh) -> bool:
+    """Whether features stay on the host: as the config says, or as devices are too small."""
     several = jax.process_count() > 1
     if config.features.place != 'auto' or several:
         if config.features.place == 'host' and several:
@@ -444,10 +442,11 @@ def keep_on_host(config, split, network, backbone) -> bool:
         deploy.backbone, backbone, split.images.shape, network.frozen, config.features.dtype
     )
     limit = (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit', math.inf)
+    limit *= mesh.size if mesh else 1  # Which share them.
     # The other half is for a step's own arrays.
     if needed > limit / 2:
         logging.info(
-            'Features of %.1f GB stay on the host: the device has %.1f GB',
+            'Features of %.1f GB stay on the host: the devices have %.1f GB',
             needed / 1e9,
             limit / 1e9,
         )
@@ -487,13 +486,12 @@ def draw_figures(folder, results, split, maps, scores, log) -> None:
     data_name = 'embedded data' if results['embedded'] else results['data']
     title = f'{results["config"]} · {results["category"]} ({data_name})'
     masks = np.where(split.has_mask[:, None, None], split.masks, 0)
-    probabilities = 1 / (1 + np.exp(-np.clip(maps, -60, 60)))
     figures.overlays(
         folder / 'overlays.png',
         split.images,
         masks,
-        probabilities,
-        1 / (1 + np.exp(-np.clip(scores, -60, 60))),
+        decision.sigmoid(maps),
+        decision.sigmoid(scores),
         split.labels,
         split.files,
         title,

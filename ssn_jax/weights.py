@@ -37,7 +37,7 @@ HUB = {
 RANDOM = 'random (seed 0)'  # The origin of weights that were not learned.
 
 # A classifier's file also holds what lies above the features; that is not an error.
-_UNUSED = re.compile(r'layer4\.|fc\.|.*\.num_batches_tracked$|bn1\.num_batches_tracked$')
+_UNUSED = re.compile(r'layer4\.|fc\.|.*\.num_batches_tracked$')
 
 _LEAVES = {
     'kernel': 'weight',
@@ -146,7 +146,7 @@ def read_safetensors(
 ) -> dict[str, np.ndarray]:
     """Reads the safetensors file that `flag` names; UserError if it is missing or damaged."""
     try:
-        return safetensors.numpy.load_file(path)
+        return safetensors.numpy.load_file(pathlib.Path(path).expanduser())
     except FileNotFoundError:
         raise UserError(f'no weights file at {path}: set {flag} to a safetensors file.') from None
     except (safetensors.SafetensorError, OSError, ValueError, KeyError) as e:
@@ -208,6 +208,9 @@ def load_backbone(name: str, weights: str, allow_random: bool) -> tuple[dict, st
 
     Returns:
       The variables (params, batch_stats) and one line that says where they come from.
+
+    Raises:
+      UserError: there is no such backbone or file, or the file does not hold its weights.
     """
     if name not in resnet.BACKBONES:
         raise UserError(

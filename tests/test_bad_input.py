@@ -250,6 +250,8 @@ CASES = {
         ('--configs=mod9', "no config 'mod9'"),
         ('--against=keras', '--against=keras is unknown'),
         ('--batch=x', '--batch'),
+        ('--train --batch=0', '--batch=0'),
+        ('--train --configs=drawn', 'with both heads: drawn is none'),
         ('--qqq', 'qqq'),
         ('--flagfile=missing', 'Unable to open flagfile'),
         ('mod1_a', "unexpected argument 'mod1_a'"),

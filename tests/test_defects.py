@@ -1,5 +1,7 @@
 """Drawn defects: where they are, that masks tell the truth, and that they follow from a seed."""
 
+import dataclasses
+
 from hypothesis import given, settings, strategies as st
 import numpy as np
 import pytest
@@ -112,6 +114,16 @@ def test_training_split_with_turned_copies():
     assert len({image.tobytes() for image in split.images}) == 7
     config.drawn.seed = 1
     assert (supervision.with_turned(config, given).images != split.images).any()
+
+
+@pytest.mark.parametrize(('turned', 'drawn'), [(0, 0), (2, 0), (0, 3), (1, 2)])
+def test_labels_are_known_before_the_images_are_made(turned, drawn):
+    config, given = default_config(), make_split()
+    config.turned_copies, config.drawn.copies = turned, drawn
+    split = supervision.shown(config, given)
+    assert supervision.shown_labels(config, given.labels).tolist() == split.labels.tolist()
+    sizes = {len(getattr(split, field.name)) for field in dataclasses.fields(split)}
+    assert sizes == {2 * (1 + turned) * (1 + drawn) + 4}
 
 
 def test_turning_keeps_the_middle_and_turns_the_rest():

@@ -300,3 +300,6 @@ def test_a_damaged_checkpoint_is_noticed_and_made_again(job, whole, tmp_path):
     assert (workdir / 'checkpoints' / f'{EPOCHS}.damaged').is_dir()
     (workdir / 'train.csv').write_text('epoch,loss\n1,half a li')
     assert f'{workdir}/train.csv is damaged' in one_error(job.start(workdir))
+    rows = ''.join(f'{epoch},0.5\n' for epoch in range(1, EPOCHS + 1))
+    (workdir / 'train.csv').write_text(f'epoch,loss,seconds\n{rows}')
+    assert f'{workdir}/train.csv is damaged' in one_error(job.start(workdir))

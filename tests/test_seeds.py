@@ -198,6 +198,43 @@ def test_summary_of_an_undefined_metric():
     )
 
 
+def test_a_summary_is_of_all_seeds_that_are_there(tmp_path):
+    """Seeds that were added later stand beside the first ones; another config's do not."""
+    config = config_lib.default_config()
+    for seed, epochs in ((0, 300), (1, 300), (2, 5), (3, 300)):
+        other = config.copy_and_resolve_references()
+        other.seed, other.epochs = seed, epochs
+        (tmp_path / f'seed-{seed}').mkdir()
+        (tmp_path / f'seed-{seed}' / 'config.json').write_text(config_lib.to_json(other))
+        (tmp_path / f'seed-{seed}' / 'results.json').write_text(json.dumps({'seed': seed}))
+    config.seed, config.seeds = 3, 2
+    config.features.place = 'host'  # Where features lie changes no result.
+    others = seeds.other_results(seeds.runs_of(config, tmp_path), tmp_path)
+    assert sorted(r['seed'] for r in others) == [0, 1]
+    fields = {'config': 'a', 'data': 'b', 'category': 'c', 'embedded': False, 'epochs': 300}
+    fields |= {'metrics': dict.fromkeys(metrics.METRICS, 0.5), 'undefined': {}}
+    summary = seeds.summarise([fields | {'seed': seed} for seed in (4, 0, 3)])
+    assert summary['seeds'] == [0, 3, 4]
+    assert 'seeds 0, 3, 4,' in seeds.format_summary(summary)
+
+
+@pytest.mark.parametrize(
+    ('name', 'root', 'category', 'folder'),
+    [
+        ('mvtec_ad', '', 'nut', 'mod1_a-embedded-nut-0'),
+        ('mvtec_ad', 'x', 'nut', 'mod1_a-mvtec_ad-nut-0'),
+        ('ksdd2', '', 'nut', 'mod1_a-embedded-surface-0'),
+        ('ksdd2', 'x', 'nut', 'mod1_a-ksdd2-0'),
+        ('folder', 'x/bolts', 'nut', 'mod1_a-folder-bolts-0'),
+        ('synthetic', '', 'nut', 'mod1_a-embedded-nut-0'),
+    ],
+)
+def test_a_run_goes_to_a_folder_of_its_own(name, root, category, folder):
+    config = config_lib.default_config()
+    config.data.update(name=name, root=root, category=category)
+    assert train.default_workdir(config) == pathlib.Path('runs') / folder
+
+
 def _several(config):
     config.seeds = 2
     return config

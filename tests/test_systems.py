@@ -152,10 +152,10 @@ def test_maps_of_two_runs_side_by_side(folder, tmp_path):
         train.train_and_evaluate(config, tmp_path / name)
     output = tmp_path / 'compare.png'
     for select in ('spread', 'failures'):
-        compare([tmp_path / 'mod3', tmp_path / 'simplenet'], output, 2, select)
+        compare([tmp_path / 'mod3', tmp_path / 'simplenet'], output, 3, select)
         assert cv2.imread(str(output)) is not None
         output.unlink()
-    with pytest.raises(UserError, match='--count 0'):
+    with pytest.raises(UserError, match='--count=0'):
         compare([tmp_path / 'mod3'], output, 0)
     with pytest.raises(UserError, match='is no run'):
         compare([tmp_path], output, 2)

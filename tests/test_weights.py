@@ -161,6 +161,13 @@ def test_absent_file_and_folder(tmp_path):
     assert str(tmp_path) in message(weights.load_backbone, 'resnet18', str(tmp_path), True)
 
 
+def test_a_file_in_the_home_folder(state_dict, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    safetensors.numpy.save_file(state_dict, tmp_path / 'w.safetensors')
+    _, origin = weights.load_backbone('resnet18', '~/w.safetensors', False)
+    assert origin == '~/w.safetensors'
+
+
 def test_half_precision_is_converted(load, state_dict):
     half = {name: value.astype(np.float16) for name, value in state_dict.items()}
     variables, _ = load(half)

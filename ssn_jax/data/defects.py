@@ -39,16 +39,19 @@ def draw(images: np.ndarray, copies: int, seed: int) -> tuple[np.ndarray, np.nda
       (N * copies, H, W) of zeros and ones.
     """
 
-    def one(index: int) -> tuple[np.ndarray, np.ndarray]:
+    def one(index: int) -> None:
         image, copy = divmod(index, copies)
         rng = np.random.default_rng([seed, image, copy])
         other = images[rng.integers(len(images))]
         kinds = _kinds_of(images[image])
-        return draw_one(images[image], other, kinds[index % len(kinds)], rng)
+        kind = kinds[index % len(kinds)]
+        drawn[index], masks[index] = draw_one(images[image], other, kind, rng)
 
+    drawn = np.empty((len(images) * copies, *images.shape[1:]), np.uint8)
+    masks = np.empty(drawn.shape[:3], np.uint8)
     with ThreadPoolExecutor() as pool:  # OpenCV releases the interpreter's lock.
-        pairs = list(pool.map(one, range(len(images) * copies)))
-    return np.stack([image for image, _ in pairs]), np.stack([mask for _, mask in pairs])
+        list(pool.map(one, range(len(drawn))))
+    return drawn, masks
 
 
 def _kinds_of(image):

@@ -117,6 +117,16 @@ def is_embedded(config: ConfigDict) -> bool:
     return config.name == 'synthetic' or not config.root
 
 
+def category_of(config: ConfigDict) -> str:
+    """The category that a config's data have: only two of the sets are told it."""
+    match config.name:
+        case 'folder':
+            return Path(config.root).expanduser().resolve().name
+        case 'ksdd2':
+            return config.name if config.root else 'surface'
+    return config.category
+
+
 def _source(config: ConfigDict) -> _Source:
     """Finds the data set that a config asks for."""
     root = Path(config.root).expanduser()
@@ -131,15 +141,15 @@ def _source(config: ConfigDict) -> _Source:
             )
         case 'ksdd2':
             if not config.root:
-                return _embedded('surface', config.seed)
-            return _real(config.name, config.name, root, layouts.ksdd2(root))
+                return _embedded(category_of(config), config.seed)
+            return _real(config.name, category_of(config), root, layouts.ksdd2(root))
         case 'folder':
             if not config.root:
                 raise UserError(
                     '--config.data.name=folder needs your images: name their folder with '
                     '--config.data.root'
                 )
-            return _real(config.name, root.resolve().name, root, layouts.folder(root))
+            return _real(config.name, category_of(config), root, layouts.folder(root))
     raise UserError(
         f'--config.data.name={config.name}: no such data set; choose from mvtec_ad, synthetic, '
         'ksdd2, folder'
