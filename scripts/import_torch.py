@@ -240,4 +240,7 @@ def run(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    main.cli(run)
+    main.cli(
+        run,
+        'interrupted: if the run was written, scripts/evaluate.py measures it, else begin anew.',
+    )

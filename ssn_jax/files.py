@@ -75,6 +75,15 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
         os.close(handle)
 
 
+def check_folder(path: pathlib.Path, flag: str) -> None:
+    """Raises UserError if a folder can not be made or written to; writes nothing."""
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise UserError(f'{existing} is a file, no folder: choose another {flag}.')
+    if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+        raise UserError(f'{existing} is not writable: choose another {flag}.')
+
+
 def check_output(path: pathlib.Path, flag: str) -> None:
     """Raises UserError if a file can not be written for a reason that is known beforehand."""
     if path.is_dir():

@@ -79,13 +79,13 @@ def _leave(workdir: pathlib.Path, keeper, received: signal.Signals) -> None:
         os._exit(128 + received)
 
 
-def cli(run_fn=run) -> None:
+_INTERRUPTED = 'interrupted: the same command goes on from the last checkpoint.'
+
+
+def cli(run_fn=run, interrupted: str = _INTERRUPTED) -> None:
     """Parses flags, runs, and turns a user's mistake into one line and exit status 1."""
     cli_lib.set_up_log()
-    cli_lib.guard(
-        lambda: app.run(run_fn, flags_parser=_parse),
-        'interrupted: the same command goes on from the last checkpoint.',
-    )
+    cli_lib.guard(lambda: app.run(run_fn, flags_parser=_parse), interrupted)
 
 
 def _parse(argv: list[str]) -> list[str]:

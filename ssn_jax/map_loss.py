@@ -115,7 +115,7 @@ def _sample(key, batch, positions, product_share):
 
     def draw(k, images, count):
         if count:
-            sums = jnp.cumsum(chances[images], 1)
+            sums = jnp.cumsum(chances[images], axis=1)
             drawn = jax.random.uniform(k, (len(images), count)) * sums[:, -1:]
             places = jax.vmap(lambda s, d: jnp.searchsorted(s, d, side='right'))(sums, drawn)
             places = jnp.minimum(places, height * width - 1)

@@ -60,11 +60,7 @@ def find(source: pathlib.Path, excluded: pathlib.Path | None = None) -> Iterator
 
 def check_output(output: pathlib.Path) -> None:
     """Raises UserError if predictions can not go to this folder; writes nothing."""
-    existing = next(p for p in (output, *output.absolute().parents) if p.exists())
-    if not existing.is_dir():
-        raise UserError(f'{existing} is a file, no folder: choose another --output.')
-    if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
-        raise UserError(f'{existing} is not writable: choose another --output.')
+    files.check_folder(output, '--output')
     if output.exists() and any(output.iterdir()):
         raise UserError(f'{output} is not empty: choose another --output, or empty it.')
 

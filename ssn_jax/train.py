@@ -49,11 +49,7 @@ def default_workdir(config: ml_collections.ConfigDict) -> pathlib.Path:
 
 def check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     """Raises UserError if the run can not start or resume in this folder; writes nothing."""
-    existing = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
-    if not existing.is_dir():
-        raise UserError(f'{existing} is a file, no folder: choose another --workdir.')
-    if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
-        raise UserError(f'{existing} is not writable: choose another --workdir.')
+    files.check_folder(workdir, '--workdir')
     written = workdir / 'config.json'
     if written.exists():
         theirs, ours = (
