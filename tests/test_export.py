@@ -89,6 +89,17 @@ def test_stablehlo_needs_jax_alone(run, expected, tmp_path):
 
 
 @pytest.mark.slow
+def test_onnx_with_layer1(tmp_path):
+    fields = {'features.layers': (1, 2, 3), 'image_score': 'map'}
+    run = runs.open_run(tiny.fake_run(tmp_path, threshold=0.25, **fields))
+    onnxruntime = pytest.importorskip('onnxruntime', reason='the export extra is missing')
+    session = onnxruntime.InferenceSession(export.to_onnx(run))
+    fused = deploy.fuse(run.backbone_variables, run.variables, run.network)
+    expected = deploy.make_predictor(fused, 7, (64, 64), IMAGES.shape[1:3])(IMAGES)
+    check_arrays(session.run(None, {'images': IMAGES}), expected)
+
+
+@pytest.mark.slow
 def test_onnx_in_onnxruntime(run, expected, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime', reason='the export extra is missing')
     file = tmp_path / 'nut.onnx'

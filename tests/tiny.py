@@ -57,7 +57,9 @@ def fake_run(
     """A run's folder with random weights, written without any training."""
     write_weights(folder / 'resnet18.safetensors')
     run, workdir = config(folder, **fields), folder / 'run'
-    state = steps.init_state(run, jax.random.key(1), sum(resnet.CHANNELS['resnet18'][1:]))
+    state = steps.init_state(
+        run, jax.random.key(1), resnet.feature_channels('resnet18', run.features.layers)
+    )
     files.write(workdir / 'config.json', config_lib.to_json(run))
     decision = {'threshold': threshold, 'undefined': 'made up', 'split': 'train (normal)'}
     files.write(workdir / 'decision.json', json.dumps(decision))

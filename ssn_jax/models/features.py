@@ -3,7 +3,6 @@
 from collections.abc import Callable
 import functools
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,10 +127,21 @@ def select_layers(
     """
     first = stages[-2]
     if 1 in layers:
-        around = {'window_shape': (3, 3), 'strides': (2, 2), 'padding': ((1, 1), (1, 1))}
-        halved = nn.avg_pool(stages[-3], **around, count_include_pad=False)
+        halved = _halve(_halve(stages[-3], 1), 2)
         first = jnp.concatenate([first, halved], -1)
     return (first, stages[-1]) if 3 in layers else (first,)
+
+
+def _halve(x, axis):
+    """Averages of three neighbours around every other place of an axis, of two at its ends.
+
+    By slices, since the ONNX exporter gets the shape of flax's pooling wrong.
+    """
+    size = x.shape[axis]
+    padded = jnp.pad(x, [(int(i == axis),) * 2 for i in range(x.ndim)])
+    count = np.convolve(np.ones(size), np.ones(3), 'same')[::2]
+    total = sum(jax.lax.slice_in_dim(padded, i, size + i, 2, axis) for i in range(3))
+    return total / np.expand_dims(count, [i for i in range(x.ndim) if i != axis]).astype(x.dtype)
 
 
 @functools.cache
