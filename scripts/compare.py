@@ -90,6 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f'--output={arguments.output} can not be used: it ends in .png.')
     files.check_output(arguments.output, '--output')
     compare(arguments.runs, arguments.output, arguments.count, arguments.select)
+    print(f'The maps are in {arguments.output}.')
 
 
 if __name__ == '__main__':

@@ -6,6 +6,7 @@ Exit status: 0, or 1 for a mistake that ended the command, or 2 if some images c
 the others are predicted all the same.
 """
 
+import argparse
 import functools
 import math
 import pathlib
@@ -16,9 +17,12 @@ from ssn_jax.errors import UserError
 
 
 def _probability(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f'{text!r} is no probability above 0 and below 1')
     return value
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from absl import logging
 import ml_collections
 import numpy as np
 
@@ -43,6 +44,12 @@ def decide(
         name += ' (normal)'
     where = {'split': name, 'images': len(images)}
     where['method'] = 'Youden' if youden else f'false-positive rate at most {config.decision.fpr}'
+    if not youden and 0 < config.decision.fpr * len(images) < 1:
+        logging.warning(
+            'The threshold is chosen on %d normal images: too few for a false alarm rate of %g.',
+            len(images),
+            config.decision.fpr,
+        )
     scores = scores_of(images)
     try:
         if youden:

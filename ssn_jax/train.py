@@ -59,8 +59,9 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> N
         different = sorted(field for field in ours if ours[field] != theirs[field])
         if different:
             raise UserError(
-                f'{workdir} holds a run of another config (different: {", ".join(different)}): '
-                'give this one its own --workdir, or delete that folder.'
+                f'{workdir} holds a run of another config (different: {", ".join(different)}; '
+                f'{different[0]} is {theirs[different[0]]!r} there and {ours[different[0]]!r} '
+                'here): give this one its own --workdir, or delete that folder.'
             )
     elif workdir.is_dir() and not all(files.is_draft(p) for p in workdir.iterdir()):
         raise UserError(f'{workdir} is not empty and holds no run: choose another --workdir.')
@@ -551,8 +552,8 @@ def decision_line(chosen: dict) -> str:
     """The decision and what it does on the test split, in words."""
     if chosen['threshold'] is None:
         return f'no threshold: {chosen["undefined"]}'
-    text = f'defective from score {chosen["threshold"]:.4g} on'
-    text += f' ({chosen["method"]}, chosen on: {chosen["split"]})'
+    text = f'defective from probability {decision.sigmoid(chosen["threshold"]):.4g} on'
+    text += f' (logit {chosen["threshold"]:.4g}; {chosen["method"]}, chosen on: {chosen["split"]})'
     for name in ('tpr', 'fpr'):
         value = chosen[f'test_{name}']
         text += f', test {name.upper()} {"unknown" if value is None else f"{100 * value:.1f} %"}'

@@ -206,7 +206,7 @@ CASES = {
         ('--input=run', 'holds no images'),
         ('--output=data', 'data is not empty'),
         ('--output=resnet18.safetensors', 'is a file, no folder'),
-        ('--threshold=2', "invalid _probability value: '2'"),
+        ('--threshold=2', "'2' is no probability above 0 and below 1"),
         ('--max_pixels=0', '--max_pixels=0 can not be used'),
         ('--config.data.root=x', '--config.data.root belongs to training'),
         ('', 'set --threshold=PROBABILITY', gone('run/decision.json')),

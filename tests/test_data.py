@@ -102,12 +102,15 @@ def test_mvtec_ad(load, tmp_path):
     assert not test.masks[1:3].any() and not train.masks.any()
 
 
-def test_folder_without_masks(load, tmp_path):
+def test_folder_without_masks(load, tmp_path, caplog):
     root = tmp_path / 'root'
     make_category(root)
     write(root / 'train/dent/007.png', 50)
     write(root / 'test/stain/a.jpg', 60)
+    write(root / 'ground_truth/dent/008_mask.png', half_mask())  # Of no image, which is told.
     dataset = load('folder')
+    told = [r.getMessage() for r in caplog.records if r.levelname == 'WARNING']
+    assert len(told) == 1 and told[0].startswith(f'{root}/ground_truth/dent/008_mask.png belongs')
 
     assert (dataset.name, dataset.category) == ('folder', 'root')
     assert dataset.train.defects == ('dent', 'good', 'good', 'good')

@@ -34,6 +34,14 @@ def test_a_run_without_defects_keeps_to_a_rate_of_false_alarms():
     assert (chosen['split'], chosen['images']) == ('train (normal)', 8)
 
 
+@pytest.mark.parametrize(('rate', 'told'), [(0.25, False), (0.2, True), (0.0, False)])
+def test_too_few_images_for_a_rate_are_told(rate, told, caplog):
+    config = config_of('none')
+    config.decision.fpr = rate
+    decision.decide(config, scores_of, make_split([0] * 4), make_split([]))
+    assert ('chosen on 4 normal images: too few' in caplog.text) == told
+
+
 def test_no_threshold_from_scores_that_are_no_numbers():
     chosen = decision.decide(
         config_of('labels'), lambda x: scores_of(x) * np.nan, make_split([0, 1]), make_split([])

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from absl import logging
+
 from ssn_jax.data import images
 from ssn_jax.errors import UserError
 
@@ -170,6 +172,14 @@ def _find_masks(base: Path) -> dict[Path, Path]:
                 )
             masks[image] = mask
             shared[mask] = image
+    folders = {truth / defect for _, defect in defective}
+    folders |= {truth / split / defect for split, defect in defective}
+    for file in (file for folder in sorted(folders) for file in _images(folder)):
+        if file not in shared:
+            logging.warning(
+                '%s belongs to no image and is left out: the mask of NAME.png is NAME_mask.png',
+                file,
+            )
     return masks
 
 
