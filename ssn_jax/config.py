@@ -355,11 +355,6 @@ def from_json(path: pathlib.Path) -> ml_collections.ConfigDict:
                 raise ValueError(f'{name} can not be {found[name]!r}')
         return config
     except FileNotFoundError:
-        seeds = sorted(path.parent.glob('seed-*'))
-        if seeds:
-            raise UserError(
-                f'{path.parent} holds runs of several seeds: name one, such as {seeds[0]}.'
-            ) from None
         raise UserError(f'{path} does not exist: this folder is no run of ssn_jax.') from None
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         reason = ' '.join(str(e).split())

@@ -10,7 +10,16 @@ import jax
 import ml_collections
 import numpy as np
 
-from ssn_jax import checkpoint, config as config_lib, data, deploy, evaluate, steps, weights
+from ssn_jax import (
+    checkpoint,
+    config as config_lib,
+    data,
+    deploy,
+    evaluate,
+    seeds,
+    steps,
+    weights,
+)
 from ssn_jax.errors import UserError
 from ssn_jax.models import resnet
 
@@ -49,6 +58,9 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     """
     if not workdir.is_dir():
         raise UserError(f'{workdir} is no folder: --workdir names that of a run.')
+    several = seeds.single_runs(workdir)
+    if several != [workdir]:
+        raise UserError(f'{workdir} holds several runs: name one, such as {several[0]}.')
     config = config_lib.from_json(workdir / 'config.json')
     config_lib.validate(config)
     return config

@@ -52,12 +52,15 @@ def copies_of(normal: Split, copied: np.ndarray, masks: np.ndarray | None = None
     With masks (K * N, H, W) they are defective images, and what was drawn into them is known.
     """
     sources = np.repeat(np.arange(len(normal.labels)), len(copied) // len(normal.labels))
-    named = take(dataclasses.replace(normal, images=normal.labels, masks=normal.labels), sources)
-    if masks is None:
-        masks = np.zeros(copied.shape[:3], np.uint8)
-        return dataclasses.replace(named, images=copied, masks=masks)
-    labels, names = np.ones_like(named.labels), ('drawn',) * len(copied)
-    return dataclasses.replace(named, images=copied, masks=masks, labels=labels, defects=names)
+    drawn = masks is not None
+    return Split(
+        images=copied,
+        masks=masks if drawn else np.zeros(copied.shape[:3], np.uint8),
+        has_mask=normal.has_mask[sources],
+        labels=np.full(len(copied), drawn, normal.labels.dtype),
+        defects=tuple('drawn' if drawn else normal.defects[i] for i in sources),
+        files=tuple(normal.files[i] for i in sources),
+    )
 
 
 def hold_out(config: ml_collections.ConfigDict, split: Split) -> tuple[Split, Split]:
@@ -197,7 +200,7 @@ def shown(config: ml_collections.ConfigDict, split: Split) -> Split:
 
 
 def shown_labels(config: ml_collections.ConfigDict, labels: np.ndarray) -> np.ndarray:
-    """The labels of `shown` of a split with these labels, before any image of it is made."""
+    """The labels of `shown` of a split with labels (N,), before any image of it is made."""
     defective = int(labels.sum())
     normal = (len(labels) - defective) * (1 + config.turned_copies)
     return np.repeat([0, 1], [normal, 4 * defective + normal * config.drawn.copies])

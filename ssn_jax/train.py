@@ -43,8 +43,10 @@ def default_workdir(config: ml_collections.ConfigDict) -> pathlib.Path:
     """Where a run goes unless the user says otherwise."""
     where = 'embedded' if data.is_embedded(config.data) else config.data.name
     last = config.seed if config.seeds == 1 else 'seeds'
-    words = config.name, where, data.category_of(config.data), str(last)
-    return pathlib.Path('runs') / '-'.join(dict.fromkeys(words))  # A set can be its own category.
+    category = data.category_of(config.data)
+    if category != where:  # KolektorSDD2 is its own.
+        where = f'{where}-{category}'
+    return pathlib.Path('runs') / f'{config.name}-{where}-{last}'
 
 
 def check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:

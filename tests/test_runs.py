@@ -35,6 +35,12 @@ def test_everything_a_run_holds(workdir):
     assert (maps.shape, scores.shape) == ((3, 64, 64), (3,))
 
 
+def test_a_folder_of_several_runs_names_one(tmp_path):
+    (tmp_path / 'seed-1').mkdir()
+    with pytest.raises(UserError, match=f'{tmp_path} holds several runs.*{tmp_path}/seed-1'):
+        runs.open_run(tmp_path)
+
+
 def test_a_checkpoint_can_be_chosen(copy):
     config = config_lib.from_json(copy / 'config.json')
     state = steps.init_state(config, jax.random.key(2), 384)
