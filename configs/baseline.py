@@ -11,6 +11,5 @@ from ssn_jax.config import default_config
 def get_config():
     config = default_config()
     config.name = 'baseline'
-    config.data.category = 'bottle'
     config.backbone.name = 'wide_resnet50_2'
     return config

@@ -17,7 +17,6 @@ def get_config():
     config.batch_size = 8
     config.resize = (329, 329)
     config.image_size = (288, 288)
-    config.data.category = 'bottle'
     config.backbone.name = 'wide_resnet50_2'
     config.optimizer.drops = ()
     config.optimizer.heads_decay_in_gradient = True

@@ -58,9 +58,9 @@ def load_config(name: str):
 
 
 def embedded_images(n: int, size: tuple[int, int]) -> np.ndarray:
-    """Procedurally drawn bottles, uint8 (n, *size, 3)."""
-    drawn = [synthetic.draw('bottle', 'good', np.random.default_rng(i))[0] for i in range(n)]
-    return np.stack([cv2.resize(x, size[::-1]) for x in drawn])
+    """Procedurally drawn screws, uint8 (n, *size, 3)."""
+    drawn = [synthetic.draw('screw', 'good', np.random.default_rng(i))[0] for i in range(n)]
+    return np.stack([cv2.resize(x, size[::-1])[..., None].repeat(3, -1) for x in drawn])
 
 
 def random_variables(config) -> tuple[dict, dict]:

@@ -29,7 +29,7 @@ def _probability(text: str) -> float:
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and predicts; returns the exit status."""
     parser = cli.Parser(__doc__)
-    cli.add_run_arguments(parser, ('backbone.weights', 'eval_batch_size'))
+    cli.add_run_arguments(parser, ('backbone.weights', 'eval_batch_size', 'precision'))
     parser.add_argument('--input', type=pathlib.Path, required=True, metavar='FILE_OR_FOLDER')
     parser.add_argument('--output', type=pathlib.Path, required=True, metavar='DIR')
     parser.add_argument(

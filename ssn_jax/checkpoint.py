@@ -1,11 +1,9 @@
 """Checkpoints with orbax: a bounded number, with checksums, restored into the state's structure."""
 
-from collections.abc import Callable
 import hashlib
 import json
 import pathlib
 import shutil
-import threading
 
 from absl import logging
 import jax
@@ -107,35 +105,6 @@ def digest(state) -> str:
         found.update(f'{x.dtype} {x.shape};'.encode())
         found.update(np.ascontiguousarray(x).data)
     return found.hexdigest()
-
-
-class Keeper:
-    """What a training has reached and not yet written, for whoever has to end it.
-
-    Attributes:
-      lock: held while an epoch's row and checkpoint are written, which belong together.
-      saved: the epoch of the newest checkpoint, 0 for none.
-    """
-
-    def __init__(self):
-        self.lock = threading.RLock()
-        self.saved = 0
-        self._pending: tuple[int, Callable[[], None]] | None = None
-
-    def reached(self, epoch: int, write: Callable[[], None] | None = None) -> None:
-        """Notes that an epoch is done; `write` writes its checkpoints, None: they are written."""
-        self._pending = (epoch, write) if write else None
-        if not write:
-            self.saved = epoch
-
-    def save(self) -> int:
-        """Writes the checkpoints of what was reached, if they are not; returns `saved`."""
-        with self.lock:
-            if self._pending:
-                epoch, write = self._pending
-                write()
-                self.reached(epoch)
-            return self.saved
 
 
 def _restore(manager, epoch, abstract):

@@ -6,6 +6,7 @@ import errno
 import logging as py_logging
 import os
 import pathlib
+import signal
 import sys
 
 from absl import flags, logging
@@ -21,6 +22,7 @@ OVERRIDES = (
     'data.cache',
     'data.seed',
     'eval_batch_size',
+    'precision',
     'backbone.weights',
 )
 
@@ -32,10 +34,14 @@ _REFUSALS = (
 )
 
 
-def guard(command: Callable[[], object], interrupted: str = 'interrupted.') -> None:
+def guard(command: Callable[[], object], interrupted: str = '') -> None:
     """Runs a command and says how it ended, if not well, in one line.
 
     A user's mistake, and what the machine refuses, is exit status 1, Ctrl-C 130 and SIGTERM 143.
+
+    Args:
+      command: what to run.
+      interrupted: what to say after a signal that does not say it itself.
     """
     try:
         with signals.raised():
@@ -50,8 +56,12 @@ def guard(command: Callable[[], object], interrupted: str = 'interrupted.') -> N
         print(f'error: {e.strerror}{where}: see to it and repeat the command.', file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as e:
-        print(f'\n{interrupted}', file=sys.stderr)
-        sys.exit(143 if isinstance(e, signals.Terminated) else 130)
+        received = signal.SIGTERM if isinstance(e, signals.Terminated) else signal.SIGINT
+        rest = ': '.join(filter(None, [f'stopped by {received.name}', str(e) or interrupted]))
+        print(f'\n{rest}', file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(128 + received)  # Not to wait for a thread that compiles or computes.
 
 
 class Parser(argparse.ArgumentParser):

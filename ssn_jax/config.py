@@ -14,6 +14,8 @@ from ssn_jax.errors import UserError
 
 # Raised when an older run's config.json can no longer be understood.
 VERSION = 1
+# Fields of older runs that changed nothing in them.
+_GONE = {'noise': ('shuffle_groups', 'shuffle_strength')}
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -78,7 +80,7 @@ def default_config() -> ml_collections.ConfigDict:
     drawn.seed = 0  # Where defects are drawn and how they look; and how copies are turned.
 
     config.noise = noise = ml_collections.ConfigDict()
-    noise.kind = 'static'  # static (Gaussian), learned (a generator) or shuffled (own features).
+    noise.kind = 'static'  # static (Gaussian) or learned (a generator).
     noise.unit = 'absolute'  # Of std, beta, shell: feature units; feature_std: each channel's own.
     noise.std = 0.015  # Standard deviation of static noise.
     noise.bounded = True  # Learned: beta * tanh(raw); False: raw (v1).
@@ -89,8 +91,6 @@ def default_config() -> ml_collections.ConfigDict:
     noise.penalty = 10.0  # Learned: weight of mean(noise^2) in the generator's loss.
     noise.discriminator_steps = 3  # Learned: per generator step; 0: both players on every step.
     noise.learning_rate = 1e-4  # Learned: the generator's, AdamW without weight decay.
-    noise.shuffle_groups = 8  # Shuffled: channel groups, each from a place of its own.
-    noise.shuffle_strength = (0.3, 1.0)  # Shuffled: how far features move; drawn between the two.
 
     config.optimizer = optimizer = ml_collections.ConfigDict()
     optimizer.adaptor_learning_rate = 1e-4
@@ -111,6 +111,8 @@ def default_config() -> ml_collections.ConfigDict:
     checkpoint.every = 10  # Epochs between checkpoints; one is written at the end in any case.
     checkpoint.keep = 2  # How many are kept.
 
+    # Of products on GPUs and TPUs: float32, or what is faster there, tensorfloat32 or bfloat16.
+    config.precision = 'float32'
     # Train at the cost of what is new; False: the direct form, its equal (there is none of
     # image_score=map and of simplenet).
     config.sparse = True
@@ -150,12 +152,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
         'resize',
         f'it is (0, 0), or (height, width) from image_size={tuple(size)} to 4096 pixels',
     )
-    for field, values in {
-        'dtype': ('float32', 'bfloat16'),
-        'place': ('auto', 'device', 'host'),
-    }.items():
-        rule = f'it is one of {", ".join(values)}'
-        require(config.features[field] in values, f'features.{field}', rule)
+    for flag, value, values in (
+        ('features.dtype', config.features.dtype, ('float32', 'bfloat16')),
+        ('features.place', config.features.place, ('auto', 'device', 'host')),
+        ('precision', config.precision, ('float32', 'tensorfloat32', 'bfloat16')),
+    ):
+        require(value in values, flag, f'it is one of {", ".join(values)}')
     choices = ((2, 3),) if config.system == 'simplenet' else ((2, 3), (1, 2, 3), (1, 2))
     rule = f'with --config.system={config.system} they are {" or ".join(map(str, choices))}'
     require(tuple(config.features.layers) in choices, 'features.layers', rule)
@@ -189,25 +191,14 @@ def validate(config: ml_collections.ConfigDict) -> None:
     require(0 <= config.decision.fpr <= 1, 'decision.fpr', 'it is a rate in 0..1')
     require(config.adaptor in ('linear', 'conv'), 'adaptor', 'it is linear or conv')
     noises = ('static',) if config.system == 'simplenet' else ('static', 'learned')
-    if config.system != 'simplenet' and config.supervision.kind == 'none':
-        noises += ('shuffled',)  # What it mixes must be normal.
-    require(
-        config.noise.kind in noises,
-        'noise.kind',
-        f'with --config.system={config.system} and --config.supervision.kind='
-        f'{supervision.kind} it is {" or ".join(noises)}',
-    )
+    rule = f'with --config.system={config.system} it is {" or ".join(noises)}'
+    require(config.noise.kind in noises, 'noise.kind', rule)
     require(config.image_score in ('head', 'map'), 'image_score', 'it is head or map')
     require(
         config.image_score == 'head'
-        or (
-            config.system == 'supersimplenet'
-            and config.adaptor == 'linear'
-            and config.noise.kind != 'shuffled'
-        ),
+        or (config.system == 'supersimplenet' and config.adaptor == 'linear'),
         'image_score',
-        'map is for --config.system=supersimplenet with --config.adaptor=linear and static or '
-        'learned noise',
+        'map is for --config.system=supersimplenet with --config.adaptor=linear',
     )
     kinds = ('l1_focal', 'cross_entropy')
     require(config.map_loss in kinds, 'map_loss', f'it is {" or ".join(kinds)}')
@@ -233,10 +224,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
     require(0 <= config.turned_copies <= 100, 'turned_copies', 'it is a number from 0 to 100')
     require(0 <= config.drawn.copies <= 100, 'drawn.copies', 'it is a number from 0 to 100')
     require(
-        config.drawn.copies == 0
-        or (config.system == 'supersimplenet' and config.noise.kind != 'shuffled'),
+        config.drawn.copies == 0 or config.system == 'supersimplenet',
         'drawn.copies',
-        'drawn defects are for --config.system=supersimplenet with static or learned noise',
+        'drawn defects are for --config.system=supersimplenet',
     )
     require(
         config.drawn.copies == 0 or supervision.kind != 'labels',
@@ -256,15 +246,6 @@ def validate(config: ml_collections.ConfigDict) -> None:
     )
     require(0 <= config.noise.static_share <= 1, 'noise.static_share', 'it is a share in 0..1')
     require(0 <= config.optimizer.average < 1, 'optimizer.average', 'it is a decay below 1')
-    require(1 <= config.noise.shuffle_groups <= 64, 'noise.shuffle_groups', 'it is in 1..64')
-    strength = config.noise.shuffle_strength
-    require(
-        len(strength) == 2
-        and all(isinstance(s, float | int) for s in strength)
-        and 0 < strength[0] <= strength[1] <= 1,
-        'noise.shuffle_strength',
-        'it is (least, most), rising in 0..1',
-    )
     for flag in ('noise.std', 'noise.beta', 'noise.penalty', 'noise.z_dim'):
         group, field = flag.split('.')
         value = config[group][field]
@@ -347,12 +328,17 @@ def from_json(path: pathlib.Path) -> ml_collections.ConfigDict:
                 f'{path} was written by a newer ssn_jax (config version {values["version"]}, '
                 f'this one knows {VERSION}): update ssn_jax.'
             )
+        for group, names in _GONE.items():
+            for name in names:
+                values.get(group, {}).pop(name, None)
         config = default_config()
         config.update(_tuples(values))
-        found = dict(fields(config))
-        for name, default in fields(default_config()):
-            if not _alike(found[name], default):
-                raise ValueError(f'{name} can not be {found[name]!r}')
+        defaults = dict(fields(default_config()))
+        for name, value in fields(config):
+            if name not in defaults:
+                raise ValueError(f'{name} is no field of it')
+            if not _alike(value, defaults[name]):
+                raise ValueError(f'{name} can not be {value!r}')
         return config
     except FileNotFoundError:
         raise UserError(f'{path} does not exist: this folder is no run of ssn_jax.') from None

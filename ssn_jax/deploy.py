@@ -157,32 +157,32 @@ def _fold(conv, norm, stats):
 def predict(
     fused: dict,
     images: jax.Array,
-    image_size: tuple[int, int] | None = None,
     for_cache: bool | None = None,
+    precision: str = 'float32',
 ) -> tuple[jax.Array, jax.Array]:
-    """Score and map of images, computed in the precision of `fused`.
+    """Score and map of images, computed in the type of `fused`.
 
     Args:
       fused: as `fuse` returns it.
       images: RGB (N, H, W, 3) in 0..255, uint8 or float.
-      image_size: the model's (height, width); images of another size are resized to it.
       for_cache: whether to go image by image and in chunks of hidden channels, so that what is
         computed is still in the cache where it is used; by default on a CPU.
+      precision: of products of float32 values, as `config.precision`.
 
     Returns:
-      Score logits (N,) and full-size anomaly logits (N, *image_size), both float32.
+      Score logits (N,) and full-size anomaly logits (N, H, W), both float32.
     """
     for_cache = jax.default_backend() == 'cpu' if for_cache is None else for_cache
 
     def run(images):
-        images = resize_images(images, image_size or images.shape[1:3])
         stages = _backbone(fused['backbone'], images)
         layers = features_lib.select_layers(stages, _layers_read(fused, stages))
         scores, logits = heads(fused, layers, for_cache)
         smooth = simplenet.full_size_map if 'patches' in fused else features_lib.full_size_map
         return scores, smooth(logits[..., None], images.shape[1:3])[..., 0]
 
-    return native.by_image(run, images, _IMAGES, for_cache)
+    with jax.default_matmul_precision(precision):
+        return native.by_image(run, images, _IMAGES, for_cache)
 
 
 def _layers_read(fused, stages):
@@ -197,76 +197,58 @@ def _layers_read(fused, stages):
 
 
 def make_predictor(
-    fused: dict,
-    batch_size: int,
-    image_size: tuple[int, int],
-    input_size: tuple[int, int] | None = None,
-    dtype: jax.typing.DTypeLike = jnp.uint8,
+    fused: dict, batch_size: int, image_size: tuple[int, int], precision: str = 'float32'
 ) -> Callable[[np.ndarray], tuple[jax.Array, jax.Array]]:
     """Compiles `predict` for one batch shape; the arrays of `fused` go to the device once.
 
     Args:
-      fused: as `fuse` returns it, or `cast` to another precision.
+      fused: as `fuse` returns it, or `cast` to another type.
       batch_size: images per call.
-      image_size: the model's (height, width).
-      input_size: the images' own (height, width) if it is another one.
-      dtype: the images' type.
+      image_size: their (height, width).
+      precision: as of `predict`.
 
     Returns:
-      images (batch_size, *input_size, 3) -> scores (batch_size,), maps (batch_size, *image_size).
+      uint8 images (batch_size, *image_size, 3) -> scores (batch_size,), maps (batch_size,
+      *image_size).
     """
     fused = jax.device_put(prepare(fused))
-    images = jax.ShapeDtypeStruct((batch_size, *(input_size or image_size), 3), dtype)
-    compiled = jax.jit(predict, static_argnums=2).lower(fused, images, image_size).compile()
+    images = jax.ShapeDtypeStruct((batch_size, *image_size, 3), jnp.uint8)
+    run = jax.jit(functools.partial(predict, precision=precision))
+    compiled = run.lower(fused, images).compile()
     return lambda images: compiled(fused, images)
 
 
 def cast(fused: dict, dtype: jax.typing.DTypeLike) -> dict:
-    """The arrays of `fused` in another precision; `predict` then computes in it."""
+    """The arrays of `fused` in another type; `predict` then computes in it."""
     return jax.tree.map(lambda x: x.astype(dtype), fused)
 
 
 def deviation(
-    fused: dict,
-    images: np.ndarray,
-    image_size: tuple[int, int] | None = None,
-    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    fused: dict, images: np.ndarray, dtype: jax.typing.DTypeLike = jnp.bfloat16
 ) -> dict[str, float]:
-    """What another precision than float32 changes, on images (N, H, W, 3).
+    """What another type than float32 changes, on images (N, H, W, 3).
 
     Returns:
       'score' and 'map': the largest difference of logits, divided by the standard deviation of
       the float32 logits (of a score over images, of the map over all pixels).
     """
-    run = jax.jit(predict, static_argnums=2)
-    exact, rounded = (
-        jax.device_get(run(f, images, image_size)) for f in (fused, cast(fused, dtype))
-    )
+    run = jax.jit(predict)
+    exact, rounded = (jax.device_get(run(f, images)) for f in (fused, cast(fused, dtype)))
     return {
         name: float(np.abs(a - b).max() / a.std())
         for name, a, b in zip(('score', 'map'), exact, rounded, strict=True)
     }
 
 
-def resize_images(images: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Images (N, H, W, 3) in 0..255, resized bilinearly to float32 (N, *size, 3).
-
-    As OpenCV's INTER_LINEAR. For uint8 images OpenCV computes with weights of 11 bits and rounds
-    to whole levels; here uint8 images are rounded too, and differ from OpenCV's by one level at
-    most (by none when sizes are halved, in an eighth of the pixels otherwise).
-    """
-    if images.shape[1:3] == tuple(size):
-        return images.astype(jnp.float32)
-    resized = features_lib.resize(images.astype(jnp.float32), size)
-    return jnp.floor(resized + 0.5) if images.dtype == jnp.uint8 else resized
-
-
-def backbone(fused: dict, images: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def backbone(
+    fused: dict, images: jax.Array, precision: str = 'float32'
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The three stages of a ResNet on images (N, H, W, 3) in 0..255, by `fuse_backbone`'s arrays.
 
     Shapes as of `resnet.ResNet`; on a CPU image by image, as `predict` does it.
     """
-    return native.by_image(functools.partial(_backbone, fused), images, _IMAGES)
+    with jax.default_matmul_precision(precision):
+        return native.by_image(functools.partial(_backbone, fused), images, _IMAGES)
 
 
 def _backbone(fused, images):

@@ -1,6 +1,7 @@
 """Prediction over the local devices, and the metrics of a test split."""
 
 from collections.abc import Callable
+import functools
 
 from flax import linen as nn
 import jax
@@ -11,13 +12,14 @@ from ssn_jax.data import Split
 
 
 def make_predictor(
-    network: nn.Module, batch_size: int
+    network: nn.Module, batch_size: int, precision: str = 'float32'
 ) -> Callable[[dict, dict, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """Compiled prediction, data-parallel with `jax.pmap` over all local devices.
 
     Args:
       network: the trained network, evaluated in its fused form (`deploy.py`).
       batch_size: images per device and call.
+      precision: as of `deploy.predict`.
 
     Returns:
       `predict(backbone_variables, variables, images)` for uint8 RGB images (N, H, W, 3) of any N:
@@ -26,7 +28,7 @@ def make_predictor(
       and gets all.
     """
     local = jax.local_devices()
-    parallel = jax.pmap(deploy.predict, devices=local)
+    parallel = jax.pmap(functools.partial(deploy.predict, precision=precision), devices=local)
     replicate = jax.pmap(lambda arrays, _: arrays, in_axes=(None, 0), devices=local)
 
     def predict(backbone_variables, variables, images):

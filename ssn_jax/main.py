@@ -4,18 +4,16 @@ Every config field is a flag: --config.noise.beta=0.05 --config.data.category=bo
 """
 
 import difflib
-import functools
 import os
 import pathlib
 import re
-import signal
 import sys
 
 from absl import app, flags
 import ml_collections
 from ml_collections import config_flags
 
-from ssn_jax import cli as cli_lib, config as config_lib, signals
+from ssn_jax import cli as cli_lib, config as config_lib
 from ssn_jax.errors import UserError
 
 try:
@@ -43,17 +41,13 @@ def run(argv: list[str]) -> None:
     """Runs the main job for parsed flags."""
     del argv
     # After the flags, so that a wrong one is told at once.
-    from ssn_jax import checkpoint, devices, train
+    from ssn_jax import devices, train
 
     devices.connect(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     config = _CONFIG.value
     workdir = pathlib.Path(_WORKDIR.value or train.default_workdir(config))
     cli_lib.set_up_log(_QUIET.value)
-    keeper = checkpoint.Keeper()
-    with signals.answered(functools.partial(_leave, workdir, keeper)):
-        results = train.train_and_evaluate(
-            config, workdir, _TENSORBOARD.value, _QUIET.value, keeper
-        )
+    results = train.train_and_evaluate(config, workdir, _TENSORBOARD.value, _QUIET.value)
     if not devices.is_first():
         return
     if not _QUIET.value:
@@ -61,25 +55,7 @@ def run(argv: list[str]) -> None:
     print(train.summary(workdir))
 
 
-def _leave(workdir: pathlib.Path, keeper, received: signal.Signals) -> None:
-    """Writes what a training has reached, says how to go on, and ends the process."""
-    from ssn_jax import devices
-
-    problem, again = '', 'nothing is saved yet, the same command begins anew.'
-    with keeper.lock:  # To the end: what is told is what is there.
-        try:
-            if devices.is_alone():  # Several processes can only write together.
-                keeper.save()
-        except UserError as e:
-            problem = f' error: {e}'
-        if keeper.saved:
-            again = f'epoch {keeper.saved} is saved in {workdir}, '
-            again += 'the same command goes on from there.'
-        print(f'\nstopped by {received.name}:{problem} {again}', file=sys.stderr, flush=True)
-        os._exit(128 + received)
-
-
-_INTERRUPTED = 'interrupted: the same command goes on from the last checkpoint.'
+_INTERRUPTED = 'the same command goes on from the last checkpoint, if there is one.'
 
 
 def cli(run_fn=run, interrupted: str = _INTERRUPTED) -> None:

@@ -139,7 +139,8 @@ def predict(run: Run, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     `config.eval_batch_size` images a device at a time, over all local devices.
     """
-    predictor = evaluate.make_predictor(run.network, run.config.eval_batch_size)
+    config = run.config
+    predictor = evaluate.make_predictor(run.network, config.eval_batch_size, config.precision)
     return predictor(run.backbone_variables, run.variables, images)
 
 
@@ -153,4 +154,5 @@ def make_predictor(
       (batch_size, *image_size).
     """
     fused = deploy.fuse(run.backbone_variables, run.variables, run.network)
-    return deploy.make_predictor(fused, batch_size, tuple(run.config.image_size))
+    size = tuple(run.config.image_size)
+    return deploy.make_predictor(fused, batch_size, size, run.config.precision)

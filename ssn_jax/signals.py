@@ -1,20 +1,17 @@
-"""Signals to end: SIGTERM, and SIGINT (Ctrl-C).
-
-Python answers a signal when the main thread is back from compiled code. To compile, and to run an
-epoch, is one call each, which can take minutes; `answered` does not wait for it.
-"""
+"""Signals to end: SIGTERM, and SIGINT (Ctrl-C)."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 import contextlib
 import signal
-import socket
 import threading
-
-ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, as an exception."""
+
+
+_RAISED = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 
 
 @contextlib.contextmanager
@@ -24,39 +21,57 @@ def raised() -> Iterator[None]:
     def terminate(number, frame):
         raise Terminated
 
-    with _handler({signal.SIGTERM: terminate}):
+    with _handlers({signal.SIGTERM: terminate}):
         yield
 
 
 @contextlib.contextmanager
-def answered(answer: Callable[[signal.Signals], None]) -> Iterator[None]:
-    """Within the block a signal to end calls `answer` at once, in a thread of its own."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    heard, told = socket.socketpair()
-    told.setblocking(False)
+def held() -> Iterator[Callable[[Callable[[], object]], object]]:
+    """Within the block a signal to end is raised by `wait(call)` alone, or at the block's end.
 
-    def listen():
-        while number := heard.recv(1):
-            if number[0] in ENDING:
-                answer(signal.Signals(number[0]))
-        heard.close()
+    What is written between two waits is written whole. `call` runs in a thread of its own, since
+    Python answers a signal when the main thread is back from compiled code, and to compile, or to
+    run a part of an epoch, is one call that can take minutes.
 
-    threading.Thread(target=listen, daemon=True).start()
-    # The system's own handler writes the number to the socket, whatever the main thread does; the
-    # one in Python then has nothing left to do.
-    with _handler(dict.fromkeys(ENDING, lambda number, frame: None)):
-        before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+    Yields:
+      `wait(call)`, which returns what `call()` does. After a signal the call may still be running:
+      whoever ends the process then must not wait for its threads.
+    """
+    received, waiting = [], []
+
+    def check():
+        if received:
+            raise _RAISED[received[0]]
+
+    def note(number, frame):
+        received.append(number)
+        if waiting:
+            check()
+
+    def wait(call):
+        future = Future()
+
+        def run():
+            try:
+                future.set_result(call())
+            except BaseException as e:
+                future.set_exception(e)
+
+        waiting.append(True)
         try:
-            yield
+            check()
+            threading.Thread(target=run, daemon=True).start()
+            return future.result()
         finally:
-            signal.set_wakeup_fd(before)
-            told.close()
+            waiting.clear()
+
+    with _handlers(dict.fromkeys(_RAISED, note)):
+        yield wait
+    check()
 
 
 @contextlib.contextmanager
-def _handler(handlers: dict) -> Iterator[None]:
+def _handlers(handlers: dict) -> Iterator[None]:
     """Sets handlers by signal, and sets them back; only the main thread may, others do nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -179,40 +179,6 @@ def _noise_scales(config, params, layers, base):
     return for_map, for_map if adapted else for_score
 
 
-def make_shuffled_loss(
-    config: ml_collections.ConfigDict, masks_fn: Callable, shuffle_fn: Callable
-) -> Callable:
-    """The loss with shuffled layers; arguments and result as of `steps.make_loss`.
-
-    Shuffled layers are layers: everything that is linear in them happens at their own grids.
-
-    Args:
-      config: the run's config.
-      masks_fn: `(key, n, size) -> masks`, (n, *size, 1).
-      shuffle_fn: `(key, layers, mask) -> layers`.
-    """
-
-    def loss_fn(params, generator, batch_stats, batch, key, stop_map_gradient=True):
-        del generator
-        k_mask, k_shuffle = jax.random.split(key)
-        layers = jax.tree.map(synthesis.double, batch['layers'])
-        placed = synthesis.place(masks_fn(k_mask, len(layers[0]), feature_grid(layers)), batch)
-        layers = shuffle_fn(k_shuffle, layers, placed.noise)
-        base, stats = _base(config, params, batch_stats, layers)
-        x, logits = _convolved(config, params, layers, base), None
-        if config.system != 'gap_cam':
-            every = jnp.ones(base[..., 0].size)
-            logits, _, stats['seg_head'] = _segment(
-                config, params, batch_stats, layers, base, every
-            )
-        loss, terms, more = _score(
-            config, params, batch_stats, placed, logits, x, stop_map_gradient
-        )
-        return loss, (terms | {'loss': loss}, stats | more)
-
-    return loss_fn
-
-
 def _feature_kernel(config, params):
     """The part of the classification head's 5x5 kernel that meets features."""
     kernel = params['cls_head']['conv']['kernel']
@@ -245,7 +211,7 @@ def _convolved(config, params, layers, base):
     return convolved + native.convolve_constant(bias, kernel, feature_grid(layers))
 
 
-def _segment(config, params, batch_stats, layers, base, clean, noisy=None):
+def _segment(config, params, batch_stats, layers, base, clean, noisy):
     """The segmentation head without an array of all positions' hidden channels in memory.
 
     Mean and variance of the hidden channels follow from mean and covariance of what they are
@@ -278,12 +244,10 @@ def _segment(config, params, batch_stats, layers, base, clean, noisy=None):
     centered = base.reshape(-1, base.shape[-1]) - center
     counted = clean[:, None] * centered
     first, second = adapt(counted.sum(0)), adapt(adapt(centered.T @ counted).T)
-    total = clean.sum()
-    if noisy is not None:
-        rows, noise, valid = noisy
-        rows = adapt(rows - center) * valid + noise
-        first, second, total = first + rows.sum(0), second + rows.T @ rows, total + valid.sum()
-    first = first / total
+    rows, noise, valid = noisy
+    rows = adapt(rows - center) * valid + noise
+    total = clean.sum() + valid.sum()
+    first, second = (first + rows.sum(0)) / total, second + rows.T @ rows
     covariance = second / total - jnp.outer(first, first)
     mean = (adapt(center, bias=True) + first) @ hidden + seg['hidden']['bias']
     variance = (hidden * (covariance @ hidden)).sum(0)
@@ -297,7 +261,7 @@ def _segment(config, params, batch_stats, layers, base, clean, noisy=None):
     def sum_leaky(x, out):
         return jnp.where((x > 0) == (out > 0), x, SLOPE * x).sum(-1)
 
-    of_noisy = None if noisy is None else sum_leaky(rows @ kernel + offset, out)
+    of_noisy = sum_leaky(rows @ kernel + offset, out)
     # At all positions it meets the features themselves.
     kernel = params['adaptor']['projection']['kernel'] @ kernel if linear else kernel
     offset = offset - center @ kernel

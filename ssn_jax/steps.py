@@ -161,18 +161,6 @@ def make_noise(config: ml_collections.ConfigDict) -> Callable:
     return learned if settings.kind == 'learned' else static
 
 
-def make_shuffling(config: ml_collections.ConfigDict) -> Callable:
-    """`shuffle(key, layers, mask)`: the layers (N, H_i, W_i, C_i), shuffled where the mask is 1."""
-    noise = config.noise
-
-    def shuffle(key, layers, mask):
-        return synthesis.shuffle_layers(
-            key, layers, mask, noise.shuffle_groups, noise.shuffle_strength
-        )
-
-    return shuffle
-
-
 def make_masks(config: ml_collections.ConfigDict) -> Callable:
     """`masks(key, n, size)`: where anomalies are put, (n, *size, 1)."""
     perlin = config.perlin
@@ -204,15 +192,13 @@ def make_loss(
     unsupervised = config.supervision.kind == 'none'
     network = build_network(config)
     masks_fn = masks_fn or make_masks(config)
-    noise_fn, shuffle_fn = noise_fn or make_noise(config), make_shuffling(config)
+    noise_fn = noise_fn or make_noise(config)
 
     def loss_fn(params, generator, batch_stats, batch, key, stop_map_gradient=unsupervised):
         k_mask, k_noise = jax.random.split(key)
-        layers, shuffled = batch['layers'], config.noise.kind == 'shuffled'
+        layers = batch['layers']
         n, grid = 2 * len(layers[0]), features_lib.feature_grid(layers)
         placed = synthesis.place(masks_fn(k_mask, n, grid), batch)
-        if shuffled:
-            layers = shuffle_fn(k_noise, jax.tree.map(synthesis.double, layers), placed.noise)
 
         def apply(batch_stats, *args, method, **options):
             variables = {'params': params, 'batch_stats': batch_stats}
@@ -223,12 +209,11 @@ def make_loss(
 
         features = features_lib.upscale_pool(layers)
         adapted, batch_stats = apply(batch_stats, features, method='adapt')
-        if not shuffled:
-            thin = synthesis.thin(adapted), synthesis.thin(features)
-            scales = synthesis.noise_scales(config.noise.unit, *thin)
-            adapted, features = synthesis.double(adapted), synthesis.double(features)
-            noise = noise_fn(generator, adapted, k_noise) * placed.noise
-            adapted, features = adapted + noise * scales[0], features + noise * scales[1]
+        thin = synthesis.thin(adapted), synthesis.thin(features)
+        scales = synthesis.noise_scales(config.noise.unit, *thin)
+        adapted, features = synthesis.double(adapted), synthesis.double(features)
+        noise = noise_fn(generator, adapted, k_noise) * placed.noise
+        adapted, features = adapted + noise * scales[0], features + noise * scales[1]
         (logits, scores), batch_stats = apply(
             batch_stats, adapted, features, method='discriminate',
             stop_map_gradient=stop_map_gradient,
@@ -241,10 +226,8 @@ def make_loss(
             placed.weight,
             placed.taught * (config.system != 'gap_cam'),
         )
-        terms['loss'] = loss
-        if not shuffled:
-            power = losses.mean_where(noise**2, placed.noise)
-            terms |= losses.generator_terms(loss, power, config.noise.penalty)
+        power = losses.mean_where(noise**2, placed.noise)
+        terms |= losses.generator_terms(loss, power, config.noise.penalty)
         return loss, (terms, batch_stats)
 
     return loss_fn
@@ -290,8 +273,6 @@ def config_loss(config: ml_collections.ConfigDict, seeds_axis: str | None = None
         return map_loss.make_map_loss(config, build_network(config), make_noise(config))
     if not config.sparse:
         return make_loss(config)
-    if config.noise.kind == 'shuffled':
-        return sparse_loss.make_shuffled_loss(config, make_masks(config), make_shuffling(config))
     return sparse_loss.make_sparse_loss(config, make_masks(config), make_noise(config), seeds_axis)
 
 
@@ -366,94 +347,89 @@ def make_epoch(
     steps: int,
     mesh: jax.sharding.Mesh | None = None,
     several: bool = False,
+    on_host: bool = False,
+    longest: int = 16,
 ) -> Callable:
-    """One epoch as one compiled call.
+    """One epoch, up to `longest` of its steps in a compiled call.
 
     Args:
       config: the run's config.
       steps: how many an epoch makes.
       mesh: the devices that share each batch, as `devices.make_mesh` returns them; None is one.
       several: whether it is an epoch of several seeds at once.
+      on_host: whether the data stay on the host: what a call needs is sent before it.
+      longest: steps a call.
 
     Returns:
       `epoch(state, data, order, key) -> (state, metrics)`. `data` is a batch of everything there
-      is, `order` (steps, batch) says which of it each step sees; the metrics are averaged, and
-      `metrics['bad']` tells what became NaN or infinite, as `first_bad` does. With a mesh all of
-      them lie on it, the data spread. Of several seeds state (but its step, which they share),
-      order, key and metrics have a leading axis. With a fifth argument `start` the order holds
-      some of the epoch's steps only, from that one on.
+      is, `order` (steps, batch) says, on the host, which of it each step sees; the metrics, on the
+      host, are averages over the steps, and `metrics['bad']` tells what became NaN or infinite: by
+      name the first step at which it did, or `NEVER`. With a mesh state, data and key lie on it,
+      the data spread. Of several seeds state (but its step, which they share), order, key and
+      metrics have a leading axis.
     """
     seeds_axis = 'seeds' if several else None
     step = make_step(config, steps, config_loss(config, seeds_axis) if several else None)
+    calls = -(-steps // longest)
+    size = -(-steps // calls)
 
-    def epoch(state, data, order, key, start=None):
+    @jax.jit  # Traced once, though its shapes are asked for before it is used.
+    def advance(state, data, indices, key):
+        batch = jax.tree.map(lambda x: features_lib.restore(x[indices]), data)
+        if mesh is not None:
+            batch = jax.lax.with_sharding_constraint(batch, devices.spread(mesh))
+        state, terms = step(state, batch, key)
+        return state, terms, finite(state, terms)
+
+    def run(state, data, order, key, start, count):
+        """`count` steps from `start` on; their terms' sums, and which were the first bad ones."""
         keys = jax.random.split(key, steps)
-        if start is not None:
-            keys = jax.lax.dynamic_slice_in_dim(keys, start, len(order))
 
-        def body(state, inputs):
-            indices, k = inputs
-            batch = jax.tree.map(lambda x: features_lib.restore(x[indices]), data)
-            if mesh is not None:
-                batch = jax.lax.with_sharding_constraint(batch, devices.spread(mesh))
-            state, terms = step(state, batch, k)
-            return state, (terms, finite(state, terms))
+        def body(i, carry):
+            state, sums, bad = carry
+            state, terms, sound = advance(state, data, order[i], keys[start + i])
+            bad = {k: jnp.where(sound[k], b, jnp.minimum(b, start + i)) for k, b in bad.items()}
+            return state, jax.tree.map(jnp.add, sums, terms), bad
 
-        state, (terms, sound) = jax.lax.scan(body, state, (order, keys))
-        return state, jax.tree.map(jnp.mean, terms) | {
-            'bad': first_bad(sound, 0 if start is None else start)
-        }
+        with jax.default_matmul_precision(config.precision):
+            _, terms, sound = jax.eval_shape(advance, state, data, order[0], keys[0])
+            sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), terms)
+            bad = dict.fromkeys(sound, jnp.int32(NEVER))
+            # The number is an argument: one program does for all calls, the last one too.
+            return jax.lax.fori_loop(0, count, body, (state, sums, bad))
 
-    def each(state, data, order, key, start=None):
+    def each(state, data, order, key, start, count):
         # One step for all seeds keeps the choice of the player a choice: mapped over, vmap would
         # update both players on every step and select.
         state_axes = TrainState(None, *[0] * 6)
-        axes = {'in_axes': (state_axes, None, 0, 0), 'out_axes': (state_axes, 0)}
-        mapped = jax.vmap(functools.partial(epoch, start=start), **axes, axis_name=seeds_axis)
+        axes = {'in_axes': (state_axes, None, 0, 0), 'out_axes': (state_axes, 0, 0)}
+        mapped = jax.vmap(
+            functools.partial(run, start=start, count=count), **axes, axis_name=seeds_axis
+        )
         return mapped(state, data, order, key)
 
     where = {} if mesh is None else {'out_shardings': devices.replicated(mesh)}
     # The state is not donated: until the next one is there, it may have to be written.
-    return jax.jit(each if several else epoch, **where)
-
-
-def make_streamed_epoch(
-    config: ml_collections.ConfigDict,
-    steps: int,
-    mesh: jax.sharding.Mesh | None = None,
-    several: bool = False,
-    longest: int = 16,
-) -> Callable:
-    """`make_epoch` for data that stay on the host: what a few steps need is sent before them.
-
-    Args:
-      config: as of `make_epoch`, as are the three that follow.
-      steps: how many an epoch makes.
-      mesh: the devices that share each batch.
-      several: whether there are several seeds.
-      longest: how many steps' images lie on the device at a time; fewer where `steps` is no
-        multiple of it, so that one program does for all.
-
-    Returns:
-      As `make_epoch`, with the data's arrays and the order on the host.
-    """
-    run = make_epoch(config, steps, mesh, several)
-    size = max(n for n in range(1, min(longest, steps) + 1) if steps % n == 0)
-    where = None if mesh is None else devices.spread(mesh)
+    compiled = jax.jit(each if several else run, **where)
+    spread = None if mesh is None else devices.spread(mesh)
 
     def epoch(state, data, order, key):
-        parts = []
+        found = []
         for start in range(0, steps, size):
-            # Row i of the part is the i-th image that its steps see.
             rows = order[..., start : start + size, :]
-            local, rows = np.arange(rows.size).reshape(rows.shape), rows.reshape(-1)
-            part = jax.tree.map(lambda x, rows=rows: jax.device_put(x[rows], where), data)
-            local, at = devices.put(mesh, (local, np.int32(start)))
-            state, metrics = run(state, part, local, key, at)
-            parts.append(metrics)
-        parts = jax.device_get(parts)
-        bad = jax.tree.map(lambda *x: np.min(x, 0), *(part.pop('bad') for part in parts))
-        return state, jax.tree.map(lambda *x: np.mean(x, 0), *parts) | {'bad': bad}
+            count = rows.shape[-2]
+            rows = np.concatenate([rows, np.zeros_like(order[..., : size - count, :])], -2)
+            seen = data
+            if on_host:  # Row i is the i-th image that these steps see.
+                flat = rows.reshape(-1)
+                seen = jax.tree.map(lambda x, flat=flat: jax.device_put(x[flat], spread), data)
+                rows = np.arange(rows.size, dtype=np.int32).reshape(rows.shape)
+            rows, *part = devices.put(mesh, (np.int32(rows), np.int32(start), np.int32(count)))
+            state, *values = compiled(state, seen, rows, key, *part)
+            found.append(values)
+        sums, bad = zip(*jax.device_get(found), strict=True)
+        metrics = jax.tree.map(lambda *x: np.sum(x, 0, np.float64) / steps, *sums)
+        return state, metrics | {'bad': jax.tree.map(lambda *x: np.min(x, 0), *bad)}
 
     return epoch
 
@@ -468,16 +444,8 @@ def finite(state: TrainState, terms: dict) -> dict[str, jax.Array]:
     return {name: jnp.isfinite(x) for name, x in terms.items()} | {'gradients': sound}
 
 
-def first_bad(sound: dict[str, jax.Array], start: jax.Array | int = 0) -> dict[str, jax.Array]:
-    """The first step, counted from `start`, at which each entry (steps,) is False; else `NEVER`."""
-    return {
-        name: jnp.where(ok.all(), NEVER, start + jnp.argmin(ok)).astype(jnp.int32)
-        for name, ok in sound.items()
-    }
-
-
 def describe_bad(bad: dict[str, int]) -> tuple[int, str] | None:
-    """The first bad step of a `first_bad` on the host, and in words what was bad; None for none."""
+    """The first bad step, from an epoch's `metrics['bad']`, and what was bad; None for none."""
     step = min(bad.values())
     if step == NEVER:
         return None

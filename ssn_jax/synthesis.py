@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssn_jax.models.features import apply_separable, grid_matrix, resize
+from ssn_jax.models.features import resize
 
 MAX_LOG2_SCALE = 5
 
@@ -128,61 +128,6 @@ def noise_scales(unit: str, *grids: jax.Array) -> list[jax.Array | float]:
 def thin(grid: jax.Array) -> jax.Array:
     """Every fourth row and column of a grid (N, H, W, C): enough to know its channels' spread."""
     return grid[:, ::4, ::4]
-
-
-def shuffle_layers(
-    key: jax.Array,
-    layers: tuple[jax.Array, ...],
-    mask: jax.Array,
-    groups: int,
-    strength: tuple[float, float],
-) -> tuple[jax.Array, ...]:
-    """Anomalies made of the product's own features: channels from different images and places.
-
-    Where the mask is 1, every group of channels moves towards what the same channels are in another
-    image of the batch, shifted by another random offset. Each channel keeps its range and its
-    smoothness, what is lost is that they belong together: neither a negative value nor a high
-    spatial frequency gives the anomaly away, as both do with white noise on the upscaled features.
-    Groups and shifts are this project's own; mixing is applied at the backbone's own grids, before
-    upscaling.
-
-    Args:
-      key: PRNG key.
-      layers: (N, H_i, W_i, C_i), finest first.
-      mask: (N, H, W, 1) on the feature grid, 0 or 1.
-      groups: into how many random groups a layer's channels fall.
-      strength: how far features move, 0..1; drawn per image, log-uniform between the two.
-
-    Returns:
-      As `layers`.
-    """
-    n = len(mask)
-    k_strength, *keys = jax.random.split(key, 1 + len(layers))
-    low, high = np.log(strength)
-    share = jnp.exp(jax.random.uniform(k_strength, (n, 1, 1, 1), minval=low, maxval=high))
-    shuffled = []
-    for x, k in zip(layers, keys, strict=True):
-        height, width, channels = x.shape[1:]
-        k_group, k_image, k_row, k_column = jax.random.split(k, 4)
-        group = jax.random.permutation(k_group, jnp.arange(channels) % groups)
-
-        def draw(k, limit, group=group):
-            return jax.random.randint(k, (n, groups), 0, limit)[:, group]
-
-        image, row, column = draw(k_image, n), draw(k_row, height), draw(k_column, width)
-        rows = (jnp.arange(height)[:, None] + row[:, None]) % height
-        columns = (jnp.arange(width)[:, None] + column[:, None]) % width
-        other = x[image[:, None, None], rows[:, :, None], columns[:, None], jnp.arange(channels)]
-        sizes = zip((height, width), mask.shape[1:3], strict=True)
-        place = share * apply_separable(*(_share_matrix(a, b) for a, b in sizes), mask)
-        shuffled.append(x + place * (other - x))
-    return tuple(shuffled)
-
-
-def _share_matrix(size_in: int, size_out: int) -> np.ndarray:
-    """(size_in, size_out): how much of each sample's reach on the feature grid a mask covers."""
-    reach = grid_matrix(size_in, size_out).T
-    return reach / reach.sum(1, keepdims=True)
 
 
 class Placement(NamedTuple):

@@ -30,6 +30,7 @@ from ssn_jax import (
     metrics,
     sampling,
     seeds,
+    signals,
     steps,
     supervision,
     tensorboard,
@@ -121,7 +122,6 @@ def train_and_evaluate(
     workdir: pathlib.Path,
     events: bool = False,
     quiet: bool = False,
-    keeper: checkpoint.Keeper | None = None,
 ) -> dict:
     """Trains a config to its last epoch, or resumes it, and measures it there.
 
@@ -131,7 +131,6 @@ def train_and_evaluate(
         several seeds (`config.seeds`) a folder seed-N for each that does, and summary.json.
       events: whether to write TensorBoard event files to tensorboard/ too.
       quiet: shows no progress bar.
-      keeper: is told what the training has reached.
 
     Returns:
       What results.json holds; of several seeds, what summary.json does.
@@ -171,9 +170,8 @@ def train_and_evaluate(
     with contextlib.ExitStack() as locks:
         for run in runs:
             begin_workdir(*run, split, locks)
-        keeper = keeper or checkpoint.Keeper()
-        trained = train(runs, split, network, backbone_variables, keeper, events, quiet)
-        predict = evaluate.make_predictor(network, config.eval_batch_size)
+        trained = train(runs, split, network, backbone_variables, events, quiet)
+        predict = evaluate.make_predictor(network, config.eval_batch_size, config.precision)
 
         def measure_run(run, state, log):
             variables = backbone_variables, state.variables()
@@ -288,7 +286,7 @@ class Start:
     key: jax.Array
 
 
-def train(runs, split, network, backbone_variables, keeper, events=False, quiet=False):
+def train(runs, split, network, backbone_variables, events=False, quiet=False):
     """Runs the epochs that are missing; returns each run's final state and its log."""
     config, _ = runs[0]
     labels = supervision.shown_labels(config, split.labels)
@@ -308,7 +306,7 @@ def train(runs, split, network, backbone_variables, keeper, events=False, quiet=
     for done in missing:
         members = [i for i, start in enumerate(starts) if start.done == done]
         together = [starts[i] for i in members]
-        trained = train_together(together, labels, contents, mesh, on_host, keeper, quiet)
+        trained = train_together(together, labels, contents, mesh, on_host, quiet)
         for i, state in zip(members, trained, strict=True):
             states[i] = state
     logs = [start.log for start in starts]
@@ -339,58 +337,81 @@ def find_start(config, workdir, mesh, events) -> Start:
     return Start(config, done, state, manager, log, k_epochs)
 
 
-def train_together(starts, labels, contents, mesh, on_host, keeper, quiet):
+def train_together(starts, labels, contents, mesh, on_host, quiet):
     """Trains runs that differ in their seed alone from the same epoch on; their last states."""
-    config, done, several = starts[0].config, starts[0].done, len(starts)
+    config, several = starts[0].config, len(starts)
     orders = [image_order(start.config, labels) for start in starts]
     per_epoch = len(orders[0](0))
-    make = steps.make_streamed_epoch if on_host else steps.make_epoch
-    run_epoch = make(config, per_epoch, mesh, several=several > 1)
+    run_epoch = steps.make_epoch(config, per_epoch, mesh, several > 1, on_host)
     logging.info('%d images, %d steps per epoch', len(labels), per_epoch)
     state = devices.put(mesh, seeds.stack_states([start.state for start in starts]))
-    keeper.reached(done)
+    done = saved = starts[0].done
 
-    def save(epoch, state):
-        for start, one in zip(starts, seeds.unstack_states(state, several), strict=True):
-            checkpoint.save(start.manager, epoch, one)
+    def train_epoch(epoch):
+        keys = seeds.stack([jax.random.fold_in(start.key, epoch) for start in starts])
+        order = seeds.stack([next_order(epoch - 1) for next_order in orders])
+        # Looking for a NaN goes through the epoch operation by operation, on the host.
+        guard = 'allow' if config.debug_nans else 'disallow'
+        keys, order = devices.put(mesh, keys), np.asarray(order)
+        with jax.transfer_guard(guard), naming_nans(config):
+            return run_epoch(state, contents, order, keys)
+
+    def save():
+        """Writes the checkpoints of the epochs that are done, if they are not; the last one."""
+        nonlocal saved
+        if saved < done:
+            for start, one in zip(starts, seeds.unstack_states(state, several), strict=True):
+                checkpoint.save(start.manager, done, one)
+            saved = done
+        return saved
 
     epochs = range(done + 1, config.epochs + 1)
     progress = tqdm.tqdm(
         epochs, 'epoch', initial=done, total=config.epochs, disable=quiet or not devices.is_first()
     )
-    for epoch in progress:
-        began = time.time()
-        keys = seeds.stack([jax.random.fold_in(start.key, epoch) for start in starts])
-        order = seeds.stack([next_order(epoch - 1) for next_order in orders])
-        keys = devices.put(mesh, keys)
-        order = np.asarray(order) if on_host else devices.put(mesh, order)
-        # Looking for a NaN goes through the epoch operation by operation, on the host.
-        guard = 'allow' if config.debug_nans else 'disallow'
-        with jax.transfer_guard(guard), naming_nans(config):
-            following, values = run_epoch(state, contents, order, keys)
-            each = seeds.unstack(jax.device_get(values), several)
-        for start, one in zip(starts, each, strict=True):
-            check_finite(start, epoch, per_epoch, one.pop('bad'), keeper)
-        state = following
-        each = [{name: float(v) for name, v in sorted(one.items())} for one in each]
-        seconds = (time.time() - began) / several  # Of each, so that their sum is what it took.
-        with keeper.lock:
-            for start, one in zip(starts, each, strict=True):
-                start.log.append(epoch, one | {'seconds': seconds})
-            keeper.reached(epoch, functools.partial(save, epoch, state))
-            if epoch % config.checkpoint.every == 0 or epoch == config.epochs:
-                keeper.save()
-        progress.set_postfix(loss=f'{np.mean([one["loss"] for one in each]):.4f}')
+    with signals.held() as wait:
+        try:
+            for epoch in progress:
+                began = time.time()
+                following, values = wait(functools.partial(train_epoch, epoch))
+                each = seeds.unstack(values, several)
+                for start, one in zip(starts, each, strict=True):
+                    check_finite(start, epoch, per_epoch, one.pop('bad'), save)
+                state, done = following, epoch
+                each = [{name: float(v) for name, v in sorted(one.items())} for one in each]
+                seconds = (time.time() - began) / several  # Of each: their sum is what it took.
+                for start, one in zip(starts, each, strict=True):
+                    start.log.append(epoch, one | {'seconds': seconds})
+                if epoch % config.checkpoint.every == 0 or epoch == config.epochs:
+                    save()
+                progress.set_postfix(loss=f'{np.mean([one["loss"] for one in each]):.4f}')
+        except KeyboardInterrupt as e:
+            raise type(e)(leave(starts, save)) from None
     return seeds.unstack_states(state, several)
 
 
-def check_finite(start, epoch, per_epoch, bad, keeper) -> None:
+def leave(starts, save) -> str:
+    """Saves what was reached when a signal came, and says how to go on."""
+    epoch = 0
+    try:
+        if devices.is_alone():  # Several processes can only write together.
+            epoch = save()
+    except UserError as e:
+        return f'error: {e}'
+    if not epoch:
+        return 'nothing is saved yet, the same command begins anew.'
+    folder = starts[0].manager.directory.parent
+    folder = folder if len(starts) == 1 else folder.parent
+    return f'epoch {epoch} is saved in {folder}, the same command goes on from there.'
+
+
+def check_finite(start, epoch, per_epoch, bad, save) -> None:
     """Saves the state before an epoch and raises UserError if something of it was not finite."""
     found = steps.describe_bad(bad)
     if not found:
         return
     step, what = found
-    saved = keeper.save()
+    saved = save()
     last = f'the last good checkpoint is {start.manager.directory / str(saved)}'
     if not saved:
         last = 'no epoch before it was complete'
@@ -455,7 +476,7 @@ def keep_on_host(config, split, network, backbone, mesh) -> bool:
 def training_data(config, split, network, backbone, mesh, on_host):
     """Everything that is trained on, as one batch: on the devices of the mesh, or on the host."""
     layers = features_lib.extract_layers(
-        deploy.backbone,
+        functools.partial(deploy.backbone, precision=config.precision),
         backbone,
         split.images,
         frozen=network.frozen,

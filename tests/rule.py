@@ -33,6 +33,35 @@ def relative_error(actual, expected) -> float:
     return np.abs(actual - expected).max() / np.abs(expected).max()
 
 
+def tolerance(terms: int) -> float:
+    """How far float32 may be from the exact value, relative to the spread of such values.
+
+    Each of `terms` additions rounds by at most half a unit in the last place, 2^-24, up or down: a
+    random walk, whose deviation is the root of their number. Of millions of values none is further
+    than six deviations from where it should be.
+    """
+    return 6 * 2**-24 * terms**0.5
+
+
+def check_close(actual, expected, terms: int, spread: float | None = None, name: str = '') -> None:
+    """Asserts that float32 values are those of an exact reference but for rounding.
+
+    Args:
+      actual: an array.
+      expected: of the same shape.
+      terms: how many additions lie behind a value, one after the other or in a sum.
+      spread: what errors are relative to; by default the root mean square of the expected values,
+        which says little where these are few and may lie near zero.
+      name: what is compared.
+    """
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, name
+    if spread is None:
+        spread = np.sqrt(np.mean(expected**2))
+    error = np.abs(actual - expected).max(initial=0)
+    assert error <= tolerance(terms) * spread, (name, error / spread, tolerance(terms))
+
+
 def draw_input(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """An input by its name."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))

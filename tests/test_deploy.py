@@ -1,6 +1,5 @@
-"""The fused predictor against the direct form, and what it adds: resizing and other precisions."""
+"""The fused predictor against the direct form, and in other precisions."""
 
-import cv2
 from hypothesis import given, settings, strategies as st
 import jax
 import jax.numpy as jnp
@@ -61,7 +60,7 @@ def check(backbone, network, n, size, seed, dtype=np.uint8):
     expected = direct(backbone, backbone_variables, network, variables, images)
     fused = deploy.fuse(backbone_variables, variables, network)
     assert all(x.dtype == np.float32 for x in jax.tree.leaves(fused))
-    actual = deploy.make_predictor(fused, n, size, dtype=dtype)(images)
+    actual = jax.jit(deploy.predict)(deploy.prepare(fused), images)
     assert [x.shape for x in actual] == [(n,), (n, *size)]
     # A score is a sum of 258 terms that may cancel: near 0 its error is that of the terms.
     score = np.asarray(expected[0])
@@ -115,34 +114,6 @@ def test_every_image_is_on_its_own():
     for i in range(3):
         for a, b in zip(deploy.predict(fused, images[i : i + 1]), together, strict=True):
             assert rule.relative_error(a[0], b[i]) < TOLERANCE
-
-
-@settings(max_examples=10, deadline=None)
-@given(
-    size=st.tuples(st.integers(1, 90), st.integers(1, 90)),
-    target=st.tuples(st.integers(1, 90), st.integers(1, 90)),
-    seed=st.integers(0, 99),
-)
-def test_images_are_resized_as_by_opencv(size, target, seed):
-    """Float images to rounding errors; uint8 ones to the one level by which OpenCV's rounds."""
-    images = random_images(seed, 1, size)
-    for dtype, tolerance in ((np.float32, 0.01), (np.uint8, 1)):
-        image = images[0].astype(dtype)
-        expected = cv2.resize(image, target[::-1], interpolation=cv2.INTER_LINEAR)
-        actual = deploy.resize_images(jnp.asarray(image[None]), target)[0]
-        assert actual.dtype == jnp.float32
-        difference = np.abs(np.asarray(actual) - expected.reshape(actual.shape))
-        assert difference.max() <= tolerance
-
-
-def test_other_sizes_than_the_models_are_resized_first():
-    backbone_variables, network, variables = models('resnet18', SuperSimpleNet())
-    fused = deploy.fuse(backbone_variables, variables, network)
-    images = random_images(0, 2, (90, 51)).astype(np.float32)
-    resized = np.stack([cv2.resize(x, (40, 48), interpolation=cv2.INTER_LINEAR) for x in images])
-    predict = deploy.make_predictor(fused, 2, (48, 40), (90, 51), np.float32)
-    for a, b in zip(predict(images), deploy.predict(fused, resized), strict=True):
-        assert rule.relative_error(a, b) < 1e-4
 
 
 def test_bfloat16_computes_in_it_and_its_deviation_is_reported():

@@ -31,7 +31,7 @@ def history(config, mesh):
     epoch = steps.make_epoch(config, 1, mesh)
     rows = []
     for i in range(3):
-        order = devices.put(mesh, sampling.uniform_order(0, i, 6, 4))
+        order = sampling.uniform_order(0, i, 6, 4)
         key = devices.put(mesh, jax.random.fold_in(jax.random.key(2), i))
         with jax.transfer_guard('disallow'):
             state, values = epoch(state, batch, order, key)

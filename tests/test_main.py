@@ -436,7 +436,6 @@ def everything_held_out(c):
         ('noise.beta', float('nan')),
         ('optimizer.drops', ('x',)),
         ('noise.shell', (0.25, 'x')),
-        ('noise.shuffle_strength', ('x', 1.0)),
     ],
 )
 def test_a_value_that_no_run_can_have(field, value, case, call, capsys):

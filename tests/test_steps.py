@@ -9,7 +9,7 @@ import optax
 import pytest
 import rule
 
-from ssn_jax import losses, sampling, sparse_loss, steps, weights
+from ssn_jax import devices, losses, sampling, sparse_loss, steps, weights
 from ssn_jax.config import default_config
 from ssn_jax.models import features as features_lib
 
@@ -454,9 +454,12 @@ def test_epochs_are_reproducible_and_learn():
     assert np.mean(losses_first[-3:]) < np.mean(losses_first[:3])
 
 
-@pytest.mark.parametrize(('steps_per_epoch', 'sparse'), [(6, False), (5, True)])
-def test_streamed_epochs_are_those_on_the_device(steps_per_epoch, sparse):
-    """Features on the host, sent a few steps at a time, give the same losses and parameters."""
+@pytest.mark.parametrize(
+    ('parts', 'sparse', 'on_host'),
+    [([3, 3], False, True), ([3, 2], True, True), ([3, 3, 1], False, False)],
+)
+def test_epochs_in_parts_are_those_at_once(parts, sparse, on_host, monkeypatch):
+    """Also of a prime number of steps, and with features that stay on the host."""
     config = default_config()
     config.sparse = sparse
     keys = jax.random.split(jax.random.key(0), 3)
@@ -464,19 +467,20 @@ def test_streamed_epochs_are_those_on_the_device(steps_per_epoch, sparse):
         jax.random.uniform(keys[0], (8, 4, 5, 3)),
         jax.random.uniform(keys[1], (8, 2, 3, 4)),
     )
-    order = np.random.default_rng(0).integers(0, 8, (steps_per_epoch, 2))
-    results = []
-    for make, data in (
-        (steps.make_epoch, {'layers': layers}),
-        (
-            functools.partial(steps.make_streamed_epoch, longest=2),
-            {'layers': jax.device_get(layers)},
-        ),
-    ):
+    order = np.random.default_rng(0).integers(0, 8, (sum(parts), 2))
+
+    def run(layers, **options):
+        epoch = steps.make_epoch(config, sum(parts), **options)
         state = steps.init_state(config, keys[2], 7)
-        results.append(make(config, steps_per_epoch)(state, data, order, jax.random.key(1)))
-    (expected, values), (actual, streamed) = results
-    np.testing.assert_allclose(values['loss'], streamed['loss'], rtol=1e-6)
+        return epoch(state, {'layers': layers}, order, jax.random.key(1))
+
+    expected, values = run(layers)
+    sent, put = [], devices.put
+    monkeypatch.setattr(devices, 'put', lambda mesh, tree: sent.append(tree) or put(mesh, tree))
+    layers = jax.device_get(layers) if on_host else layers
+    actual, in_parts = run(layers, on_host=on_host, longest=3)
+    assert [int(part[2]) for part in sent] == parts
+    np.testing.assert_allclose(values['loss'], in_parts['loss'], rtol=1e-6)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 

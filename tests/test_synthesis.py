@@ -160,50 +160,6 @@ def test_double_puts_the_copy_behind():
     np.testing.assert_array_equal(synthesis.double(x), np.r_[x, x])
 
 
-def test_shuffled_layers_are_the_batchs_own_features_in_the_wrong_company():
-    """At full strength under a full mask every channel of a group is another image's, shifted."""
-    keys = jax.random.split(jax.random.key(0), 2)
-    layers = (jax.random.uniform(keys[0], (3, 6, 8, 10)), jax.random.uniform(keys[1], (3, 3, 4, 4)))
-    mixed = synthesis.shuffle_layers(keys[1], layers, jnp.ones((3, 12, 16, 1)), 2, (1.0, 1.0))
-    for x, y in zip(layers, mixed, strict=True):
-        sources = []
-        for image in range(3):
-            for channel in range(x.shape[-1]):
-                shifted = [
-                    (source, row, column)
-                    for source in range(3)
-                    for row in range(x.shape[1])
-                    for column in range(x.shape[2])
-                    if np.allclose(
-                        np.roll(x[source, ..., channel], (-row, -column), (0, 1)),
-                        y[image, ..., channel],
-                        atol=1e-6,
-                    )
-                ]
-                assert len(shifted) == 1
-                sources += [(image, *shifted[0])]
-        # Two groups an image, and those of the three images are not all alike.
-        assert 2 < len(set(sources)) <= 6
-
-
-@pytest.mark.parametrize('size', [(12, 16), (11, 13)])
-def test_shuffled_layers_change_under_the_mask_alone(size):
-    keys = jax.random.split(jax.random.key(0), 3)
-    rows, columns = (-(-s // 2) for s in size)
-    layers = (
-        jax.random.uniform(keys[0], (4, rows, columns, 6)),
-        jax.random.uniform(keys[1], (4, -(-rows // 2), -(-columns // 2), 8)),
-    )
-    grid = (2 * rows, 2 * columns)
-    mask = jnp.zeros((4, *grid, 1)).at[1, :4, :4].set(1)
-    mixed = synthesis.shuffle_layers(keys[2], layers, mask, 3, (0.3, 1.0))
-    for x, y in zip(layers, mixed, strict=True):
-        np.testing.assert_array_equal(x[jnp.array([0, 2, 3])], y[jnp.array([0, 2, 3])])
-        assert np.abs(x[1, 0, 0] - y[1, 0, 0]).max() > 0.01
-        np.testing.assert_array_equal(x[1, -1, -1], y[1, -1, -1])
-        assert (y >= x.min((0, 1, 2)) - 1e-6).all() and (y <= x.max((0, 1, 2)) + 1e-6).all()
-
-
 @settings(max_examples=30, deadline=None)
 @given(scale=st.floats(1e-3, 1e3), seed=st.integers(0, 2**32 - 1))
 def test_noise_in_a_shell_keeps_its_direction(scale, seed):

@@ -1,6 +1,6 @@
-"""TensorFlow Datasets builders: one per layout, all with the same features.
+"""The TensorFlow Datasets builder of every layout.
 
-They differ in where their records come from, so a builder is handed its records. Images are
+Layouts differ in where their records come from, so the builder is handed its records. Images are
 stored as they were encoded: one prepared set serves every image size.
 """
 
@@ -15,7 +15,7 @@ from ssn_jax.data.layouts import GOOD, SPLITS, Record
 from ssn_jax.errors import UserError
 
 
-class _Inspection(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class Inspection(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """A data set of images, their defects and, where known, their defects' masks."""
 
     VERSION = tfds.core.Version('1.0.0')
@@ -58,22 +58,6 @@ class _Inspection(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _generate_examples(self, records: Iterable[Record]) -> Iterator[tuple[str, dict]]:
         for record in records:
             yield record.file, example(record)
-
-
-class MvtecAd(_Inspection):
-    """One category of MVTec AD: normal images for training, defects with masks for testing."""
-
-
-class Ksdd2(_Inspection):
-    """KolektorSDD2: surfaces with defects and masks in training and testing."""
-
-
-class Folder(_Inspection):
-    """Anybody's images in MVTec AD's layout, with or without masks."""
-
-
-class Synthetic(_Inspection):
-    """The embedded procedural set, drawn from a seed."""
 
 
 def example(record: Record) -> dict:

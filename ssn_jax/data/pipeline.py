@@ -29,6 +29,8 @@ from ssn_jax.errors import UserError
 
 # Of a prepared set's files, by their path in it. Sets of a version without are prepared anew.
 _DIGESTS = 'sha256.json'
+# Of how a prepared set is stored: raise it, and older ones are prepared anew.
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,8 @@ def load(
     source = _source(data_config)
     prepared = _prepare(source, cache_folder(data_config.cache))
     return Dataset(
-        train=_read(source.name, prepared, 'train', image_size, resize),
-        test=_read(source.name, prepared, 'test', image_size, resize),
+        train=_read(prepared, 'train', image_size, resize),
+        test=_read(prepared, 'test', image_size, resize),
         name=source.name,
         category=source.category,
         embedded=source.name == 'synthetic',
@@ -194,7 +196,8 @@ def _prepare(source: _Source, cache: Path) -> Path:
     The set is built under a name of its own and renamed when complete: a failure leaves nothing
     behind, and of two processes that build the same set the slower one takes the faster one's.
     """
-    fingerprint = hashlib.sha256(json.dumps(source.identity).encode()).hexdigest()[:24]
+    identity = json.dumps([_FORMAT, *source.identity])
+    fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:24]
     prepared = cache / f'{source.name}-{source.category}-{fingerprint}'
     if prepared.is_dir():
         problem = _problem(prepared)
@@ -247,7 +250,7 @@ def _build(source: _Source, folder: Path) -> None:
     import tensorflow_datasets as tfds
 
     tfds.disable_progress_bar()
-    builder = _builder(source.name, folder, source.records)
+    builder = _builder(folder, source.records)
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of downloads; there are none
         builder.download_and_prepare(
             download_config=tfds.download.DownloadConfig(try_download_gcs=False),
@@ -255,27 +258,21 @@ def _build(source: _Source, folder: Path) -> None:
         )
 
 
-def _builder(name: str, folder: Path, records: Iterable[Record] = ()):
+def _builder(folder: Path, records: Iterable[Record] = ()):
     # Imported where needed: TFDS takes longer to import than everything else here together.
     from ssn_jax.data import builders
 
-    classes = {
-        'mvtec_ad': builders.MvtecAd,
-        'synthetic': builders.Synthetic,
-        'ksdd2': builders.Ksdd2,
-        'folder': builders.Folder,
-    }
-    return classes[name](records=records, data_dir=folder)
+    return builders.Inspection(records=records, data_dir=folder)
 
 
 def _read(
-    name: str, prepared: Path, split: str, image_size: tuple[int, int], resize: tuple[int, int]
+    prepared: Path, split: str, image_size: tuple[int, int], resize: tuple[int, int]
 ) -> Split:
     """Decodes and resizes one split of a prepared set."""
     from tensorflow_datasets import decode
 
     skip = {'image': decode.SkipDecoding(), 'mask': decode.SkipDecoding()}
-    source = _builder(name, prepared).as_data_source(split, decoders=skip)
+    source = _builder(prepared).as_data_source(split, decoders=skip)
     examples = sorted(source, key=lambda e: (e['defect'], e['file']))
 
     size = resize if any(resize) else image_size

@@ -19,14 +19,6 @@ VERSION = 1
 
 # Images by split and defect.
 _COUNTS = {
-    'bottle': {
-        'train': {GOOD: 60},
-        'test': {GOOD: 12, 'broken_large': 8, 'broken_small': 8, 'contamination': 8},
-    },
-    'carpet': {
-        'train': {GOOD: 60},
-        'test': {GOOD: 12, 'color': 8, 'cut': 8, 'hole': 8, 'thread': 8},
-    },
     'screw': {
         'train': {GOOD: 60},
         'test': {
@@ -81,7 +73,7 @@ def draw(
 
     Returns:
       The image, the same image without its defect, and the mask of the pixels in which they differ:
-      uint8 (H, W, 3) or (H, W) for a grey category, twice, and uint8 (H, W) of zeros and ones.
+      grey, uint8 (H, W), twice, and uint8 (H, W) of zeros and ones.
     """
     # Defects that come out too small to see (behind an edge, on a dark part) are drawn again.
     while True:
@@ -92,8 +84,7 @@ def draw(
             np.clip(np.rint(light * cv2.GaussianBlur(picture, (0, 0), 0.6) + grain), 0, 255)
             for picture in (normal, damaged)
         )
-        difference = np.abs(damaged - normal).reshape(*normal.shape[:2], -1).max(-1)
-        seen = (difference >= _VISIBLE).astype(np.uint8)
+        seen = (np.abs(damaged - normal) >= _VISIBLE).astype(np.uint8)
         if defect == GOOD or seen.sum() >= 12:
             break
     # Where a defect happens to look like what it covers, its mask would have a pinhole: the pixels
@@ -103,126 +94,6 @@ def draw(
     image[mask == 1] += np.where(normal[mask == 1] < 128, _VISIBLE, -_VISIBLE)
     image[seen == 1] = damaged[seen == 1]
     return image.astype(np.uint8), normal.astype(np.uint8), mask
-
-
-def _bottle(rng: np.random.Generator, defect: str) -> tuple[np.ndarray, np.ndarray]:
-    """A bottle's mouth from above, lit from behind: concentric rings of dark glass, (256, 256, 3).
-
-    Returns the normal and the damaged picture, float in 0..255.
-    """
-    center = 128 + rng.uniform(-5, 5, 2)
-    size = rng.uniform(110, 116)
-    radius, angle = _polar((256, 256), center)
-    radius = radius / size * (1 + 0.004 * np.cos(2 * angle + rng.uniform(0, _TAU)))
-
-    # Radius (1: the outer edge) and colour there.
-    rings = np.array(
-        [
-            [0.00, 15, 13, 19],
-            [0.48, 17, 15, 21],
-            [0.50, 62, 38, 34],
-            [0.52, 34, 37, 43],
-            [0.65, 42, 47, 54],
-            [0.69, 76, 82, 92],
-            [0.72, 36, 38, 46],
-            [0.77, 62, 63, 72],
-            [0.80, 36, 36, 44],
-            [0.87, 34, 33, 42],
-            [0.91, 27, 26, 35],
-            [0.935, 66, 64, 80],
-            [0.955, 30, 29, 40],
-            [0.985, 52, 51, 64],
-            [1.00, 110, 110, 120],
-            [1.03, 285, 285, 286],  # the lamp behind saturates the sensor
-        ]
-    )
-    rings[1:14, 0] += rng.normal(0, 0.003, 13)
-    rings[:14, 1:] *= rng.uniform(0.9, 1.1, (14, 1))
-    normal = np.stack([np.interp(radius, rings[:, 0], rings[:, c]) for c in (1, 2, 3)], -1)
-
-    # The amber reflection runs round the shoulder and is interrupted where the light is.
-    arc = np.exp(-(((radius - 0.82) / 0.012) ** 2))
-    arc *= np.clip(
-        0.55 + 0.6 * np.cos(angle - rng.uniform(0, _TAU)) + 0.3 * np.cos(3 * angle), 0, 1
-    )
-    normal += arc[..., None] * np.array([150, 75, 35])
-    for _ in range(rng.integers(3, 7)):  # glints on the rim
-        turn = np.angle(np.exp(1j * (angle - rng.uniform(0, _TAU))))
-        along, across = turn / rng.uniform(0.03, 0.12), (radius - rng.uniform(0.72, 0.86)) / 0.008
-        glint = np.exp(-(along**2) - across**2)
-        normal += (rng.uniform(60, 150) * glint)[..., None]
-    frosted = np.exp(-(((radius - 0.59) / 0.07) ** 4))
-    normal += (9 * frosted * _noise(rng, (256, 256), 2))[..., None]
-
-    direction = rng.uniform(0, _TAU)
-    if defect in ('broken_large', 'broken_small'):
-        large = defect == 'broken_large'
-        reach = rng.uniform(0.34, 0.44) if large else rng.uniform(0.09, 0.14)
-        away = rng.uniform(0.66, 0.74)
-        spot = center + size * away * np.array([np.sin(direction), np.cos(direction)])
-        chip = _patch(rng, (256, 256), spot, reach * size, corners=14, roughness=0.35)
-        chip *= (radius > 0.46) * (radius < 0.93)
-        shards = _shards(rng, (256, 256), spot, reach * size, 40 if large else 9)
-        return normal, _blend(normal, shards, chip)
-    if defect == 'contamination':
-        reach = rng.uniform(0.10, 0.26)
-        spot = center + size * rng.uniform(0, 0.45) * np.array(
-            [np.sin(direction), np.cos(direction)]
-        )
-        blot = _patch(rng, (256, 256), spot, reach * size, corners=11, roughness=0.3)
-        dust = rng.uniform(60, 120) * np.array([1.0, 0.96, 0.9]) + np.zeros_like(normal)
-        dust += (14 * _noise(rng, (256, 256), 3) + 12 * _noise(rng, (256, 256), 14))[..., None]
-        return normal, _blend(normal, dust, 0.9 * blot)
-    return normal, normal
-
-
-def _carpet(rng: np.random.Generator, defect: str) -> tuple[np.ndarray, np.ndarray]:
-    """Woven threads, seen from above, (256, 256, 3).
-
-    Returns the normal and the damaged picture, float in 0..255.
-    """
-    shape = (256, 256)
-    y, x = np.mgrid[:256, :256].astype(float)
-    turn = rng.normal(0, 0.03)
-    pitch = rng.uniform(7.4, 8.0)
-    across = (x * np.cos(turn) - y * np.sin(turn) + 1.2 * _noise(rng, shape, 40)) / pitch
-    along = (x * np.sin(turn) + y * np.cos(turn) + 1.2 * _noise(rng, shape, 40)) / pitch
-    across, along = across + rng.uniform(50, 51), along + rng.uniform(50, 51)
-
-    column, row = np.floor(across).astype(int), np.floor(along).astype(int)
-    bow_x = np.cos(np.pi * (across - column - 0.5))
-    bow_y = np.cos(np.pi * (along - row - 0.5))
-    warp_on_top = (column + row) % 2 == 0
-    height = np.where(warp_on_top, bow_x * (0.6 + 0.4 * bow_y), bow_y * (0.6 + 0.4 * bow_x))
-    dye = rng.normal(0, 0.07, (2, 128))
-    tone = np.where(warp_on_top, 1.06 + dye[0][column], 0.9 + dye[1][row])
-    fibres = 9 * np.where(warp_on_top, _noise(rng, shape, (5, 1)), _noise(rng, shape, (1, 5)))
-    grey = (48 + 96 * height) * tone + fibres + 5 * _noise(rng, shape, 60)
-    slope = rng.normal(0, 6, 2)
-    grey += (slope[0] * (x - 128) + slope[1] * (y - 128)) / 128
-    normal = grey[..., None] * np.array([1.0, 0.97, 0.93])
-
-    spot = rng.uniform(50, 206, 2)
-    if defect == 'cut':
-        length = rng.uniform(45, 100)
-        path = _path(rng, spot, length, wander=0.05)
-        frayed = _blend(normal, 1.25 * normal + 22, 0.8 * _stroke(shape, path, 7))
-        return normal, _blend(frayed, 26 + 0.1 * normal, _stroke(shape, path, rng.integers(2, 5)))
-    if defect == 'hole':
-        size = rng.uniform(8, 17)
-        rim = _patch(rng, shape, spot, size + 4, corners=18, roughness=0.25)
-        pit = _patch(rng, shape, spot, size, corners=18, roughness=0.25)
-        frayed = _blend(normal, 1.2 * normal + 25, 0.8 * rim)
-        return normal, _blend(frayed, 22 + 0.12 * normal, pit)
-    if defect == 'thread':
-        path = _path(rng, spot, rng.uniform(50, 120), wander=0.22)
-        colour = np.array([[205, 198, 184], [30, 28, 36]][rng.integers(2)]) * rng.uniform(0.9, 1.1)
-        return normal, _blend(normal, colour + 0.1 * normal, _stroke(shape, path, 2))
-    if defect == 'color':
-        stain = _patch(rng, shape, spot, rng.uniform(14, 34), corners=12, roughness=0.3)
-        tints = [[1.3, 0.72, 0.68], [0.66, 0.8, 1.25], [0.7, 1.05, 0.72], [0.55, 0.5, 0.45]]
-        return normal, _blend(normal, normal * np.array(tints[rng.integers(4)]), 0.85 * stain)
-    return normal, normal
 
 
 def _screw(rng: np.random.Generator, defect: str) -> tuple[np.ndarray, np.ndarray]:
@@ -378,12 +249,11 @@ def _surface(rng: np.random.Generator, defect: str) -> tuple[np.ndarray, np.ndar
     return normal, damaged
 
 
-_PAINTERS = {'bottle': _bottle, 'carpet': _carpet, 'screw': _screw, 'surface': _surface}
+_PAINTERS = {'screw': _screw, 'surface': _surface}
 
 
 def _blend(below: np.ndarray, above: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Lays `above` over `below`, both (H, W) or (H, W, 3), with opacity `alpha`, (H, W)."""
-    alpha = alpha.reshape(alpha.shape + (1,) * (below.ndim - 2))
+    """Lays `above` over `below` with opacity `alpha`, all (H, W)."""
     return below + alpha * (above - below)
 
 
@@ -401,12 +271,6 @@ def _noise(
     return cv2.remap(coarse, np.float32(at_x), np.float32(at_y), interpolation=cv2.INTER_CUBIC)
 
 
-def _polar(shape: tuple[int, int], center: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distance from `center`, (y, x), in pixels and angle of every pixel, both (H, W)."""
-    y, x = np.mgrid[: shape[0], : shape[1]]
-    return np.hypot(y - center[0], x - center[1]), np.arctan2(y - center[0], x - center[1])
-
-
 def _window(u: np.ndarray, start: float, end: float) -> np.ndarray:
     """1 between `start` and `end`, 0 elsewhere, with edges of one pixel."""
     return np.clip(u - start + 0.5, 0, 1) * np.clip(end - u + 0.5, 0, 1)
@@ -421,7 +285,9 @@ def _patch(
     roughness: float,
 ) -> np.ndarray:
     """Opacity, (H, W), of an irregular patch about `center`, (y, x)."""
-    distance, angle = _polar(shape, center)
+    y, x = np.mgrid[: shape[0], : shape[1]]
+    distance = np.hypot(y - center[0], x - center[1])
+    angle = np.arctan2(y - center[0], x - center[1])
     corner = np.sort(rng.uniform(-np.pi, np.pi, corners))
     reach = radius * np.clip(1 + roughness * rng.standard_normal(corners), 0.4, 1.6)
     return np.clip(np.interp(angle, corner, reach, period=_TAU) - distance + 0.5, 0, 1)
@@ -441,25 +307,3 @@ def _stroke(shape: tuple[int, int], path: np.ndarray, width: int) -> np.ndarray:
     points = np.rint(path[:, ::-1] * 16).astype(np.int32)  # sixteenths of a pixel
     cv2.polylines(canvas, [points], False, 255, int(width), cv2.LINE_AA, shift=4)
     return canvas / 255
-
-
-def _shards(
-    rng: np.random.Generator, shape: tuple[int, int], center: np.ndarray, radius: float, count: int
-) -> np.ndarray:
-    """Broken glass: flat facets, most of them dark and some that glare, (H, W, 3)."""
-    seeds = center + radius * rng.uniform(-1.2, 1.2, (count, 2))
-    y, x = np.mgrid[: shape[0], : shape[1]]
-    distance = np.stack([np.hypot(y - seed[0], x - seed[1]) for seed in seeds])
-    nearest = np.partition(distance, 1, axis=0)[:2]
-    tone = np.where(
-        rng.random(count) < 0.2, rng.uniform(150, 250, count), rng.uniform(8, 95, count)
-    )
-    tilt = rng.normal(0, 2.5, (count, 2))
-    facet = distance.argmin(0)
-    grey = (
-        tone[facet]
-        + tilt[facet, 0] * (y - seeds[facet, 0])
-        + tilt[facet, 1] * (x - seeds[facet, 1])
-    )
-    grey = np.clip(grey, 5, 255) + 70 * np.exp(-((nearest[1] - nearest[0]) ** 2) / 1.5)
-    return grey[..., None] * np.array([0.97, 0.98, 1.02])
