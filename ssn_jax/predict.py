@@ -16,7 +16,7 @@ import cv2
 import ml_collections
 import numpy as np
 
-from ssn_jax import decision, files, runs
+from ssn_jax import decision, files, overlay, runs
 from ssn_jax.data import images
 from ssn_jax.errors import UserError
 
@@ -173,11 +173,12 @@ def _predict(run, predictor, named, threshold, folder, pool):
     for (name, image, _), score, logits in zip(named, scores, maps, strict=True):
         view = View(run.config, image.shape[:2])
         defective = bool(score >= threshold)
-        box = view.box(strongest_region(logits)[0])
+        box, regions = strongest_region(logits)
         called = decision.CLASSES[int(defective)]
-        rows.append([name, f'{decision.sigmoid(score):.6f}', called, *box])
+        rows.append([name, f'{decision.sigmoid(score):.6f}', called, *view.box(box)])
         if folder:
-            drawn.append(pool.submit(_draw, folder / name, view, image, logits, defective))
+            outlined = regions if defective else None
+            drawn.append(pool.submit(_draw, folder / name, view, image, logits, outlined))
     for future in drawn:
         future.result()
     return rows
@@ -263,7 +264,8 @@ class View:
     """Where in an image a map lies, which covers its middle if the run cuts images.
 
     Attributes:
-      left, top, right, bottom: the edges of what the map covers, in pixels of the image.
+      part: slices of the image's rows and columns, whose part the map covers.
+      origin: (x, y), where the map begins in pixels of the image.
       scale: (x, y), pixels of the image to one of the map.
     """
 
@@ -271,10 +273,9 @@ class View:
         cut = np.array(config.image_size)
         whole = np.array(config.resize) if any(config.resize) else cut
         offset = (whole - cut) // 2
-        top_left, bottom_right = (edge * size / whole for edge in (offset, offset + cut))
-        self.top, self.left = (int(np.floor(x)) for x in top_left)
-        self.bottom, self.right = (int(np.ceil(x)) for x in bottom_right)
-        self.origin, self.scale = top_left[::-1], (np.array(size) / whole)[::-1]
+        low, high = offset * size / whole, (offset + cut) * size / whole
+        self.part = tuple(map(slice, np.floor(low).astype(int), np.ceil(high).astype(int)))
+        self.origin, self.scale = low[::-1], (np.array(size) / whole)[::-1]
 
     def box(self, box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
         """A box (x, y, width, height) of the map in pixels of the image, rounded outwards."""
@@ -282,45 +283,19 @@ class View:
         high = np.ceil(self.origin + (np.array(box[:2]) + box[2:]) * self.scale - 1e-6)
         return tuple(int(x) for x in (*low, *(high - low)))
 
-    def points(self, points: np.ndarray) -> np.ndarray:
-        """Positions (N, 2) of the map, x and y, as pixels of the image, int32."""
-        return np.round(self.origin + (points + 0.5) * self.scale - 0.5).astype(np.int32)
 
+def _draw(target, view, image, logits, regions):
+    """Writes the overlay of an image: `target` with .jpg added, or .png where JPEG can not hold it.
 
-def draw(view: View, image: np.ndarray, logits: np.ndarray, contours: bool) -> np.ndarray:
-    """An image with its map in colour over it, and the outlines of the regions.
-
-    Args:
-      view: where the map lies.
-      image: uint8 RGB (H, W, 3).
-      logits: the map.
-      contours: whether to draw the outlines of `strongest_region`'s regions.
-
-    Returns:
-      uint8 BGR (H, W, 3). Colours span probabilities 0..1 in every image, so they compare.
+    Colours span probabilities 0..1 in every image, so they compare; `regions` are outlined.
     """
-    tint = np.uint8(np.round(255 * decision.sigmoid(logits)))
-    tint = cv2.applyColorMap(tint, cv2.COLORMAP_VIRIDIS)
-    grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2BGR)
-    # Little contrast is left to the image, lest its bright parts be taken for a high map.
-    drawn = cv2.convertScaleAbs(grey, alpha=0.6, beta=51)
-    part = drawn[view.top : view.bottom, view.left : view.right]
-    tint = cv2.resize(tint, part.shape[1::-1], interpolation=cv2.INTER_LINEAR)
-    cv2.addWeighted(part, 0.3, tint, 0.7, 0, part)
-    if contours:
-        regions = strongest_region(logits)[1].astype(np.uint8)
-        outlines, _ = cv2.findContours(regions, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-        outlines = [view.points(outline[:, 0]) for outline in outlines]
-        width = max(1, round(max(image.shape[:2]) / 400))
-        for colour, thickness in (((0, 0, 0), 3 * width), ((255, 255, 255), width)):
-            cv2.polylines(drawn, outlines, True, colour, thickness, cv2.LINE_AA)
-    return drawn
-
-
-def _draw(target, view, image, logits, contours):
-    """Writes an overlay: `target` with .jpg added, or .png where JPEG can not hold it."""
-    suffix = '.jpg' if max(image.shape[:2]) < 2**16 - 1 else '.png'
-    ok, encoded = cv2.imencode(suffix, draw(view, image, logits, contours))
+    height, width = image.shape[:2]
+    drawn = overlay.tint(image, decision.sigmoid(logits), part=view.part)
+    if regions is not None:
+        line = max(1, round(max(height, width) / 400))
+        drawn[view.part] = overlay.outline(drawn[view.part], regions, line)
+    suffix = '.jpg' if max(height, width) < 2**16 - 1 else '.png'
+    ok, encoded = cv2.imencode(suffix, cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
     if not ok:
         raise UserError(f'{target}{suffix} can not be encoded: try --no_overlays.')
     files.write(target.with_name(target.name + suffix), encoded.tobytes())
