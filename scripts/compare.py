@@ -5,7 +5,7 @@
 
 The runs must share data set and image size. What is shown are defective images, evenly spread over
 the split, or what the first run gets most wrong: defects with the lowest scores, then normal images
-with the highest. Above each map stand the image's score (a probability) and the run's decision.
+with the highest. Below each map stand the image's score (a probability) and the run's decision.
 """
 
 import os

@@ -1,117 +1,106 @@
 """Figures of a run: where the model looked, how it learned and how well its scores decide.
 
-Every function draws one file, writes it whole or not at all, and puts the given title above it.
-Figures are made without pyplot, so nothing global is touched and no display is needed.
+Every function draws one file, `path`, writes it whole or not at all, and puts the given `title`,
+which says what is seen, above it. No figure is pyplot's, so nothing global is touched and no
+display is needed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
+import itertools
 import math
-import os
-import pathlib
+from pathlib import Path
+import textwrap
 
-from matplotlib import cm, colors, patheffects
+import cv2
+from matplotlib import cm, colors, cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 import numpy as np
 from sklearn import metrics as sklearn_metrics
 
-from ssn_jax import files, metrics
+from ssn_jax import files, metrics, overlay
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
-NORMAL, DEFECTIVE, ACCENT, MUTED = '#0072B2', '#D55E00', '#009E73', '#666666'
-PALETTE = (NORMAL, DEFECTIVE, ACCENT, '#CC79A7', '#E69F00', '#56B4E9', 'black')
-DASHES = ('-', '--', ':')
-MARKERS = ('o', 's', '^')
-
-COLOURS = 'viridis'
-DPI = 130
-MARGIN = 0.12  # inches around everything
-CAPTION = 0.22  # inches above a row of panels
-TITLE = 0.42  # inches on top of a figure
+NORMAL, DEFECTIVE, MUTED = '#0072B2', '#D55E00', '#666666'
+PALETTE = cycler(color=(NORMAL, DEFECTIVE, '#009E73', '#CC79A7', '#E69F00', '#56B4E9', 'black'))
+DASHES, MARKERS = cycler(linestyle=('-', '--', ':')), cycler(marker=('o', 's', '^'))
 
 
 @contextlib.contextmanager
-def _figure(path: str | os.PathLike, title: str, width: float, height: float) -> Iterator[Figure]:
-    """A figure of width x height inches that becomes the file `path` once it is drawn."""
-    path = pathlib.Path(path)
-    figure = Figure(figsize=(width, height), dpi=DPI, facecolor='white')
-    # About 12 characters of size 10 fit an inch; a longer title gets smaller.
-    size = min(10, 10 * 12 * (width - 2 * MARGIN) / max(len(title), 1))
-    figure.suptitle(title, x=MARGIN / width, y=1 - 0.1 / height, ha='left', va='top', fontsize=size)
+def _figure(
+    path: Path, title: str, width: float, height: float, layout: str = 'constrained'
+) -> Iterator[Figure]:
+    """A figure of about width x height inches that becomes the file `path` once it is drawn."""
+    figure = Figure(figsize=(width, height), layout=layout)
+    # About 12 characters of this size fit an inch.
+    figure.suptitle(textwrap.fill(title, int(12 * width)), fontsize='medium')
     yield figure
     with files.replacing(path) as draft:
-        figure.savefig(draft, format=path.suffix[1:])
-
-
-def _place(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-    """Axes at a place given in inches from the figure's upper left corner."""
-    w, h = figure.get_size_inches()
-    return figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
-
-
-def _write(figure: Figure, left: float, top: float, text: str, **style) -> None:
-    """Text at a place given in inches from the figure's upper left corner."""
-    w, h = figure.get_size_inches()
-    figure.text(left / w, 1 - top / h, text, **{'fontsize': 7, 'va': 'top', **style})
+        figure.savefig(draft, format=path.suffix[1:], bbox_inches='tight')
 
 
 def _shorten(text: str, length: int) -> str:
     """Drops the middle of a long name: the folder and the number at its ends tell more."""
-    if len(text) <= length:
-        return text
     tail = (length - 1) * 2 // 3
-    return f'{text[: length - 1 - tail]}…{text[-tail:]}'
+    return text if len(text) <= length else f'{text[: length - 1 - tail]}…{text[-tail:]}'
 
 
-def _panel_size(height: int, width: int, area: float) -> tuple[float, float]:
-    """Width and height in inches of a panel with an image's proportions and a given area."""
-    return math.sqrt(area * width / height), math.sqrt(area * height / width)
+@contextlib.contextmanager
+def _grid(
+    path: Path, title: str, headings: Sequence[str], rows: Sequence[Sequence[tuple]], span: int
+) -> Iterator[tuple[Figure, np.ndarray]]:
+    """Pictures of one size in rows and columns; yields the figure and its axes (rows, columns).
+
+    Args:
+        path: file to write.
+        title: what is seen.
+        headings: of the columns; one without a heading is a narrow gap.
+        rows: of each column a picture (H, W, 3) or None, the text below it, and the text's colour.
+        span: how many columns a text may be wide.
+    """
+    height, width = rows[0][0][0].shape[:2]
+    scale = max(math.sqrt(3.2 / (height * width)), 1.4 / width)
+    height, width = scale * height, scale * width  # Now in inches.
+    shares = [1 if heading else 0.1 for heading in headings]
+    size = width * sum(shares) + 1, (height + 0.25) * len(rows) + 0.7
+    with _figure(path, title, *size, layout='compressed') as figure:
+        axes = figure.subplots(len(rows), len(headings), squeeze=False, width_ratios=shares)
+        for panel, (picture, text, colour) in zip(axes.flat, itertools.chain(*rows), strict=True):
+            panel.set(xticks=[], yticks=[], frame_on=False)
+            # About 13 characters of this size fit an inch, 12 bold ones.
+            panel.set_xlabel(_shorten(text, int(13 * span * width)), fontsize='small', color=colour)
+            if picture is not None:
+                panel.imshow(picture)
+        for panel, heading in zip(axes[0], headings, strict=True):
+            panel.set_title(_shorten(heading, int(12 * width)), fontsize='small', weight='bold')
+        yield figure, axes
 
 
-def _show(axes: Axes, image: np.ndarray, mask: np.ndarray | None = None) -> None:
-    """Draws an image (H, W, 3) and the outline of its mask (H, W) if it has one."""
-    axes.imshow(image, interpolation='antialiased')
-    axes.set_axis_off()
-    if mask is not None and np.any(mask):
-        # A border of zeros closes the outline of a defect that touches the image's edge.
-        y, x = (np.arange(-1, size + 1) for size in mask.shape)
-        outline = axes.contour(x, y, np.pad(mask > 0, 1), levels=[0.5], colors='white')
-        outline.set(
-            linewidth=1.0, path_effects=[patheffects.withStroke(linewidth=2.4, foreground='black')]
-        )
-        axes.set(xlim=(-0.5, mask.shape[1] - 0.5), ylim=(mask.shape[0] - 0.5, -0.5))
+def _outline(image: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """An image with its mask's outline; one that is small is enlarged, so that the line is fine."""
+    if mask is None:
+        return image
+    side = math.sqrt(mask.size)
+    factor = max(1, round(400 / side))
+    image = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_NEAREST)
+    return overlay.outline(image, mask, max(1, round(factor * side / 160)))
 
 
-def _scale(maps: np.ndarray) -> colors.Normalize:
-    """The colour scale that spans the finite values of all the maps."""
+def _tint(images: np.ndarray, maps: np.ndarray) -> tuple[list[np.ndarray], cm.ScalarMappable]:
+    """The maps over their images, on one colour scale that spans their finite values; the scale."""
     finite = maps[np.isfinite(maps)]
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
-    return colors.Normalize(low, high if high > low else low + 1e-3)
-
-
-def _overlay(image: np.ndarray, heat: np.ndarray, scale: colors.Normalize) -> np.ndarray:
-    """A map (H, W) in colour over the grey image (H, W, 3)."""
-    # Little contrast is left to the image, lest its bright parts be taken for a high map.
-    grey = 0.2 + 0.6 * image.astype(np.float32).mean(axis=-1, keepdims=True) / 255
-    tint = cm.ScalarMappable(scale, COLOURS).to_rgba(np.ma.masked_invalid(heat))
-    # Where the map is not a number, the bare image says so.
-    alpha = 0.7 * tint[..., 3:]
-    return (1 - alpha) * grey + alpha * tint[..., :3]
-
-
-def _colour_bar(figure: Figure, axes: Axes, scale: colors.Normalize, label: str) -> None:
-    bar = figure.colorbar(cm.ScalarMappable(scale, COLOURS), cax=axes)
-    bar.set_label(label, fontsize=7)
-    bar.ax.tick_params(labelsize=6, length=2)
-    bar.outline.set_visible(False)
+    high = high if high > low else low + 1e-3
+    tinted = [overlay.tint(*pair, low, high) for pair in zip(images, maps, strict=True)]
+    return tinted, cm.ScalarMappable(colors.Normalize(low, high), 'viridis')
 
 
 def pick_best_worst(scores: np.ndarray, labels: np.ndarray, k: int) -> tuple[list[int], list[int]]:
     """Picks the images that the scores get most clearly right and most clearly wrong.
 
-    A defective image is the better the higher its score, a normal one the lower; so no threshold
-    is needed. Where a class has fewer than 2k images, they are shared out and none is shown twice.
+    A defective image is the better the higher its score, a normal one the lower; so no threshold is
+    needed. Where a class has fewer than 2k images, they are shared out and none is shown twice.
 
     Args:
         scores: (N,) score of each image; one that is not finite counts as wrong.
@@ -136,7 +125,7 @@ def pick_best_worst(scores: np.ndarray, labels: np.ndarray, k: int) -> tuple[lis
 
 
 def overlays(
-    path: str | os.PathLike,
+    path: Path,
     images: np.ndarray,
     masks: np.ndarray | None,
     maps: np.ndarray,
@@ -159,50 +148,30 @@ def overlays(
         title: what is seen: system, category, whether embedded data.
         k: images of each class on either side.
     """
-    sides = [
-        side
-        for side in zip(('best', 'worst'), pick_best_worst(scores, labels, k), strict=True)
-        if side[1]
-    ]
-    shown = [i for _, side in sides for i in side]
-    scale = _scale(maps[shown])
-    width, height = _panel_size(*images.shape[1:3], area=1.8)
-    block = 3 * width + 2 * 0.05
-    rows = max(len(side) for _, side in sides)
-    head = TITLE + 0.18
-    row = CAPTION + height + 0.06
-    total_width = max(len(sides) * (block + 0.25) + 0.75, 5.0)
+    best, worst = pick_best_worst(scores, labels, k)
+    sides = {'best': best, 'worst': worst} if worst else {'best': best}
+    shown = best + worst
+    tinted, scale = _tint(images[shown], maps[shown])
 
-    with _figure(path, title, total_width, head + rows * row + MARGIN) as figure:
-        for column, (side, members) in enumerate(sides):
-            left = MARGIN + column * (block + 0.25)
-            _write(figure, left, TITLE, f'{side}: image, mask, map', fontsize=8, weight='bold')
-            for line, i in enumerate(members):
-                top = head + line * row
-                kind = 'defective' if labels[i] else 'normal'
-                note = f' · {kind} · {scores[i]:.3f}'
-                # About 19 characters of this size fit an inch.
-                name = _shorten(str(names[i]), max(int(19 * block) - len(note), 8))
-                colour = DEFECTIVE if labels[i] else NORMAL
-                _write(figure, left, top + 0.05, name + note, color=colour)
-                mask = None if masks is None else masks[i]
-                panels = (
-                    (images[i], None),
-                    (images[i], mask),
-                    (_overlay(images[i], maps[i], scale), None),
-                )
-                for place, (picture, outline) in enumerate(panels):
-                    axes = _place(
-                        figure, left + place * (width + 0.05), top + CAPTION, width, height
-                    )
-                    _show(axes, picture, outline)
-        bar_left = MARGIN + len(sides) * (block + 0.25) - 0.1
-        axes = _place(figure, bar_left, head + CAPTION, 0.1, min(rows * row - CAPTION, 3.0))
-        _colour_bar(figure, axes, scale, 'anomaly probability')
+    def panels(i):
+        if i is None:
+            return [(None, '', MUTED)] * 4
+        kind, colour = ('defective', DEFECTIVE) if labels[i] else ('normal', NORMAL)
+        text = f'{names[i]} · {kind} · {scores[i]:.3f}'
+        outlined = _outline(images[i], None if masks is None else masks[i])
+        pictures = images[i], outlined, tinted[shown.index(i)], None
+        return list(zip(pictures, ('', text, '', ''), [colour] * 4, strict=True))
+
+    headings = [text for name in sides for text in (f'{name}: image', 'mask', 'map', '')]
+    lines = itertools.zip_longest(*sides.values())
+    rows = [list(itertools.chain(*map(panels, line))) for line in lines]
+    with _grid(path, title, headings, rows, span=3) as (figure, axes):
+        style = {'pad': 0.02, 'shrink': 0.6, 'aspect': 8 * len(rows)}
+        figure.colorbar(scale, ax=axes, label='anomaly probability', **style)
 
 
 def compare_maps(
-    path: str | os.PathLike,
+    path: Path,
     images: np.ndarray,
     masks: np.ndarray | None,
     systems: Mapping[str, np.ndarray],
@@ -213,153 +182,90 @@ def compare_maps(
     """Draws several systems' maps of the same images side by side, one image a row.
 
     Each system has a colour scale of its own, since their probabilities mean different things:
-    what compares is the place and the shape.
-
-    Args:
-        path: file to write.
-        images: (N, H, W, 3) uint8, RGB; all are drawn.
-        masks: (N, H, W) non-zero where defective, or None if there are none.
-        systems: each system's name and its maps (N, H, W), anomaly probability, 0..1.
-        names: N file names, for the captions.
-        title: what is seen.
-        notes: each system's N texts, which stand above its maps.
+    what compares is the place and the shape. Images, masks and names are as in `overlays`, and all
+    are drawn; by a system's name, `systems` holds its maps (N, H, W), 0..1, and `notes` N texts to
+    go below them.
     """
-    width, height = _panel_size(*images.shape[1:3], area=2.6)
-    width = max(width, 1.0)
-    row = CAPTION + height + 0.06
-    head = TITLE + 0.18
-    step = width + 0.08
-    total_width = max(MARGIN + (1 + len(systems)) * step + MARGIN, 4.0)
-    foot = 0.45
-
-    with _figure(path, title, total_width, head + len(images) * row + foot) as figure:
-        style = {'fontsize': 8, 'weight': 'bold'}
-        _write(figure, MARGIN, TITLE, 'image and mask', **style)
-        for line, image in enumerate(images):
-            top = head + line * row
-            room = width if notes else total_width - 2 * MARGIN
-            name = _shorten(str(names[line]), int(19 * room))
-            _write(figure, MARGIN, top + 0.05, name)
-            axes = _place(figure, MARGIN, top + CAPTION, width, height)
-            _show(axes, image, None if masks is None else masks[line])
-        for column, (system, maps) in enumerate(systems.items(), 1):
-            left, scale = MARGIN + column * step, _scale(maps)
-            _write(figure, left, TITLE, _shorten(system, int(13 * width)), **style)
-            for line, image in enumerate(images):
-                top = head + line * row
-                if notes:
-                    _write(figure, left, top + 0.05, notes[system][line])
-                axes = _place(figure, left, top + CAPTION, width, height)
-                _show(axes, _overlay(image, maps[line], scale))
-            axes = _place(figure, left, head + len(images) * row + 0.06, width, 0.08)
-            bar = figure.colorbar(
-                cm.ScalarMappable(scale, COLOURS), cax=axes, orientation='horizontal'
-            )
-            ends = [f'{scale.vmin:.2g}', f'{scale.vmax:.2g}']
-            bar.set_ticks([scale.vmin, scale.vmax], labels=ends)
+    outlined = map(_outline, images, [None] * len(images) if masks is None else masks)
+    columns, scales = [zip(outlined, map(str, names), strict=True)], []
+    for system, maps in systems.items():
+        tinted, scale = _tint(images, maps)
+        columns.append(zip(tinted, notes[system] if notes else [''] * len(images), strict=True))
+        scales.append(scale)
+    rows = [[(*panel, 'black') for panel in row] for row in zip(*columns, strict=True)]
+    with _grid(path, title, ['image and mask', *systems], rows, span=1) as (figure, axes):
+        style = {'location': 'bottom', 'pad': 0.02, 'shrink': 0.9, 'panchor': False}
+        for column, scale in zip(axes.T[1:], scales, strict=True):
+            bar = figure.colorbar(scale, ax=column, ticks=scale.get_clim(), format='%.2g', **style)
             for end, side in zip(bar.ax.get_xticklabels(), ('left', 'right'), strict=True):
                 end.set_horizontalalignment(side)
-            bar.ax.tick_params(labelsize=6, length=2)
-            bar.outline.set_visible(False)
 
 
-def _chart(figure: Figure, axes: Axes, xlabel: str, ylabel: str) -> Axes:
-    """Dresses axes for curves: labels, a faint grid, and no box around them."""
-    axes.set_xlabel(xlabel, fontsize=8)
-    axes.set_ylabel(ylabel, fontsize=8)
-    axes.tick_params(labelsize=7)
+def _dress(axes: Axes, xlabel: str = '', ylabel: str = '') -> Axes:
+    """Dresses axes for curves: labels, colours, a faint grid, and no box around them."""
+    axes.set(xlabel=xlabel, ylabel=ylabel, prop_cycle=DASHES * PALETTE, axisbelow=True)
     axes.grid(color='#DDDDDD', linewidth=0.6)
-    axes.set_axisbelow(True)
     axes.spines[['top', 'right']].set_visible(False)
     return axes
 
 
-def loss_curves(
-    path: str | os.PathLike, history: Mapping[str, Sequence[float]], title: str
-) -> None:
+@contextlib.contextmanager
+def _chart(path: Path, title: str, xlabel: str, ylabel: str) -> Iterator[Axes]:
+    """A chart whose labelled contents are named below it."""
+    with _figure(path, title, 6.4, 4.8) as figure:
+        axes = _dress(figure.subplots(), xlabel, ylabel)
+        yield axes
+        labels = axes.get_legend_handles_labels()[1]
+        columns = 2 if max(map(len, labels)) < 40 else 1
+        # Outside of the figure, which is cut to what is drawn: this leaves room for any number.
+        figure.legend(loc='upper center', bbox_to_anchor=(0.5, 0), ncols=columns, frameon=False)
+
+
+def _plot_epochs(axes: Axes, history: Mapping[str, Sequence[float]], name: str, **style) -> None:
+    """Plots a column of a training log over the epochs; what is not finite leaves gaps."""
+    values = np.asarray(history[name], np.float64)
+    finite = np.isfinite(values)
+    # Few points, or points between gaps, are seen only as markers.
+    marker = '.' if finite.sum() < 50 or not finite.all() else ''
+    epochs = history.get('epoch', np.arange(1, len(values) + 1))
+    axes.plot(epochs, np.where(finite, values, np.nan), marker=marker, **style)
+    drawn = np.concatenate([line.get_ydata() for line in axes.lines])
+    drawn = drawn[np.isfinite(drawn)]
+    axes.set_yscale('log' if drawn.size and 0 < 100 * drawn.min() < drawn.max() else 'linear')
+    axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
+
+
+def loss_curves(path: Path, history: Mapping[str, Sequence[float]], title: str) -> None:
     """Draws each column of a training log over the epochs, in a panel and on a scale of its own.
 
     The scale is logarithmic where all values are positive and span more than two decades. Values
-    that are not finite leave gaps and are counted above the panel.
-
-    Args:
-        path: file to write.
-        history: columns by name, each with one value an epoch; a column `epoch`, if there is one,
-            is the x axis, else epochs count from 1.
-        title: what is seen.
+    that are not finite leave gaps and are counted above the panel. Without a column `epoch`,
+    epochs count from 1.
     """
-    columns = {name: np.asarray(x, np.float64) for name, x in history.items() if name != 'epoch'}
-    count = max(len(columns), 1)
-    across = min(count, 3)
-    down = math.ceil(count / across)
-    width, height = 2.7, 1.6
-    total = (max(across * (width + 0.75) + 0.2, 5.0), TITLE + down * (height + 0.75) + 0.1)
-
-    with _figure(path, title, *total) as figure:
-        for place, (name, values) in enumerate(columns.items()):
-            line, column = divmod(place, across)
-            left, top = 0.65 + column * (width + 0.75), TITLE + 0.25 + line * (height + 0.75)
-            axes = _chart(figure, _place(figure, left, top, width, height), 'epoch', '')
-            epochs = np.asarray(history.get('epoch', np.arange(1, len(values) + 1)))
-            finite = np.isfinite(values)
-            # Few points, or points between gaps, are seen only as markers.
-            lonely = finite & (np.convolve(finite, [1, 1, 1])[1:-1] == 1) if finite.size else finite
-            marker = '.' if finite.sum() < 50 or lonely.any() else ''
-            axes.plot(
-                epochs, np.where(finite, values, np.nan), color=NORMAL, lw=1.2, marker=marker, ms=3
-            )
-            shown = values[finite]
-            if shown.size and shown.min() > 0 and shown.max() > 100 * shown.min():
-                axes.set_yscale('log')
-            if epochs.size:
-                pad = max(0.02 * (epochs[-1] - epochs[0]), 0.5)
-                axes.set_xlim(epochs[0] - pad, epochs[-1] + pad)
-            axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
-            lost = f'  ({np.sum(~finite)} of {finite.size} not finite)' if not finite.all() else ''
-            axes.set_title(
-                name + lost, fontsize=8, loc='left', color=DEFECTIVE if lost else 'black'
-            )
-
-
-@contextlib.contextmanager
-def _wide_chart(
-    path: str | os.PathLike, title: str, xlabel: str, ylabel: str, entries: int
-) -> Iterator[Axes]:
-    """A chart of several systems; the `entries` that are drawn with a label are named below it."""
-    height = TITLE + 3.5 + 0.16 * math.ceil(entries / 2)
-    with _figure(path, title, 5.4, height) as figure:
-        yield _chart(figure, _place(figure, 0.65, TITLE, 4.6, 2.9), xlabel, ylabel)
-        style = {'fontsize': 7, 'frameon': False, 'ncols': 2, 'loc': 'lower left'}
-        figure.legend(bbox_to_anchor=(0.08, 0.01), **style)
+    columns = [name for name in history if name != 'epoch']
+    across = min(max(len(columns), 1), 3)
+    down = math.ceil(len(columns) / across)
+    with _figure(path, title, max(4 * across, 5), max(3 * down, 3)) as figure:
+        for place, name in enumerate(columns, 1):
+            axes = _dress(figure.add_subplot(down, across, place), 'epoch')
+            _plot_epochs(axes, history, name)
+            lost = np.count_nonzero(~np.isfinite(np.asarray(history[name], np.float64)))
+            note = f'  ({lost} of {len(history[name])} not finite)' if lost else ''
+            colour = DEFECTIVE if lost else 'black'
+            axes.set_title(name + note, loc='left', fontsize='medium', color=colour)
 
 
 def compare_losses(
-    path: str | os.PathLike, histories: Mapping[str, Mapping[str, Sequence[float]]], title: str
+    path: Path, histories: Mapping[str, Mapping[str, Sequence[float]]], title: str
 ) -> None:
-    """Draws the loss of several systems over their epochs; values that are not finite leave gaps.
-
-    Args:
-        path: file to write.
-        histories: each system's name and its training log with the columns `epoch` and `loss`.
-        title: what is seen.
-    """
-    with _wide_chart(path, title, 'epoch', 'loss', len(histories)) as axes:
-        low, high = math.inf, -math.inf
-        for i, (name, history) in enumerate(histories.items()):
-            losses = np.asarray(history['loss'], np.float64)
-            finite = losses[np.isfinite(losses)]
-            low, high = min([low, *finite]), max([high, *finite])
-            style = {'color': PALETTE[i % len(PALETTE)], 'ls': DASHES[i // len(PALETTE) % 3]}
-            marker = '.' if len(losses) < 50 else ''
-            losses = np.where(np.isfinite(losses), losses, np.nan)
-            axes.plot(history['epoch'], losses, lw=1.2, marker=marker, ms=3, label=name, **style)
-        if 0 < 100 * low < high:
-            axes.set_yscale('log')
-        axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
+    """Draws the loss of several systems, by name, over their epochs, as `loss_curves` does."""
+    with _chart(path, title, 'epoch', 'loss') as axes:
+        for name, history in histories.items():
+            _plot_epochs(axes, history, 'loss', label=name)
 
 
 def trade_off(
-    path: str | os.PathLike,
+    path: Path,
     points: Mapping[str, tuple[float, float]],
     published: Mapping[str, tuple[float, float]],
     title: str,
@@ -367,30 +273,23 @@ def trade_off(
 ) -> None:
     """Draws accuracy against latency; up and to the left is better.
 
-    Args:
-        path: file to write.
-        points: each system's name, its latency in ms and its I-AUROC in 0..1.
-        published: the same of published systems.
-        title: what is seen.
-        devices: what the latencies of either were measured on; they are not comparable.
+    Both `points` and `published` hold a system's latency in ms and I-AUROC in 0..1 by its name, and
+    `devices` says what either's latencies were measured on; they are not comparable.
     """
-    names = list(dict.fromkeys([*points, *published]))
-    entries = len(points) + len(published)
-    with _wide_chart(path, title, 'ms an image, batch 1', 'I-AUROC (%)', entries) as axes:
-        sides = ((points, devices[0], True), (published, f'published, {devices[1]}', False))
-        for side, device, filled in sides:
+    names = dict.fromkeys([*points, *published])
+    styles = dict(zip(names, itertools.cycle(MARKERS * PALETTE), strict=False))
+    sides = (points, devices[0], {}), (published, f'published, {devices[1]}', {'mfc': 'none'})
+    with _chart(path, title, 'ms an image, batch 1', 'I-AUROC (%)') as axes:
+        for side, device, face in sides:
             for name, (ms, auroc) in side.items():
-                colour = PALETTE[names.index(name) % len(PALETTE)]
-                marker = MARKERS[names.index(name) // len(PALETTE) % len(MARKERS)]
-                face = colour if filled else 'none'
-                style = {'ls': '', 'marker': marker, 'ms': 7, 'color': colour, 'mfc': face}
+                style = {'ls': '', 'ms': 8, **styles[name], **face}
                 axes.plot([ms], [100 * auroc], label=f'{name} ({device})', **style)
         axes.margins(0.15)
         axes.set_xlim(left=0)
 
 
 def over_setting(
-    path: str | os.PathLike,
+    path: Path,
     lines: Mapping[str, Sequence[tuple[float, float, float]]],
     published: Mapping[str, Sequence[tuple[float, float]]],
     title: str,
@@ -398,131 +297,96 @@ def over_setting(
 ) -> None:
     """Draws accuracy over the values of a config field, beside what is published for them.
 
-    Args:
-        path: file to write.
-        lines: by name, the value, the I-AUROC in 0..1 and its standard deviation of each point.
-        published: by name, the value and the I-AUROC of each point.
-        title: what is seen.
-        field: whose values they are.
+    By name, `lines` holds the value, the I-AUROC in 0..1 and its standard deviation of each point,
+    `published` the value and the I-AUROC.
     """
-    entries = len(lines) + len(published)
-    with _wide_chart(path, title, field, 'I-AUROC (%)', entries) as axes:
-        values = [point[0] for points in lines.values() for point in points]
-        if 0 < 10 * min(values) < max(values):
+    values = sorted({point[0] for points in lines.values() for point in points})
+    with _chart(path, title, field, 'I-AUROC (%)') as axes:
+        if 0 < 10 * values[0] < values[-1]:
             axes.set_xscale('log')
-        if len(set(values)) <= 8:
-            axes.set_xticks(sorted(set(values)), labels=[f'{v:g}' for v in sorted(set(values))])
+        if len(values) <= 8:
+            axes.set_xticks(values, labels=[f'{v:g}' for v in values])
             axes.minorticks_off()
-        for i, (name, points) in enumerate(lines.items()):
+        for name, points in lines.items():
             x, mean, spread = np.transpose(points)
-            style = {'color': PALETTE[i % len(PALETTE)], 'ls': DASHES[i // len(PALETTE) % 3]}
-            style |= {'marker': 'o', 'ms': 4, 'lw': 1.2, 'capsize': 3}
-            axes.errorbar(x, 100 * mean, 100 * spread, label=name, **style)
-        for i, (name, points) in enumerate(published.items()):
+            axes.errorbar(x, 100 * mean, 100 * spread, label=name, marker='o', ms=5, capsize=3)
+        for (name, points), marker in zip(published.items(), itertools.cycle(MARKERS)):
             x, auroc = np.transpose(points)
-            style = {'color': MUTED, 'ls': '', 'marker': MARKERS[i % len(MARKERS)], 'mfc': 'none'}
-            axes.plot(x, 100 * auroc, ms=7, label=f'{name}, published', **style)
+            style = {'color': MUTED, 'ls': '', 'mfc': 'none', 'ms': 8, **marker}
+            axes.plot(x, 100 * auroc, label=f'{name}, published', **style)
 
 
-@contextlib.contextmanager
-def _square_chart(path: str | os.PathLike, title: str, xlabel: str, ylabel: str) -> Iterator[Axes]:
-    """A chart of two rates, each in 0..1."""
-    with _figure(path, title, 4.6, 4.7) as figure:
-        axes = _chart(figure, _place(figure, 0.65, TITLE + 0.1, 3.7, 3.7), xlabel, ylabel)
-        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-        yield axes
-        axes.legend(fontsize=7, frameon=True, framealpha=0.9, edgecolor='none')
-
-
-def pr_curve(path: str | os.PathLike, scores: np.ndarray, positive: np.ndarray, title: str) -> None:
+def pr_curve(path: Path, scores: np.ndarray, positive: np.ndarray, title: str) -> None:
     """Draws the precision-recall curve of images or, with maps and masks, of pixels.
 
-    Args:
-        path: file to write.
-        scores: finite scores of any shape, (N,) or (N, H, W).
-        positive: of the same shape, non-zero where defective.
-        title: what is seen.
-
-    Raises:
-        ValueError: if a score is not finite or nothing is defective.
+    Scores are of any shape, (N,) or (N, H, W), and `positive` of the same, non-zero where
+    defective. Raises ValueError if a score is not finite or nothing is defective.
     """
     scores, positive = np.asarray(scores), np.asarray(positive) > 0
     if not np.isfinite(scores).all() or not positive.any():
         raise ValueError('a precision-recall curve takes finite scores and at least one defect')
     ranking = metrics.rank(scores, positive)
-    hits = ranking.true_positives[::-1]
-    precision = hits / (hits + ranking.false_positives[::-1])
     # Millions of pixels would make the same line out of a thousand of them.
-    kept = np.unique(np.linspace(0, hits.size - 1, 1000).astype(int))
-    share = positive.mean()
-    with _square_chart(path, title, 'recall', 'precision') as axes:
-        label = f'average precision {metrics.average_precision(ranking):.3f}'
-        axes.step(hits[kept] / hits.size, precision[kept], color=NORMAL, lw=1.5, label=label)
-        axes.axhline(share, color=MUTED, lw=1, ls='--', label=f'chance {share:.3g}')
+    kept = np.unique(np.linspace(0, ranking.order.size - 1, 1000).astype(int))
+    hits, share = ranking.true_positives[kept], positive.mean()
+    precision, recall = hits / (hits + ranking.false_positives[kept]), hits / ranking.order.size
+    curve = sklearn_metrics.PrecisionRecallDisplay(precision, recall, prevalence_pos_label=share)
+    with _figure(path, title, 5, 5) as figure:
+        axes = _dress(figure.subplots())
+        curve.plot(
+            axes,
+            name=f'average precision {metrics.average_precision(ranking):.3f}',
+            plot_chance_level=True,
+            chance_level_kw={'color': MUTED, 'label': f'chance {share:.3g}'},
+        )
+        axes.legend()  # Where it hides the least.
 
 
-def roc_curve(path: str | os.PathLike, scores: np.ndarray, labels: np.ndarray, title: str) -> None:
-    """Draws the ROC curve of the images and marks the Youden point on it.
+def roc_curve(path: Path, scores: np.ndarray, labels: np.ndarray, title: str) -> None:
+    """Draws the ROC curve of images, scores (N,) and labels (N,), and marks the Youden point on it.
 
-    Args:
-        path: file to write.
-        scores: (N,) finite scores.
-        labels: (N,) non-zero for a defective image.
-        title: what is seen; it should name the split, since the point is chosen on it.
-
-    Raises:
-        ValueError: if a class is missing or a score is not finite.
+    The title should name the split, since the point is chosen on it. Raises ValueError if a class
+    is missing or a score is not finite.
     """
     scores, labels = np.asarray(scores), np.asarray(labels) > 0
     point = metrics.youden(scores, labels)
     fpr, tpr, _ = sklearn_metrics.roc_curve(labels, scores)
-    with _square_chart(path, title, 'false-positive rate', 'true-positive rate') as axes:
-        axes.plot(
-            fpr, tpr, color=NORMAL, lw=1.5, label=f'AUROC {sklearn_metrics.auc(fpr, tpr):.3f}'
-        )
-        axes.plot([0, 1], [0, 1], color=MUTED, lw=1, ls='--', label='chance')
-        rates = f'TPR {point["tpr"]:.3f}, FPR {point["fpr"]:.3f}'
-        label = f'Youden: score ≥ {point["threshold"]:.4g}\n{rates}'
-        axes.plot(
-            point['fpr'], point['tpr'], 'o', color=DEFECTIVE, ms=7, label=label, clip_on=False
+    rates = f'TPR {point["tpr"]:.3f}, FPR {point["fpr"]:.3f}'
+    label = f'Youden: score ≥ {point["threshold"]:.4g}\n{rates}'
+    with _figure(path, title, 5, 5) as figure:
+        axes = _dress(figure.subplots())
+        style = {'color': DEFECTIVE, 'ls': '', 'marker': 'o', 'ms': 8, 'zorder': 3}
+        axes.plot(point['fpr'], point['tpr'], label=label, clip_on=False, **style)
+        sklearn_metrics.RocCurveDisplay(fpr=fpr, tpr=tpr).plot(
+            axes,
+            name=f'AUROC {sklearn_metrics.auc(fpr, tpr):.3f}',
+            plot_chance_level=True,
+            chance_level_kw={'color': MUTED, 'label': 'chance'},
         )
 
 
 def score_histogram(
-    path: str | os.PathLike,
+    path: Path,
     scores: np.ndarray,
     labels: np.ndarray,
     title: str,
     threshold: float | None = None,
 ) -> None:
-    """Draws how the scores of normal and of defective images are distributed.
+    """Draws how the scores (N,) of normal and of defective images are distributed.
 
-    Args:
-        path: file to write.
-        scores: (N,) scores; those that are not finite are left out.
-        labels: (N,) non-zero for a defective image.
-        title: what is seen.
-        threshold: from which score on an image is called defective, if that is decided.
+    Those that are not finite are left out; `labels` (N,) is non-zero for a defective image, and
+    `threshold` is from which score on an image is called defective, if that is decided.
     """
     scores, labels = np.asarray(scores, np.float64), np.asarray(labels) > 0
     finite = np.isfinite(scores)
     scores, labels = scores[finite], labels[finite]
     edges = np.histogram_bin_edges(scores, bins=min(max(scores.size // 3, 10), 40))
-    with _figure(path, title, 5.4, 3.4) as figure:
-        axes = _chart(figure, _place(figure, 0.6, TITLE + 0.3, 4.6, 2.2), 'score', 'images')
+    with _chart(path, title, 'score', 'images') as axes:
         groups = ('normal', ~labels, NORMAL, '//'), ('defective', labels, DEFECTIVE, None)
         for name, members, colour, hatch in groups:
-            style = {
-                'facecolor': (*colors.to_rgb(colour), 0.35),
-                'edgecolor': colour,
-                'hatch': hatch,
-            }
+            style = {'facecolor': (colour, 0.35), 'edgecolor': colour, 'hatch': hatch}
             label = f'{name} ({members.sum()})'
             axes.hist(scores[members], edges, histtype='stepfilled', label=label, **style)
         if threshold is not None:
-            axes.axvline(
-                threshold, color='black', lw=1.2, ls='--', label=f'threshold {threshold:.4g}'
-            )
+            axes.axvline(threshold, color='black', ls='--', label=f'threshold {threshold:.4g}')
         axes.yaxis.get_major_locator().set_params(integer=True)
-        place = {'loc': 'lower left', 'bbox_to_anchor': (0, 1), 'ncols': 3, 'borderaxespad': 0.2}
-        axes.legend(fontsize=7, frameon=False, **place)

@@ -5,6 +5,7 @@ import pathlib
 
 import cv2
 import matplotlib
+from matplotlib import pyplot
 from matplotlib.figure import Figure
 import numpy as np
 import pytest
@@ -157,9 +158,12 @@ def test_nothing_is_left_half_written(tmp_path, monkeypatch):
 
 
 def test_no_global_state_is_touched(tmp_path):
-    before = dict(matplotlib.rcParams)
-    figures.overlays(tmp_path / 'overlays.png', **split(), title='mod2')
+    before, data = dict(matplotlib.rcParams), split()
+    figures.overlays(tmp_path / 'overlays.png', **data, title='mod2')
+    figures.roc_curve(tmp_path / 'roc.png', data['scores'], data['labels'], 'mod2')
+    figures.pr_curve(tmp_path / 'pr.png', data['maps'], data['masks'], 'mod2')
     assert dict(matplotlib.rcParams) == before
+    assert not pyplot.get_fignums()
 
 
 def test_overlays_of_real_images(tmp_path):
