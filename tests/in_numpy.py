@@ -75,8 +75,7 @@ def _apply(equation, inputs):
 
 # --- Control --------------------------------------------------------------------------------------
 
-_NESTED = {'jit', 'pjit', 'closed_call', 'custom_jvp_call', 'custom_vjp_call', 'remat', 'checkpoint'}
-_NESTED |= {'custom_vjp_call_jaxpr', 'core_call'}
+_NESTED = {'jit', 'pjit', 'closed_call', 'custom_jvp_call', 'custom_vjp_call', 'checkpoint'}
 
 
 def _cond(inputs, branches, **_):
@@ -109,8 +108,17 @@ def _sort(inputs, dimension, num_keys, **_):
     return [np.take_along_axis(x, order, dimension) for x in inputs]
 
 
-# What takes or returns several arrays.
+def _split(inputs, sizes, axis):
+    return np.split(inputs[0], np.cumsum(sizes)[:-1], axis)
+
+
+def _unstack(inputs, axis):
+    return list(np.moveaxis(inputs[0], axis, 0))
+
+
+# What returns several arrays.
 _CONTROL = {'cond': _cond, 'while': _while, 'scan': _scan, 'sort': _sort}
+_CONTROL |= {'split': _split, 'unstack': _unstack}
 
 # --- Value by value, and whole arrays -------------------------------------------------------------
 
@@ -119,7 +127,7 @@ _SIMPLE = {
     'add_any': np.add,
     'sub': np.subtract,
     'mul': np.multiply,
-    'div': lambda x, y: x / y if np.issubdtype(x.dtype, np.floating) else np.trunc(x / y).astype(x.dtype),
+    'div': lambda x, y: x / y if x.dtype == np.float64 else np.trunc(x / y).astype(x.dtype),
     'rem': np.fmod,
     'neg': np.negative,
     'sign': np.sign,
@@ -137,7 +145,9 @@ _SIMPLE = {
     'sqrt': np.sqrt,
     'rsqrt': lambda x: 1 / np.sqrt(x),
     'square': np.square,
+    'one_minus_square': lambda x: 1 - x**2,
     'logistic': scipy.special.expit,
+    'erf': scipy.special.erf,
     'erf_inv': scipy.special.erfinv,
     'floor': np.floor,
     'ceil': np.ceil,
@@ -145,6 +155,8 @@ _SIMPLE = {
     'eq': np.equal,
     'ne': np.not_equal,
     'lt': np.less,
+    'lt_to': np.less,
+    'le_to': np.less_equal,
     'le': np.less_equal,
     'gt': np.greater,
     'ge': np.greater_equal,
@@ -175,11 +187,12 @@ def _broadcast_in_dim(x, shape, broadcast_dimensions, **_):
 
 
 def _pad(x, value, padding_config):
-    shape = [low + high + n + max(n - 1, 0) * inner for n, (low, high, inner) in zip(x.shape, padding_config, strict=True)]
-    assert all(low >= 0 and high >= 0 for low, high, _ in padding_config)
-    out = np.full(shape, value)
-    out[tuple(slice(low, low + n + (n - 1) * inner, inner + 1) for n, (low, _, inner) in zip(x.shape, padding_config, strict=True))] = x
-    return out
+    inner = np.array([c[2] for c in padding_config], int)
+    spread = np.full(x.shape + np.maximum(np.array(x.shape, int) - 1, 0) * inner, value)
+    spread[tuple(slice(None, None, i + 1) for i in inner)] = x
+    added = [(max(low, 0), max(high, 0)) for low, high, _ in padding_config]
+    kept = [slice(max(-low, 0), -max(-high, 0) or None) for low, high, _ in padding_config]
+    return np.pad(spread, added, constant_values=value)[tuple(kept)]
 
 
 def _slice(x, start_indices, limit_indices, strides):
@@ -188,8 +201,8 @@ def _slice(x, start_indices, limit_indices, strides):
 
 
 def _window(x, sizes, starts):
-    starts = [int(np.clip(s, 0, n - size)) for s, n, size in zip(starts, x.shape, sizes, strict=True)]
-    return tuple(slice(s, s + size) for s, size in zip(starts, sizes, strict=True))
+    starts = np.clip(np.array(starts, int), 0, np.array(x.shape, int) - sizes)
+    return tuple(map(slice, starts, starts + sizes))
 
 
 def _dynamic_update_slice(x, update, *starts):
@@ -222,24 +235,27 @@ def _dot_general(x, y, dimension_numbers, **_):
 def _conv(x, kernel, window_strides, padding, dimension_numbers, feature_group_count, **params):
     assert feature_group_count == params['batch_group_count'] == 1
     assert set(params['lhs_dilation']) | set(params['rhs_dilation']) == {1}
-    x, kernel = x.transpose(dimension_numbers.lhs_spec), kernel.transpose(dimension_numbers.rhs_spec)
-    x = np.pad(x, [(0, 0), (0, 0), *padding])  # (N, C, ...) and kernel (D, C, ...) from here on.
-    sizes = [(n - k) // s + 1 for n, k, s in zip(x.shape[2:], kernel.shape[2:], window_strides, strict=True)]
+    x = x.transpose(dimension_numbers.lhs_spec)  # (N, C, ...)
+    kernel = kernel.transpose(dimension_numbers.rhs_spec)  # (D, C, ...)
+    x = np.pad(x, [(0, 0), (0, 0), *padding])
     out = 0.0
-    for tap in np.ndindex(kernel.shape[2:]):
-        window = tuple(slice(t, t + (n - 1) * s + 1, s) for t, n, s in zip(tap, sizes, window_strides, strict=True))
-        out = out + np.einsum('nc...,dc->nd...', x[(..., *window)], kernel[(..., *tap)], optimize=True)
+    for tap, window in _taps(x.shape[2:], kernel.shape[2:], window_strides):
+        out = out + np.tensordot(kernel[(..., *tap)], x[(..., *window)], (1, 1)).swapaxes(0, 1)
     return out.transpose(np.argsort(dimension_numbers.out_spec))
+
+
+def _taps(shape, sizes, strides):
+    """Each tap of a window, and what it reads while the window moves."""
+    counts = [(n - k) // s + 1 for n, k, s in zip(shape, sizes, strides, strict=True)]
+    for tap in np.ndindex(*sizes):
+        ends = [t + (n - 1) * s + 1 for t, n, s in zip(tap, counts, strides, strict=True)]
+        yield tap, tuple(map(slice, tap, ends, strides))
 
 
 def _reduce_window(start, join, x, window_dimensions, window_strides, padding, **_):
     x = np.pad(x, padding, constant_values=start)
-    sizes = [(n - k) // s + 1 for n, k, s in zip(x.shape, window_dimensions, window_strides, strict=True)]
-    taps = (
-        x[tuple(slice(t, t + (n - 1) * s + 1, s) for t, n, s in zip(tap, sizes, window_strides, strict=True))]
-        for tap in np.ndindex(*window_dimensions)
-    )
-    return functools.reduce(join, taps)
+    taps = _taps(x.shape, window_dimensions, window_strides)
+    return functools.reduce(join, (x[window] for _, window in taps))
 
 
 def _cumsum(x, axis, reverse):
@@ -261,10 +277,10 @@ def _places(shape, indices, window, window_axes, inserted, index_to_axis, batchi
     for axis, size in enumerate(shape):
         place = np.zeros([1] * rank, int)
         if axis in index_to_axis:
-            start = np.int64(indices[..., index_to_axis.index(axis)])
+            start, most = np.int64(indices[..., index_to_axis.index(axis)]), size - window[axis]
             if fill:
-                inside = inside & _along((start >= 0) & (start <= size - window[axis]), batch_axes, rank)
-            place = _along(np.clip(start, 0, size - window[axis]), batch_axes, rank)
+                inside = inside & _along((start >= 0) & (start <= most), batch_axes, rank)
+            place = _along(np.clip(start, 0, most), batch_axes, rank)
         if axis in of_array:
             which = batch_axes[of_indices[of_array.index(axis)]]
             place = place + _along(np.arange(size), [which], rank)
@@ -297,7 +313,8 @@ def _gather(x, indices, dimension_numbers, slice_sizes, mode, fill_value, **_):
 
 def _scatter(x, indices, updates, dimension_numbers, mode, add, **_):
     d = dimension_numbers
-    kept = [i for i in range(x.ndim) if i not in (*d.inserted_window_dims, *d.operand_batching_dims)]
+    without = *d.inserted_window_dims, *d.operand_batching_dims
+    kept = [i for i in range(x.ndim) if i not in without]
     window = [1] * x.ndim
     for axis, of_update in zip(kept, d.update_window_dims, strict=True):
         window[axis] = updates.shape[of_update]
@@ -326,6 +343,8 @@ _OTHERS = {
     'squeeze': lambda x, dimensions: x.squeeze(dimensions),
     'expand_dims': lambda x, dimensions: np.expand_dims(x, dimensions),
     'concatenate': lambda *x, dimension: np.concatenate(x, dimension),
+    'tile': lambda x, reps: np.tile(x, reps),
+    'stack': lambda *x, axis: np.stack(x, axis),
     'pad': _pad,
     'slice': _slice,
     'dynamic_slice': lambda x, *starts, slice_sizes: x[_window(x, slice_sizes, starts)],

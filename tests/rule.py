@@ -50,16 +50,34 @@ def check_close(actual, expected, terms: int, spread: float | None = None, name:
       actual: an array.
       expected: of the same shape.
       terms: how many additions lie behind a value, one after the other or in a sum.
-      spread: what errors are relative to; by default the root mean square of the expected values,
-        which says little where these are few and may lie near zero.
+      spread: what errors are relative to, besides the value itself; by default the root mean square
+        of the expected values, which says little where these are few and may lie near zero.
       name: what is compared.
     """
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, name
     if spread is None:
         spread = np.sqrt(np.mean(expected**2))
-    error = np.abs(actual - expected).max(initial=0)
-    assert error <= tolerance(terms) * spread, (name, error / spread, tolerance(terms))
+    # A value beyond the spread rounds in its own last place.
+    scale = np.maximum(spread + np.abs(expected), np.finfo(float).tiny)
+    error = (np.abs(actual - expected) / scale).max(initial=0)
+    assert error <= tolerance(terms), (name, error, tolerance(terms))
+
+
+def check_gradients(actual, expected, tolerance: float = 3e-3) -> None:
+    """Asserts that a tree of gradients is that of an exact reference, array by array.
+
+    Rounding takes a value over the kink of a ReLU now and then, and with it that position's share
+    of the gradient, so whole arrays are compared: the norm of their difference, relative to their
+    own or to a tenth of the largest one's (the bias before a BatchNorm has gradient 0).
+    """
+    paths = jax.tree_util.tree_leaves_with_path(expected)
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    largest = max((np.linalg.norm(x) for _, x in paths), default=0)
+    for (path, e), a in zip(paths, jax.tree.leaves(actual), strict=True):
+        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        error = np.linalg.norm(a - e) / max(np.linalg.norm(e), 0.1 * largest, 1e-300)
+        assert a.shape == e.shape and error <= tolerance, (jax.tree_util.keystr(path), error)
 
 
 def draw_input(name: str, shape: tuple[int, ...]) -> np.ndarray:
