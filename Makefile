@@ -6,21 +6,33 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Each process takes up to 4 GB.
 PARALLEL ?= -n auto --maxprocesses 4
-# Most of the tests' time is XLA's: this compiles the same operations in four fifths of it.
-QUICKLY := --xla_backend_optimization_level=1
+# Most of the tests' time is XLA's: this compiles the same operations in four fifths of it. What the
+# caller sets comes last and counts.
+FLAGS := XLA_FLAGS="--xla_backend_optimization_level=1 $$XLA_FLAGS"
+# A file's tests share what they set up and compile; the slow ones are few and long, and a process
+# without work takes another's.
+QUICK := $(BIN)/python -m pytest $(PARALLEL) --dist loadfile -m 'not slow'
+SLOW := $(BIN)/python -m pytest $(PARALLEL) --dist worksteal -m slow
 DEMO_FLAGS ?= --config.epochs=4 --config.batch_size=16
 
-.PHONY: demo test lint clean
+.PHONY: demo test check lint clean
 
 # Trains Mod 2 on the embedded data set and measures it.
 demo: $(STAMP)
 	$(BIN)/python -m ssn_jax.main --config configs/mod2.py $(DEMO_FLAGS)
 
-# The quick tests first: they tell most of what is wrong within a minute. A file's share what they
-# set up and compile; the slow ones are few and long, and a process without work takes another's.
+# Both parts run, whatever the first one ends with: it tells most of what is wrong, and soon.
 test: $(STAMP)
-	XLA_FLAGS=$(QUICKLY) $(BIN)/python -m pytest $(PARALLEL) --dist loadfile -m 'not slow'
-	XLA_FLAGS=$(QUICKLY) $(BIN)/python -m pytest $(PARALLEL) --dist worksteal -m slow
+	@$(FLAGS) $(QUICK); quick=$$?; $(FLAGS) $(SLOW); slow=$$?; \
+	for part in "quick $$quick" "slow $$slow"; do \
+	  if [ "$${part#* }" = 0 ]; then echo "$${part% *} tests: passed"; \
+	  else echo "$${part% *} tests: FAILED (pytest's exit status $${part#* })"; fi; \
+	done; \
+	[ $$quick = 0 ] && [ $$slow = 0 ]
+
+# What tells soonest that something is wrong: lint, and the tests that compile next to nothing.
+check: lint
+	@$(FLAGS) $(QUICK) $(CHECKED)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -342,36 +342,29 @@ def make_step(
     return step
 
 
-def make_epoch(
+def make_part(
     config: ml_collections.ConfigDict,
     steps: int,
     mesh: jax.sharding.Mesh | None = None,
     several: bool = False,
-    on_host: bool = False,
-    longest: int = 16,
 ) -> Callable:
-    """One epoch, up to `longest` of its steps in a compiled call.
+    """A part of an epoch as one compiled call.
 
     Args:
       config: the run's config.
       steps: how many an epoch makes.
       mesh: the devices that share each batch, as `devices.make_mesh` returns them; None is one.
-      several: whether it is an epoch of several seeds at once.
-      on_host: whether the data stay on the host: what a call needs is sent before it.
-      longest: steps a call.
+      several: whether it is of several seeds at once.
 
     Returns:
-      `epoch(state, data, order, key) -> (state, metrics)`. `data` is a batch of everything there
-      is, `order` (steps, batch) says, on the host, which of it each step sees; the metrics, on the
-      host, are averages over the steps, and `metrics['bad']` tells what became NaN or infinite: by
-      name the first step at which it did, or `NEVER`. With a mesh state, data and key lie on it,
-      the data spread. Of several seeds state (but its step, which they share), order, key and
-      metrics have a leading axis.
+      `run(state, data, order, key, start, count) -> (state, sums, bad)`: the first `count` rows of
+      `order` (at least so many, batch) are the epoch's steps from `start` on and say which images
+      of `data` they see. The terms are summed over the steps; `bad` tells by name the first step at
+      which something became NaN or infinite, or `NEVER`. Of several seeds state (but its step,
+      which they share), order, key, sums and bad have a leading axis.
     """
     seeds_axis = 'seeds' if several else None
     step = make_step(config, steps, config_loss(config, seeds_axis) if several else None)
-    calls = -(-steps // longest)
-    size = -(-steps // calls)
 
     @jax.jit  # Traced once, though its shapes are asked for before it is used.
     def advance(state, data, indices, key):
@@ -382,7 +375,6 @@ def make_epoch(
         return state, terms, finite(state, terms)
 
     def run(state, data, order, key, start, count):
-        """`count` steps from `start` on; their terms' sums, and which were the first bad ones."""
         keys = jax.random.split(key, steps)
 
         def body(i, carry):
@@ -395,7 +387,7 @@ def make_epoch(
             _, terms, sound = jax.eval_shape(advance, state, data, order[0], keys[0])
             sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), terms)
             bad = dict.fromkeys(sound, jnp.int32(NEVER))
-            # The number is an argument: one program does for all calls, the last one too.
+            # The number is an argument: one program does for all parts, the last one too.
             return jax.lax.fori_loop(0, count, body, (state, sums, bad))
 
     def each(state, data, order, key, start, count):
@@ -403,14 +395,40 @@ def make_epoch(
         # update both players on every step and select.
         state_axes = TrainState(None, *[0] * 6)
         axes = {'in_axes': (state_axes, None, 0, 0), 'out_axes': (state_axes, 0, 0)}
-        mapped = jax.vmap(
-            functools.partial(run, start=start, count=count), **axes, axis_name=seeds_axis
-        )
-        return mapped(state, data, order, key)
+        part = functools.partial(run, start=start, count=count)
+        return jax.vmap(part, **axes, axis_name=seeds_axis)(state, data, order, key)
 
     where = {} if mesh is None else {'out_shardings': devices.replicated(mesh)}
     # The state is not donated: until the next one is there, it may have to be written.
-    compiled = jax.jit(each if several else run, **where)
+    return jax.jit(each if several else run, **where)
+
+
+def make_epoch(
+    config: ml_collections.ConfigDict,
+    steps: int,
+    mesh: jax.sharding.Mesh | None = None,
+    several: bool = False,
+    on_host: bool = False,
+    longest: int = 16,
+) -> Callable:
+    """One epoch, by parts.
+
+    Args:
+      config: as of `make_part`, as are the three that follow.
+      steps: how many an epoch makes.
+      mesh: the devices that share each batch.
+      several: whether it is of several seeds at once.
+      on_host: whether the data stay on the host: what a part needs is sent before it.
+      longest: the most steps of a part.
+
+    Returns:
+      `epoch(state, data, order, key) -> (state, metrics)`. `data` is a batch of everything there
+      is; `order` (steps, batch) says, on the host, which of it each step sees; the metrics, on the
+      host, are averages over the steps, and `metrics['bad']` is that of `make_part`. With a mesh
+      state, data and key lie on it, the data spread.
+    """
+    run = make_part(config, steps, mesh, several)
+    size = -(-steps // -(-steps // longest))
     spread = None if mesh is None else devices.spread(mesh)
 
     def epoch(state, data, order, key):
@@ -423,9 +441,9 @@ def make_epoch(
             if on_host:  # Row i is the i-th image that these steps see.
                 flat = rows.reshape(-1)
                 seen = jax.tree.map(lambda x, flat=flat: jax.device_put(x[flat], spread), data)
-                rows = np.arange(rows.size, dtype=np.int32).reshape(rows.shape)
+                rows = np.arange(rows.size).reshape(rows.shape)
             rows, *part = devices.put(mesh, (np.int32(rows), np.int32(start), np.int32(count)))
-            state, *values = compiled(state, seen, rows, key, *part)
+            state, *values = run(state, seen, rows, key, *part)
             found.append(values)
         sums, bad = zip(*jax.device_get(found), strict=True)
         metrics = jax.tree.map(lambda *x: np.sum(x, 0, np.float64) / steps, *sums)

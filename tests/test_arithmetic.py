@@ -194,3 +194,29 @@ def test_losses_and_their_gradients(name, monkeypatch):
         rule.check_close(a, e, 4 * 33_852, name=jax.tree_util.keystr(path))
     for a, e in zip(actual[1], expected[1], strict=True):
         rule.check_gradients(a, e)
+
+
+@pytest.mark.parametrize('precision', ['float32', 'tensorfloat32'])
+def test_products_are_as_exact_as_asked_for(precision):
+    """Prediction, frozen features and training: GPUs may use TensorFloat-32 unless told not to."""
+    config = config_lib.default_config()
+    config.precision, config.sparse = precision, False
+    network = supersimplenet.SuperSimpleNet()
+    fused = deploy.fuse(rule.backbone('resnet18'), rule.network(network, 384), network)
+    images = np.zeros((1, 32, 32, 3), np.uint8)
+    state = steps.init_state(config, KEY, 14)
+    data = {'layers': (np.zeros((2, 4, 4, 5)), np.zeros((2, 2, 2, 9)))}
+    programs = [
+        jax.jit(functools.partial(deploy.predict, precision=precision)).lower(fused, images),
+        jax.jit(functools.partial(deploy.backbone, precision=precision)).lower(
+            fused['backbone'], images
+        ),
+        steps.make_part(config, 1).lower(state, data, np.zeros((1, 2), int), KEY, 0, 1),
+    ]
+    for program in programs:
+        text = program.as_text()
+        products = text.count('stablehlo.dot_general ') + text.count('stablehlo.convolution(')
+        marked = text.count('precision = [HIGHEST, HIGHEST]') + text.count(
+            'precision_config = [#stablehlo<precision HIGHEST>, #stablehlo<precision HIGHEST>]'
+        )
+        assert products > 10 and marked == (products if precision == 'float32' else 0)

@@ -33,7 +33,7 @@ def epochs_of(config, numbers):
     run_epoch = steps.make_epoch(config, 2, several=several)
     state, losses = seeds.stack_states(each), []
     for i in range(2):
-        order = seeds.stack([sampling.uniform_order(n, i, 8, 4) for n in numbers])
+        order = np.asarray(seeds.stack([sampling.uniform_order(n, i, 8, 4) for n in numbers]))
         keys = seeds.stack([jax.random.fold_in(jax.random.key(n), i) for n in numbers])
         state, values = run_epoch(state, batch, order, keys)
         losses.append([float(one['loss']) for one in seeds.unstack(values, len(numbers))])
@@ -69,8 +69,8 @@ def test_what_is_a_choice_for_one_seed_is_one_for_several():
         state = seeds.stack_states([steps.init_state(config, jax.random.key(0), 12)] * len(numbers))
         order = seeds.stack([np.zeros((2, 4), np.int32)] * len(numbers))
         keys = seeds.stack([jax.random.key(0)] * len(numbers))
-        epoch = steps.make_epoch(config, 2, several=len(numbers) > 1)
-        text = epoch.lower(state, {'layers': layers}, order, keys).as_text()
+        run = steps.make_part(config, 2, several=len(numbers) > 1)
+        text = run.lower(state, {'layers': layers}, order, keys, 0, 2).as_text()
         counts.append(text.count('stablehlo.case') + text.count('stablehlo.if'))
     assert counts[0] == counts[1] > 0
 
