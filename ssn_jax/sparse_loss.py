@@ -21,7 +21,7 @@ import numpy as np
 from ssn_jax import losses, synthesis
 from ssn_jax.models import native
 from ssn_jax.models.features import feature_grid, upscale_pool
-from ssn_jax.models.layers import EPSILON, MOMENTUM, SLOPE, conv2d
+from ssn_jax.models.layers import EPSILON, MOMENTUM, SLOPE, conv2d, max_pool
 
 # By how many standard deviations of the share of noisy positions each program exceeds the mean.
 _SURPLUS = np.array([-0.5, 1.0, 3.0, np.inf])
@@ -299,7 +299,7 @@ def _score(config, params, batch_stats, placed, logits, x, stop_map_gradient):
         logits = x @ score['kernel']
         scores = logits.mean((1, 2))[:, 0] + score['bias']
     else:
-        pooled = [x.max((1, 2)), x.mean((1, 2)), seen.max((1, 2)), seen.mean((1, 2))]
+        pooled = [max_pool(x), x.mean((1, 2)), max_pool(seen), seen.mean((1, 2))]
         scores = (jnp.concatenate(pooled, -1) @ score['kernel'] + score['bias'])[:, 0]
     taught = placed.taught * (not gap_cam)
     loss, terms = losses.discriminator_loss(

@@ -155,26 +155,26 @@ GAMES = {
 @pytest.mark.parametrize('name', GAMES)
 def test_losses_and_their_gradients(name, monkeypatch):
     """Losses, running averages, and both players' gradients."""
-    # What NumPy can bear: narrow heads, and two programs instead of four.
-    for name_, hidden in {'SegmentationHead': 32, 'ClassificationHead': 8, 'CamHead': 8}.items():
-        head = functools.partial(getattr(heads, name_), hidden)
-        monkeypatch.setattr(supersimplenet, name_, head)
-    monkeypatch.setattr(native, 'split', functools.partial(native.split, chunk=16))
-    monkeypatch.setattr(sparse_loss, '_SURPLUS', np.array([3.0, np.inf]))
     config = config_lib.default_config()
     config.noise.std = 0.3
     config.update_from_flattened_dict(GAMES[name])
     config_lib.validate(config)
-    images = 2 if name == 'gap_cam' else 1
-    # The direct form, which no config trains with, in small.
-    grids = ((21, 23), (11, 12)) if name == 'direct' else GRIDS
-    shapes = [(images, *grid, c) for grid, c in zip(grids, (5, 9), strict=True)]
+    images, grids, channels = 2 if name == 'gap_cam' else 1, GRIDS, (5, 9)
+    if name == 'direct':  # As wide as it is, at few positions.
+        images, grids, channels = 3, ((4, 4), (2, 2)), (128, 256)
+    else:  # What NumPy can bear at many: narrow heads, and two programs instead of four.
+        for part, hidden in {'SegmentationHead': 32, 'ClassificationHead': 8, 'CamHead': 8}.items():
+            head = functools.partial(getattr(heads, part), hidden)
+            monkeypatch.setattr(supersimplenet, part, head)
+        monkeypatch.setattr(native, 'split', functools.partial(native.split, chunk=16))
+        monkeypatch.setattr(sparse_loss, '_SURPLUS', np.array([3.0, np.inf]))
+    shapes = [(images, *grid, c) for grid, c in zip(grids, channels, strict=True)]
     batch = {'layers': tuple(jnp.abs(draw(*shape)) for shape in shapes)}
     if name == 'simplenet':
         batch = {'layers': (jnp.asarray(draw(1, *ROWS, 14)),)}
     if name == 'gap_cam':
         batch |= {'label': jnp.array([0.0, 1.0]), 'known': jnp.array([1.0, 0.0])}
-    state = steps.init_state(config, jax.random.key(1), 14)
+    state = steps.init_state(config, jax.random.key(1), sum(channels))
     loss_fn = steps.config_loss(config)
 
     def both(params, generator):

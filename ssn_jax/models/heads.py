@@ -8,7 +8,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from ssn_jax.models.layers import SLOPE, BatchNorm, Conv, Dense
+from ssn_jax.models.layers import SLOPE, BatchNorm, Conv, Dense, max_pool
 
 
 class LinearAdaptor(nn.Module):
@@ -53,7 +53,7 @@ class ClassificationHead(nn.Module):
     def __call__(self, features: jax.Array, logits: jax.Array, train: bool = False) -> jax.Array:
         x = Conv(self.hidden, 5, name='conv')(jnp.concatenate([features, logits], -1))
         x = nn.relu(BatchNorm(use_running_average=not train, name='norm')(x))
-        pooled = [x.max((1, 2)), x.mean((1, 2)), logits.max((1, 2)), logits.mean((1, 2))]
+        pooled = [max_pool(x), x.mean((1, 2)), max_pool(logits), logits.mean((1, 2))]
         return Dense(1, name='score')(jnp.concatenate(pooled, -1))[:, 0]
 
 

@@ -69,6 +69,18 @@ def conv2d(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return out
 
 
+def max_pool(x: jax.Array) -> jax.Array:
+    """The largest value of each channel: (N, H, W, C) -> (N, C); its gradient goes to one position.
+
+    The gradient of `x.max((1, 2))` seeks its position by comparing x with the maximum. Where XLA
+    computes x twice, in two fusions that round differently, it finds none and divides by zero
+    (seen with jax 0.9.2 to 0.10.1 on CPUs).
+    """
+    flat = x.reshape(x.shape[0], -1, x.shape[-1])
+    position = jax.lax.stop_gradient(flat).argmax(1, keepdims=True)
+    return jnp.take_along_axis(flat, position, 1)[:, 0]
+
+
 class Conv(nn.Module):
     """A size x size convolution of (N, H, W, C) to (N, H, W, features), zero padding, stride 1."""
 
