@@ -94,76 +94,150 @@ def nan_weights(world):
     return safetensors.numpy.save(tensors | {'conv1.weight': tensors['conv1.weight'] * np.nan})
 
 
-def encoded(suffix):
-    image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+def encoded(suffix, height=64):
+    image = np.random.default_rng(0).integers(0, 255, (height, 64, 3), np.uint8)
     return cv2.imencode(suffix, image)[1].tobytes()
 
 
-def small_mask(world):
-    return cv2.imencode('.png', np.zeros((60, 64), np.uint8))[1].tobytes()
+def defect(name, height=None):
+    """An image of a defect in data/nut, and where its height is given a mask of that height."""
+
+    def change(world):
+        write(f'data/nut/{name}', encoded('.png'))(world)
+        if height:
+            mask = name.replace('train', 'ground_truth').replace('.png', '_mask.png')
+            write(f'data/nut/{mask}', encoded('.png', height))(world)
+
+    return change
+
+
+def empty(world):
+    (world / 'empty').mkdir()
+
+
+def no_images(world):
+    for file in (world / 'data/nut/train/good').iterdir():
+        file.unlink()
 
 
 PICKLE = pickle.dumps(Evil())
-IMAGE = 'data/nut/train/good/003.png'
+IMAGE, SPOT = 'data/nut/train/good/003.png', 'data/nut/test/spot/000.png'
+MASK = 'data/nut/ground_truth/spot/000_mask.png'
+FOLDER = '--config.data.name=folder --config.data.root=data/nut'
+SIZED = '=main --config {mod2} --config.image_size='  # Given twice, a tuple grows.
+MASKS = '--config.supervision.kind=masks'
 
-# By command: what is typed after it (alone, if it starts with =), what the error must hold, and
-# what happens before.
+# What ml_collections says of a config that returns nothing.
+WARNED = ('WARNING: Logging before', 'warning: c.py:get_config() returned None')
+
+# By command: what is typed after it (alone, if it starts with =), what the error must hold (a text
+# or several), and what happens before.
 CASES = {
     'main': [
-        ('=main', 'no config: add --config'),
+        ('=main', 'no config: add --config configs/mod2.py'),
+        ('=main --config.epochs=3', 'no config: add --config configs/mod2.py'),
+        ('=main --config', '--config'),
+        ('=main --config.epochs=3 --config {mod2}', '--config.epochs=3'),
+        ('=main --config {mod2} --workdir', '--workdir'),
         ('--config=missing.py', "no config file at 'missing.py'"),
-        ('--config=c.py', 'c.py can not be used as a config', write('c.py', b'x = = 1')),
+        ('=main --config missing.py --config.epochs=3', "no config file at 'missing.py'"),
+        ('--config .', "no config file at '.'"),
+        (
+            '--config=c.py',
+            ('c.py can not be used as a config', 'line 1'),
+            write('c.py', b'x = = 1'),
+        ),
+        ('=main --config=c.py', ('c.py can not', 'get_config'), write('c.py')),
         ('=main --config=c.py', 'no ConfigDict', write('c.py', b'def get_config(): return 3')),
+        ('=main --config=c.py', 'no ConfigDict', write('c.py', b'def get_config(): pass')),
         ('--config=c.py', 'no way', write('c.py', b'def get_config(): raise OSError("no way")')),
-        ('--config.qqq=1', 'no config field --config.qqq'),
+        ('--config=c.py', 'way', write('c.py', b'def get_config(): raise ValueError("no\\nway")')),
+        ('--config c.py', ('c.py', 'no_such_module'), write('c.py', b'import no_such_module')),
+        ('--config.qqq 1', ('no config field --config.qqq', 'ssn_jax/config.py')),
         ('--config.noise.bta=1', 'did you mean noise.beta'),
+        ('--config.noise=3', ('no config field --config.noise:', 'noise.beta')),
         ('--config.epochs=0', '--config.epochs=0 can not be used'),
-        ('--config.epochs=many', '--config.epochs=many'),
-        ('--config.image_size=(8,8)', '32 to 4096 pixels'),
+        ('--config.epochs=many', ('--config.epochs=many', '--config.FIELD=VALUE')),
+        ('--config.epochs=2.5', '--config.epochs=2.5'),
+        ('--config.noise.beta=x', '--config.noise.beta=x'),
+        ('--config.noise.bounded=maybe', '--config.noise.bounded=maybe'),
+        (f'{SIZED}(8,8)', '32 to 4096 pixels'),
+        (f'{SIZED}(64,)', '--config.image_size=(64,)'),
+        (f"{SIZED}('a','b')", '--config.image_size='),
         ('--config.image_size=__import__("os").mkdir("unpickled")', '--config.image_size'),
         ('--config.noise.beta=nan', '--config.noise.beta=nan'),
+        ("--config.noise.shell=(0.25,'x')", '--config.noise.shell='),
+        ("--config.noise.shuffle_strength=('x',1.0)", '--config.noise.shuffle_strength='),
         ('--config.optimizer.drops=(0.9,0.1)', 'rising fractions'),
+        ("--config.optimizer.drops=('x',)", '--config.optimizer.drops='),
+        ('--config.optimizer.clip_norm=-1', '--config.optimizer.clip_norm=-1.0'),
         ('--config.product_share=0.5', '--config.positions above 0'),
         ('--config.turned_copies=-1', 'a number from 0 to 100'),
         ('--config.seed=-1', '--config.seed=-1'),
         ('--config.seeds=0', '--config.seeds=0'),
         ('--config.resize=(32,32)', '--config.resize=(32, 32)'),
-        ('--config.data.root=nowhere', 'nowhere: no such folder'),
-        ('--config.data.category=bolt', "no category 'bolt'"),
+        ('--config.resize=(32,300)', '--config.resize=(32, 300)'),
+        ('--config.system=ssn', "--config.system='ssn'"),
+        ('--config.supervision.kind=mask', "--config.supervision.kind='mask'"),
+        ('--config.supervision.mask_fraction=1.5', '--config.supervision.mask_fraction=1.5'),
+        ('--config.supervision.mask_fraction=-0.1', '--config.supervision.mask_fraction=-0.1'),
+        ('--config.supervision.mask_fraction=nan', '--config.supervision.mask_fraction=nan'),
+        ('--config.supervision.mask_count=-2', '--config.supervision.mask_count=-2'),
+        ('--config.supervision.dilation=4', '--config.supervision.dilation=4'),
+        ('--config.decision.holdout=1', '--config.decision.holdout=1.0'),
+        ('--config.decision.holdout=0.99', ('--config.decision.holdout=0.99', 'leaves no normal')),
+        ('--config.decision.fpr=2', '--config.decision.fpr=2.0'),
+        ('--config.data.root=nowhere', ('nowhere: no such folder', '--config.data.root')),
+        ('--config.data.root=empty', ('empty: the folder is empty', '--config.data.root'), empty),
+        ('--config.data.root=', ('--config.data.category=nut', 'screw')),
+        ('--config.data.category=bolt', ("no category 'bolt'", '--config.data.category from: nut')),
         ('--config.data.category=../data/nut', "no category '../data/nut'"),
         ('--config.data.category=', "no category ''"),
-        ('--config.data.name=mvtec', '--config.data.name=mvtec: no such data set'),
-        ('--config.data.name=folder', 'training needs normal images there'),
+        ('--config.data.name=mvtec', ('--config.data.name=mvtec: no such data set', 'mvtec_ad')),
+        ('--config.data.name=folder', ('data/train/good', 'training needs normal images there')),
+        (FOLDER, ('nut/train/good', 'training needs normal images'), gone('data/nut/train')),
+        (FOLDER, ('duplicate name', '/000.png', 'spot/000_mask.png'), defect('train/spot/000.png')),
+        (FOLDER, ('a_mask.png', 'mask is 60x64', '64x64'), defect('train/spot/a.png', 60)),
+        (f'{FOLDER} --config.supervision.kind=labels', ('no defective image', 'train/DEFECT')),
+        (
+            f'{FOLDER} {MASKS} --config.supervision.mask_count=2',
+            ('only 0',),
+            defect('train/spot/a.png'),
+        ),
         ('--config.data.name=ksdd2', 'KolektorSDD2 has train/ID.png'),
         ('--config.data.cache=resnet18.safetensors', 'name another folder with --config.data.cach'),
-        ('--config.backbone.weights=missing', 'no weights file at missing'),
+        ('--config.backbone.name=resnet19', ('resnet19', 'resnet18')),
+        ('--config.backbone.weights=missing', ('no weights file at missing', '--config.backbone')),
         ('--config.backbone.weights=data', 'data is no readable safetensors file'),
-        (f'--config.backbone.weights={IMAGE}', 'no readable safetensors file'),
+        (f'--config.backbone.weights={IMAGE}', f'{IMAGE} is no readable safetensors file'),
         ('', 'no readable safetensors file', cut('resnet18.safetensors')),
         ('', 'conv1.weight holds NaN', write('resnet18.safetensors', nan_weights)),
         ('', 'no readable safetensors file', write('resnet18.safetensors', PICKLE)),
-        ('--config.backbone.name=wide_resnet50_2', 'missing: layer1.0.'),
-        ('--config.supervision.kind=labels', 'holds no defective image'),
-        ('--config.decision.holdout=0.99', 'leaves no normal training image'),
-        ('--workdir=resnet18.safetensors', 'is a file, no folder'),
-        ('--workdir=data', 'is not empty and holds no run'),
-        ('--workdir=run', 'holds a run of another config'),
+        ('--config.backbone.name=wide_resnet50_2', ('missing: layer1.0.', '--config.backbone.w')),
+        ('--config.supervision.kind=labels', ('no defective image', '--config.supervision.kind')),
+        (MASKS, ('holds no defective image', '--config.supervision.kind')),
+        ('--workdir=resnet18.safetensors', 'is a file, no folder: choose another --workdir'),
+        ('--workdir=resnet18.safetensors/run', ('resnet18.safetensors', '--workdir')),
+        ('--workdir=data', ('data is not empty and holds no run', '--workdir')),
+        ('--workdir=run', ('run holds a run of another config', 'different: name', '--workdir')),
         ('--workdir=run', 'run/config.json is no config', write('run/config.json', b'{"version')),
         ('--workdir=run', 'written by a newer', write('run/config.json', b'{"version": 1000}')),
         ('--flagfile=missing', 'Unable to open flagfile'),
-        ('--epochs=3', '--config.FIELD=VALUE'),
+        ('--epochs=3', ('epochs', '--config.FIELD=VALUE')),
         ('runs/a', "unexpected argument 'runs/a'"),
         ('--process_id=1', 'several processes need'),
         ('--coordinator=a --num_processes=2 --process_id=0', 'no HOST:PORT'),
         ('', f'{IMAGE[5:]}: does not decode', write(IMAGE)),
         ('', f'{IMAGE[5:]}: does not decode', cut(IMAGE)),
         ('', f'{IMAGE[5:]}: does not decode', write(IMAGE, b'no image')),
+        ('', f'{SPOT[5:]}: does not decode', write(SPOT, b'no image')),
         ('', 'a.jpg: does not decode', write(f'{IMAGE}.a.jpg', encoded('.jpg')[:-500])),
         ('', 'x.png: cannot be read', lambda w: (w / 'data/nut/test/good/x.png').mkdir()),
         ('', 'x.png: cannot be read', loop('data/nut/test/good/x.png')),
-        ('', 'a defect without its mask', gone('data/nut/ground_truth/spot/000_mask.png')),
-        ('', 'the mask is 60x64', write('data/nut/ground_truth/spot/000_mask.png', small_mask)),
-        ('', 'training needs normal images there', gone('data/nut/train')),
+        ('', (SPOT, 'a defect without its mask', '0_mask.png'), gone(MASK)),
+        ('', (MASK, 'the mask is 60x64', '64x64'), write(MASK, encoded('.png', 60))),
+        ('', ('train/good', 'training needs normal images there'), gone('data/nut/train')),
+        ('', 'nut/train/good: holds no images', no_images),
     ],
     'import': [
         ('--checkpoint=', 'no checkpoint: add --checkpoint'),
@@ -285,14 +359,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(template, tmp_path):
     failures, running = [], []
 
     def check(case, world, before, command):
-        words = case[2]
-        code, lines = command.end(120), command.err.splitlines()
-        expected = 2 if words == 'could not be read' else 1
+        words = (case[2],) if isinstance(case[2], str) else case[2]
+        code = command.end(120)
+        lines = [x for x in command.err.splitlines() if not x.startswith(WARNED)]
+        expected = 2 if case[2] == 'could not be read' else 1
         problems = [
             *(['status'] if code != expected else []),
             *(['stdout'] if command.out else []),
             *(['lines'] if [line[:7] for line in lines] != ['error: '] and code != 2 else []),
-            *(['words'] if words not in command.err else []),
+            *([w for w in words if w not in command.err]),
             *(['traceback'] if 'Traceback' in command.err else []),
             *(['left behind'] if code != 2 and tree(world) != before else []),
             *(['half'] if list(world.rglob('*incomplete*')) + list(world.rglob('*.tmp')) else []),
