@@ -81,7 +81,7 @@ def _run(program, arguments, cwd, folder, environment):
     import jax  # It has read the environment when the server imported it.
 
     jax.config.update('jax_platforms', 'cpu')
-    jax.config.update('jax_compilation_cache_dir', environment.get('JAX_COMPILATION_CACHE_DIR'))
+    jax.config.update('jax_compilation_cache_dir', os.environ.get('JAX_COMPILATION_CACHE_DIR'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
     try:
         if program == 'main':
