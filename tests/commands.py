@@ -57,8 +57,11 @@ class Command:
         return self.process.exitcode
 
 
-def start(program: str, *arguments, cwd: pathlib.Path, **environment: str) -> Command:
-    """Starts 'main', a script of scripts/ by its name, or another without its .py."""
+def start(program: str, *arguments, cwd: pathlib.Path, **environment: str | None) -> Command:
+    """Starts 'main', a script of scripts/ by its name, or another without its .py.
+
+    Of the environment, None takes a variable away.
+    """
     folder = tempfile.TemporaryDirectory(prefix='command-')
     for name in ('out', 'err'):
         pathlib.Path(folder.name, name).touch()
@@ -74,7 +77,10 @@ def _run(program, arguments, cwd, folder, environment):
     for number, name in ((1, 'out'), (2, 'err')):
         os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_APPEND), number)
     sys.stdout, sys.stderr = (open(n, 'w', buffering=1, closefd=False) for n in (1, 2))
-    os.environ.update(environment)
+    for name, value in environment.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
     os.chdir(cwd)
     resource_tracker.register = lambda *_: None  # The locks of who is killed are no leak.
     logging.root.handlers.clear()  # A library of the server's has set one up.

@@ -14,7 +14,6 @@ import pytest
 import tiny
 
 from ssn_jax import config as config_lib, deploy, export, runs
-from ssn_jax.errors import UserError
 
 REPO = pathlib.Path(__file__).parents[1]
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 51, 90, 3), np.uint8)
@@ -131,22 +130,3 @@ def test_images_are_resized_as_by_opencv(size, seed):
         resized = np.asarray(export.preprocess(config, image), int)[0]
         expected = cv2.resize(image[0], (40, 48), interpolation=cv2.INTER_LINEAR)[4:44, 5:35]
         assert np.abs(resized - expected).max() <= ((height, width) != (96, 80))
-
-
-BAD = {
-    ('--format', 'onnx'): '--output',
-    ('--format', 'torch', '--output', 'x'): 'torch',
-    ('--format', 'onnx', '--output', 'x', '--config.epochs=3'): 'belongs to training',
-    ('--format', 'onnx', '--output', 'x', '--config.epoch=3'): 'no config field',
-    ('--format', 'onnx', '--output', 'x', 'y'): "'y'",
-    ('--format', 'onnx', '--output', '/'): 'is a folder',
-    ('--format', 'onnx', '--output', 'x', '--checkpoint', '9'): 'epoch 9',
-}
-
-
-@pytest.mark.parametrize('arguments', BAD)
-def test_a_wrong_command_line_is_one_line(arguments, run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=BAD[arguments]):
-        call('export', '--workdir', run.workdir, *arguments)
-    assert not os.listdir(tmp_path)

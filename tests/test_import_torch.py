@@ -13,7 +13,7 @@ import rule
 import safetensors.numpy
 import tiny
 
-from ssn_jax import checkpoint, config as config_lib, evaluate, main, steps, weights
+from ssn_jax import checkpoint, config as config_lib, evaluate, steps, weights
 from ssn_jax.errors import UserError
 from ssn_jax.models import features as features_lib, resnet
 from ssn_jax.models.heads import NoiseGenerator
@@ -195,24 +195,6 @@ def test_two_backbones_are_one_too_many(config, write, tmp_path):
     assert '--config.backbone.weights' in message(config, path, tmp_path / 'run')
 
 
-def test_folders_in_use_are_left_alone(config, write, tmp_path):
-    path = write(head_tensors(SuperSimpleNet(), 384))
-    (tmp_path / 'thesis').mkdir()
-    (tmp_path / 'thesis' / 'a.tex').write_text('')
-    assert '--workdir' in message(config, path, tmp_path / 'thesis')
-    assert '--workdir' in message(config, path, path / 'run')
-    import_checkpoint(config, path, tmp_path / 'run')
-    assert 'holds a run already' in message(config, path, tmp_path / 'run')
-
-
-@pytest.mark.parametrize('name', ['absent.safetensors', 'absent.pt', 'c.onnx', 'c.safetensors'])
-def test_unreadable_files_are_one_line(name, config, tmp_path):
-    if name.startswith('c.'):
-        (tmp_path / name).write_bytes(b'\x80\x02}q\x00.')
-    assert str(tmp_path / name) in message(config, tmp_path / name, tmp_path / 'run')
-    assert not (tmp_path / 'run').exists()
-
-
 def test_pt_without_torch_says_what_to_install(config, tmp_path, monkeypatch):
     (tmp_path / 'weights.pt').write_bytes(b'')
     monkeypatch.setitem(sys.modules, 'torch', None)
@@ -245,19 +227,3 @@ def test_pt_holds_tensors_and_nothing_else(tmp_path, monkeypatch):
             read(pathlib.Path(f'{name}.pt'))
         assert '\n' not in str(caught.value)
     assert not (tmp_path / 'intruded').exists()
-
-
-@pytest.mark.parametrize(
-    'arguments, words',
-    [((), '--checkpoint'), (('--checkpoint=w.pt',), '--workdir'), (('--step=-1',), '--checkpoint')],
-)
-def test_incomplete_command_lines_are_one_line(arguments, words, monkeypatch, capsys):
-    """Absl's flags are global, so the command line is parsed in this process only once."""
-    values = dict(a.lstrip('-').split('=') for a in arguments)
-    run = SCRIPT['run']
-    flag = types.SimpleNamespace
-    monkeypatch.setitem(run.__globals__, '_CHECKPOINT', flag(value=values.get('checkpoint')))
-    monkeypatch.setitem(run.__globals__, 'flags', flag(FLAGS=flag(config=None, workdir=None)))
-    monkeypatch.setattr(main, '_parse', lambda argv: argv)
-    with pytest.raises(UserError, match=words):
-        run([])
