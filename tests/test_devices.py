@@ -1,20 +1,15 @@
 """Training on several devices: the same losses as on one."""
 
 import json
-import os
-import pathlib
 import socket
-import subprocess
-import sys
 
+import commands
 import jax
 import numpy as np
 import pytest
 import tiny
 
 from ssn_jax import devices
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 # Three epochs of one step, on one device and on a mesh.
 PROGRAM = """
@@ -53,27 +48,18 @@ print(json.dumps(found))
 """
 
 
-def on_four_devices(program, *arguments):
+def on_four_devices(program, folder):
     """What a program prints in a process with four devices on the host."""
-    environment = {
-        'JAX_PLATFORMS': 'cpu',
-        'XLA_FLAGS': '--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=1',
-        'PYTHONPATH': str(ROOT),
-    }
-    done = subprocess.run(
-        [sys.executable, '-c', program, *arguments],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    (folder / 'program.py').write_text(program)
+    flags = '--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=1'
+    command = commands.start(folder / 'program', cwd=folder, XLA_FLAGS=flags)
+    assert command.end() == 0, command.err[-3000:]
+    return command.out
 
 
 @pytest.mark.slow
-def test_four_devices_give_the_losses_of_one():
-    for name, (one, four) in json.loads(on_four_devices(PROGRAM)).items():
+def test_four_devices_give_the_losses_of_one(tmp_path):
+    for name, (one, four) in json.loads(on_four_devices(PROGRAM, tmp_path)).items():
         assert np.all(np.isfinite(one)) and len({row[0] for row in one}) == 3
         np.testing.assert_allclose(four, one, rtol=1e-5, atol=1e-9, err_msg=name)
 
@@ -99,8 +85,8 @@ assert devices.make_mesh(7) is None
 """
 
 
-def test_images_are_shared_by_as_many_devices_as_divide_a_batch():
-    on_four_devices(LAYOUT)
+def test_images_are_shared_by_as_many_devices_as_divide_a_batch(tmp_path):
+    on_four_devices(LAYOUT, tmp_path)
 
 
 def test_one_device_needs_no_mesh():
@@ -119,38 +105,16 @@ def test_processes_that_can_not_share_a_batch_are_told(monkeypatch):
 
 def start(folder, workdir, *arguments):
     """Starts the main job on the tiny data set."""
-    environment = {
-        'JAX_PLATFORMS': 'cpu',
-        'PYTHONPATH': str(ROOT),
-        'XLA_FLAGS': '--xla_backend_optimization_level=1',  # Compiled faster,
-        'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'),  # and once where it is the same.
-    }
-    return subprocess.Popen(
-        [
-            *(sys.executable, '-m', 'ssn_jax.main', '--config', 'configs/mod1_a.py'),
-            f'--workdir={workdir}',
-            f'--config.data.root={folder / "data"}',
-            '--config.data.category=nut',
-            f'--config.data.cache={folder / "cache"}',
-            f'--config.backbone.weights={folder / "w.safetensors"}',
-            '--config.image_size=(64, 64)',
-            '--config.batch_size=4',
-            '--config.epochs=2',
-            '--config.sparse=False',  # Compiles in half the time.
-            *arguments,
-        ],
-        cwd=ROOT,
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+    return commands.start(
+        *('main', '--config', commands.ROOT / 'configs/mod1_a.py', f'--workdir={workdir}'),
+        *(f'--config.data.root={folder / "data"}', '--config.data.category=nut'),
+        f'--config.data.cache={folder / "cache"}',
+        f'--config.backbone.weights={folder / "w.safetensors"}',
+        *('--config.image_size=(64, 64)', '--config.batch_size=4', '--config.epochs=2'),
+        '--config.sparse=False',  # Compiles in half the time.
+        *arguments,
+        cwd=folder,
     )
-
-
-def finish(process):
-    """Exit status, stdout and stderr of a started process."""
-    out, err = process.communicate(timeout=280)
-    return process.returncode, out, err
 
 
 def free_port():
@@ -159,7 +123,7 @@ def free_port():
 
 
 def two_processes(folder, workdir, *arguments):
-    """Both processes' results; begins anew when someone else was faster to take the port."""
+    """Both, when they have ended; begins anew when someone else was faster to take the port."""
     for _ in range(3):
         address = f'--coordinator=127.0.0.1:{free_port()}'
         both = [
@@ -167,13 +131,12 @@ def two_processes(folder, workdir, *arguments):
             for i in (0, 1)
         ]
         try:
-            code, out, err = finish(both[0])
-            if code == 0 or 'port' not in err:
-                return [(code, out, err), finish(both[1])]
+            if both[0].end() == 0 or 'port' not in both[0].err:
+                both[1].end()
+                return both
         finally:
-            for process in both:
-                process.kill()
-                process.wait()
+            for command in both:
+                command.process.kill()
     raise AssertionError('no free port in three attempts')
 
 
@@ -183,11 +146,11 @@ def test_two_processes_end_with_the_results_of_one(tmp_path):
     tiny.write_data(tmp_path / 'data')
     tiny.write_weights(tmp_path / 'w.safetensors')
     one, two = tmp_path / 'one', tmp_path / 'two'
-    code, out, err = finish(start(tmp_path, one))
-    assert code == 0, err[-3000:]
-    (first, table, err), (second, silent, err_of_second) = two_processes(tmp_path, two)
-    assert (first, second) == (0, 0), (err + err_of_second)[-3000:]
-    assert 'I-AUROC' in out and 'I-AUROC' in table and 'I-AUROC' not in silent
+    alone = start(tmp_path, one)
+    assert alone.end() == 0, alone.err[-3000:]
+    first, second = two_processes(tmp_path, two)
+    assert first.end() == second.end() == 0, (first.err + second.err)[-3000:]
+    assert 'I-AUROC' in alone.out and 'I-AUROC' in first.out and 'I-AUROC' not in second.out
     results = [json.loads((folder / 'results.json').read_text()) for folder in (one, two)]
     for name, value in results[0]['metrics'].items():
         assert results[1]['metrics'][name] == pytest.approx(value, abs=1e-4), name
@@ -202,8 +165,8 @@ def test_two_processes_end_with_the_results_of_one(tmp_path):
     kept = {p.name for p in one.iterdir()}
     assert kept == {p.name for p in two.iterdir()} and 'checkpoints' in kept
     # A single process takes up what two have left.
-    code, _, err = finish(start(tmp_path, two))
-    assert code == 0 and 'after epoch 2' in err, err[-3000:]
+    alone = start(tmp_path, two)
+    assert alone.end() == 0 and 'after epoch 2' in alone.err, alone.err[-3000:]
     again = json.loads((two / 'results.json').read_text())
     assert again['metrics'] == pytest.approx(results[1]['metrics'], abs=1e-4)
 

@@ -1,10 +1,9 @@
 """Prediction over several devices: the same numbers as on one, and padding that never counts."""
 
-import os
 import pathlib
-import subprocess
 import sys
 
+import commands
 import jax
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from ssn_jax.models.supersimplenet import SuperSimpleNet
 
 # N of the test splits: fewer than devices, a multiple, no multiple, several calls with a rest.
 SIZES = (1, 3, 4, 8, 19)
-TESTS = pathlib.Path(__file__).parent
 
 
 def split(n):
@@ -48,17 +46,13 @@ def predicted(tmp_path_factory):
     """Predictions made by processes with 1 and with 4 host devices."""
     folder, running = tmp_path_factory.mktemp('devices'), {}
     for devices in (1, 4):
-        path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get('PYTHONPATH', '')])
-        running[devices] = subprocess.Popen(
-            [sys.executable, __file__, str(folder / f'{devices}.npz')],
-            env=os.environ
-            | {
-                'JAX_PLATFORMS': 'cpu',
-                'PYTHONPATH': path,
-                'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
-            },
+        running[devices] = commands.start(
+            *(pathlib.Path(__file__).with_suffix(''), folder / f'{devices}.npz'),
+            cwd=folder,
+            XLA_FLAGS=f'--xla_force_host_platform_device_count={devices} '
+            '--xla_backend_optimization_level=1',
         )
-    assert [process.wait() for process in running.values()] == [0, 0]
+    assert [command.end() for command in running.values()] == [0, 0]
     arrays = {devices: dict(np.load(folder / f'{devices}.npz')) for devices in running}
     assert {devices: int(a['devices']) for devices, a in arrays.items()} == {1: 1, 4: 4}
     return arrays
