@@ -24,7 +24,7 @@ SHORT = (
     '--config.data.cache={data}/cache'
 )
 # Fewer images than the embedded ones, which another command takes.
-REAL = '--config.data.root={data}/mvtec_ad'
+REAL = '--config.data.root={data}/mvtec_ad --config.data.category=bottle'
 # Beginnings of commands, and what is added to them. A new command needs an entry here.
 ADDED = {
     'python -m ssn_jax.main --config configs/mod2.py --config.seeds': f'{SHORT} {REAL}',
@@ -73,9 +73,9 @@ def prepare(folder: pathlib.Path) -> pathlib.Path:
     for i in range(3):  # Names are unique below ground_truth.
         (root / 'train' / 'spot' / f'{i:03d}.png').rename(root / 'train' / 'spot' / f't{i}.png')
     rng = np.random.default_rng(0)
-    for split in ('train', 'test'):
+    for split, count in (('train', 9), ('test', 6)):  # As many as below ROOT.
         (data / 'KolektorSDD2' / split).mkdir(parents=True)
-        for i in range(8):
+        for i in range(count):
             image, mask = rng.integers(90, 110, (48, 48, 3)), np.zeros((48, 48))
             if i % 2:
                 mask[10:20, 10 + i : 30] = 255
