@@ -60,12 +60,14 @@ class Command:
 def start(program: str, *arguments, cwd: pathlib.Path, **environment: str | None) -> Command:
     """Starts 'main', a script of scripts/ by its name, or another without its .py.
 
-    Of the environment, None takes a variable away.
+    Of the environment, None takes a variable away; XLA_FLAGS are added to those of the tests.
     """
     folder = tempfile.TemporaryDirectory(prefix='command-')
     for name in ('out', 'err'):
         pathlib.Path(folder.name, name).touch()
     environment = {'JAX_PLATFORMS': 'cpu', 'OMP_NUM_THREADS': '1'} | environment
+    if 'XLA_FLAGS' in environment:
+        environment['XLA_FLAGS'] += f' {os.environ.get("XLA_FLAGS", "")}'
     words = [str(a) for a in arguments]
     process = _server.Process(target=_run, args=(program, words, cwd, folder.name, environment))
     process.start()

@@ -41,7 +41,6 @@ class Job:
             'main',
             *(f'--{name}={value}' for name, value in arguments.items()),
             cwd=self.folder,
-            XLA_FLAGS='--xla_backend_optimization_level=1',
             JAX_COMPILATION_CACHE_DIR=str(self.folder / 'compiled'),
         )
 

@@ -2,13 +2,14 @@
 
 import dataclasses
 
+import cv2
 from hypothesis import given, settings, strategies as st
 import numpy as np
 import pytest
 
 from ssn_jax import supervision
 from ssn_jax.config import default_config
-from ssn_jax.data import Split, defects
+from ssn_jax.data import Split, defects, synthetic
 from ssn_jax.data.images import turn
 
 
@@ -89,8 +90,9 @@ def test_defects_follow_from_the_seed():
 def make_split():
     """Two normal images, and a defective one whose mask is unknown."""
     rng = np.random.default_rng(0)
+    drawn = [synthetic.draw('screw', 'good', rng)[0] for _ in range(3)]
     return Split(
-        images=rng.integers(0, 256, (3, 64, 64, 3), np.uint8),
+        images=np.stack([cv2.resize(x, (64, 64))[..., None].repeat(3, -1) for x in drawn]),
         masks=np.zeros((3, 64, 64), np.uint8),
         has_mask=np.array([True, True, False]),
         labels=np.array([0, 0, 1], np.int32),

@@ -51,7 +51,7 @@ print(json.dumps(found))
 def on_four_devices(program, folder):
     """What a program prints in a process with four devices on the host."""
     (folder / 'program.py').write_text(program)
-    flags = '--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=1'
+    flags = '--xla_force_host_platform_device_count=4'
     command = commands.start(folder / 'program', cwd=folder, XLA_FLAGS=flags)
     assert command.end() == 0, command.err[-3000:]
     return command.out

@@ -49,8 +49,7 @@ def predicted(tmp_path_factory):
         running[devices] = commands.start(
             *(pathlib.Path(__file__).with_suffix(''), folder / f'{devices}.npz'),
             cwd=folder,
-            XLA_FLAGS=f'--xla_force_host_platform_device_count={devices} '
-            '--xla_backend_optimization_level=1',
+            XLA_FLAGS=f'--xla_force_host_platform_device_count={devices}',
         )
     assert [command.end() for command in running.values()] == [0, 0]
     arrays = {devices: dict(np.load(folder / f'{devices}.npz')) for devices in running}
