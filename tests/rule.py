@@ -19,18 +19,19 @@ from ssn_jax.models.supersimplenet import GapCam, SuperSimpleNet
 
 FOLDER = pathlib.Path(__file__).parent / 'reference'
 
+# How many additions lie behind a value of a backbone, and of what follows it: convolutions one
+# after the other, none larger than a 3x3 one of 256 channels.
+TERMS = {'resnet18': 15 * 9 * 256, 'wide_resnet50_2': 41 * 9 * 256}
+
+# The spread of a network's scores, which is not to be had from two or three of them: a score is a
+# sum of 128 or 258 terms w_k x_k, where w_k has variance 1/128 or 1/258 and x_k is about 1.
+SCORES = 1.0
+
 
 def reference(name: str) -> dict[str, np.ndarray]:
     """The arrays of a reference file."""
     with np.load(FOLDER / f'{name}.npz') as arrays:
         return dict(arrays)
-
-
-def relative_error(actual, expected) -> float:
-    """The largest difference, relative to the largest expected value; shapes must be equal."""
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    assert actual.shape == expected.shape
-    return np.abs(actual - expected).max() / np.abs(expected).max()
 
 
 def tolerance(terms: int) -> float:
@@ -44,16 +45,20 @@ def tolerance(terms: int) -> float:
 
 
 def check_close(actual, expected, terms: int, spread: float | None = None, name: str = '') -> None:
-    """Asserts that float32 values are those of an exact reference but for rounding.
+    """Asserts that float32 values are those of a reference but for rounding.
+
+    A reference that is float32 itself (a published array, OpenCV's, another form of the same) has
+    rounded too, so twice as much is allowed then.
 
     Args:
       actual: an array.
-      expected: of the same shape.
+      expected: of the same shape; float32, or else exact.
       terms: how many additions lie behind a value, one after the other or in a sum.
       spread: what errors are relative to, besides the value itself; by default the root mean square
         of the expected values, which says little where these are few and may lie near zero.
       name: what is compared.
     """
+    allowed = tolerance(terms) * (1 + (np.asarray(expected).dtype == np.float32))
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, name
     if spread is None:
@@ -61,7 +66,7 @@ def check_close(actual, expected, terms: int, spread: float | None = None, name:
     # A value beyond the spread rounds in its own last place.
     scale = np.maximum(spread + np.abs(expected), np.finfo(float).tiny)
     error = (np.abs(actual - expected) / scale).max(initial=0)
-    assert error <= tolerance(terms), (name, error, tolerance(terms))
+    assert error <= allowed, (name, error, allowed)
 
 
 def check_gradients(actual, expected, tolerance: float = 3e-3) -> None:

@@ -12,7 +12,6 @@ from ssn_jax.models import features as features_lib, native, resnet
 from ssn_jax.models.simplenet import SimpleNet
 from ssn_jax.models.supersimplenet import GapCam, SuperSimpleNet
 
-TOLERANCE = 1e-5  # Relative to an array's largest value.
 SIMPLENET = SimpleNet(embedding=96, hidden=64)
 NETWORKS = [
     *(SuperSimpleNet(adaptor, adapted) for adaptor in ('linear', 'conv') for adapted in (0, 1)),
@@ -54,6 +53,11 @@ def direct(backbone, backbone_variables, network, variables, images):
     return scores, network.full_size_map(logits, images.shape[1:3])[..., 0]
 
 
+def check_predictions(actual, expected, backbone='resnet18'):
+    for a, b, spread in zip(actual, expected, (rule.SCORES, None), strict=True):
+        rule.check_close(a, b, rule.TERMS[backbone], spread)
+
+
 def check(backbone, network, n, size, seed, dtype=np.uint8):
     backbone_variables, network, variables = models(backbone, network, seed)
     images = random_images(seed, n, size).astype(dtype)
@@ -62,10 +66,7 @@ def check(backbone, network, n, size, seed, dtype=np.uint8):
     assert all(x.dtype == np.float32 for x in jax.tree.leaves(fused))
     actual = jax.jit(deploy.predict)(deploy.prepare(fused), images)
     assert [x.shape for x in actual] == [(n,), (n, *size)]
-    # A score is a sum of 258 terms that may cancel: near 0 its error is that of the terms.
-    score = np.asarray(expected[0])
-    assert np.abs(actual[0] - score).max() < TOLERANCE * max(1.0, np.abs(score).max())
-    assert rule.relative_error(actual[1], expected[1]) < TOLERANCE
+    check_predictions(actual, expected, backbone)
 
 
 @pytest.mark.slow
@@ -101,8 +102,7 @@ def test_the_form_for_accelerators_is_the_same(monkeypatch, network):
     fused = deploy.fuse(backbone_variables, variables, network)
     expected = deploy.predict(fused, images, for_cache=True)
     monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-    for a, b in zip(deploy.predict(fused, images), expected, strict=True):
-        assert rule.relative_error(a, b) < TOLERANCE
+    check_predictions(deploy.predict(fused, images), expected)
 
 
 def test_every_image_is_on_its_own():
@@ -112,8 +112,9 @@ def test_every_image_is_on_its_own():
     images = random_images(0, 3, (32, 48))
     together = deploy.predict(fused, images)
     for i in range(3):
-        for a, b in zip(deploy.predict(fused, images[i : i + 1]), together, strict=True):
-            assert rule.relative_error(a[0], b[i]) < TOLERANCE
+        check_predictions(
+            deploy.predict(fused, images[i : i + 1]), [x[i : i + 1] for x in together]
+        )
 
 
 def test_bfloat16_computes_in_it_and_its_deviation_is_reported():
@@ -122,13 +123,14 @@ def test_bfloat16_computes_in_it_and_its_deviation_is_reported():
     images = random_images(0, 3, (48, 40))
     layers = deploy.backbone(deploy.cast(fused, jnp.bfloat16)['backbone'], images)
     assert {x.dtype for x in layers} == {jnp.dtype(jnp.bfloat16)}
-    scores, maps = deploy.predict(deploy.cast(fused, jnp.bfloat16), images)
-    assert scores.dtype == maps.dtype == jnp.float32
+    # Compiled, as `deviation` does it: how bfloat16 rounds depends on the program.
+    predict = jax.jit(deploy.predict)
+    exact, rounded = (predict(x, images) for x in (fused, deploy.cast(fused, jnp.bfloat16)))
+    assert {x.dtype for x in rounded} == {jnp.dtype(jnp.float32)}
     reported = deploy.deviation(fused, images)
-    exact = deploy.predict(fused, images)
-    for name, a, b in zip(('score', 'map'), exact, (scores, maps), strict=True):
+    for name, a, b in zip(('score', 'map'), exact, rounded, strict=True):
         expected = np.abs(np.asarray(a) - np.asarray(b)).max() / np.asarray(a).std()
-        assert reported[name] == pytest.approx(expected, rel=0.3)
+        assert reported[name] == pytest.approx(expected)
         assert 1e-4 < reported[name]
     assert deploy.deviation(fused, images, dtype=jnp.float32) == {'score': 0, 'map': 0}
 
@@ -143,4 +145,4 @@ def test_convolve_arranged_is_convolve():
     arranged = native.arrange(kernel, (3, 4))
     for kernels in (arranged, native.in_chunks(arranged), native.in_chunks(arranged, 4)):
         actual = native.convolve_arranged(native.columns_first(layers), kernels)
-        assert rule.relative_error(actual, expected) < TOLERANCE
+        rule.check_close(actual, expected, 25 * 7 * 40)

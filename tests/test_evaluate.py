@@ -62,7 +62,7 @@ def test_four_devices_predict_what_one_does(predicted, n):
     for name in (f'maps{n}', f'scores{n}'):
         one, four = predicted[1][name], predicted[4][name]
         assert one.dtype == four.dtype == np.float32
-        assert rule.relative_error(four, one) < 1e-5
+        rule.check_close(four, one, rule.TERMS['resnet18'], rule.SCORES, name)
     assert predicted[4][f'maps{n}'].shape == (n, 32, 48)
     assert predicted[4][f'scores{n}'].shape == (n,)
 
@@ -87,8 +87,9 @@ def test_predictions_are_the_models(predicted):
     layers = resnet.BACKBONES['resnet18'].apply(rule.backbone('resnet18'), images)[1:]
     logits, scores = network.apply(rule.network(network, 384), features_lib.upscale_pool(layers))
     maps = features_lib.full_size_map(logits, (32, 48))[..., 0]
-    assert rule.relative_error(predicted[4][f'maps{n}'], maps) < 1e-5
-    assert rule.relative_error(predicted[4][f'scores{n}'], scores) < 1e-5
+    terms = rule.TERMS['resnet18']
+    rule.check_close(predicted[4][f'maps{n}'], maps, terms)
+    rule.check_close(predicted[4][f'scores{n}'], scores, terms, rule.SCORES)
 
 
 def test_metrics_depend_on_real_images_alone():

@@ -20,8 +20,6 @@ from ssn_jax.models.simplenet import (
 )
 from ssn_jax.models.supersimplenet import GapCam, SuperSimpleNet
 
-TOLERANCE = 1e-4  # Relative to an array's largest value.
-
 
 def count(variables):
     """The number of parameters, running averages left out."""
@@ -47,7 +45,7 @@ def test_backbone_matches_published_stages(name):
     outputs = resnet.BACKBONES[name].apply(rule.backbone(name), expected['image'])
     assert tuple(x.shape[-1] for x in outputs) == resnet.CHANNELS[name]
     for stage, output in enumerate(outputs, 1):
-        assert rule.relative_error(output[..., :64], expected[f'layer{stage}']) < TOLERANCE
+        rule.check_close(output[..., :64], expected[f'layer{stage}'], rule.TERMS[name])
 
 
 @pytest.mark.parametrize(
@@ -63,13 +61,13 @@ def test_odd_image_sizes_are_rounded_up(size, grid):
 def test_upscale_pool_matches_published_features():
     expected = rule.reference('upscale_pool')
     features = features_lib.upscale_pool((expected['layer2'], expected['layer3']))
-    assert rule.relative_error(features, expected['features']) < TOLERANCE
+    rule.check_close(features, expected['features'], 40)
 
 
 def test_full_size_map_matches_published_map():
     expected = rule.reference('anomaly_map')
     full = features_lib.full_size_map(expected['raw'], expected['full'].shape[1:3])
-    assert rule.relative_error(full, expected['full']) < TOLERANCE
+    rule.check_close(full, expected['full'], 50)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +95,8 @@ def test_model_matches_published_model(file, backbone, model):
         'score': score,
         'anomaly_map': features_lib.full_size_map(raw_map, image.shape[1:3]),
     }.items():
-        assert rule.relative_error(actual, expected[name]) < TOLERANCE, name
+        spread = rule.SCORES if name == 'score' else None
+        rule.check_close(actual, expected[name], rule.TERMS[backbone], spread, name)
     assert count(rule.backbone(backbone)) + count(variables) == expected['params']
 
 
@@ -109,7 +108,8 @@ def test_gap_cam_matches_published_model():
     raw_map, score = model.apply(rule.network(model, features.shape[-1]), features)
     full = model.full_size_map(raw_map, image.shape[1:3])
     for name, actual in {'raw_map': raw_map, 'score': score, 'anomaly_map': full}.items():
-        assert rule.relative_error(actual, expected[name]) < TOLERANCE, name
+        spread = rule.SCORES if name == 'score' else None
+        rule.check_close(actual, expected[name], rule.TERMS['resnet18'], spread, name)
 
 
 def test_class_activation_map_explains_the_score():
@@ -118,7 +118,7 @@ def test_class_activation_map_explains_the_score():
     variables = rule.network(model, 12)
     raw_map, score = model.apply(variables, features)
     bias = variables['params']['cls_head']['score']['bias']
-    np.testing.assert_allclose(raw_map.mean((1, 2, 3)) + bias, score, rtol=1e-5, atol=1e-6)
+    rule.check_close(score, raw_map.mean((1, 2, 3)) + bias, 128 + 42, rule.SCORES)
 
 
 def test_simplenet_matches_published_model():
@@ -141,7 +141,8 @@ def test_simplenet_matches_published_model():
         'image_score': score,
         'anomaly_map': full[..., 0],
     }.items():
-        assert rule.relative_error(actual, expected[name]) < TOLERANCE, name
+        spread = rule.SCORES if name == 'image_score' else None
+        rule.check_close(actual, expected[name], 9 * 16 + size + hidden, spread, name)
 
 
 @pytest.mark.parametrize('channels', [128, 256])
@@ -150,7 +151,7 @@ def test_embedding_of_more_values_than_a_patch_has(channels):
     layers_ = (jnp.ones((1, 4, 4, channels)), jnp.ones((1, 2, 2, 2 * channels)))
     embedding = embed(layers_, 1536)
     assert embedding.shape == (1, 4, 4, 1536)
-    np.testing.assert_allclose(embedding[0, 1:3, 1:3, :768], 1.0, rtol=1e-6)
+    rule.check_close(embedding[0, 1:3, 1:3, :768], np.ones((2, 2, 768)), 9)
 
 
 @pytest.mark.parametrize('size', [3, 5, 6, 12, 40])
@@ -158,15 +159,15 @@ def test_average_patches_is_the_average_of_patches(size):
     """Also where windows hold whole rows of patches (3, 6, 12 of 36 values) and none is built."""
     x = rule.draw_input('patches', (2, 5, 3, 4))
     expected = adaptive_average(unfold(x), size)
-    assert rule.relative_error(average_patches(x, size), expected) < 1e-5
+    rule.check_close(average_patches(x, size), expected, 36)
 
 
 def test_unfold_and_adaptive_average_by_hand():
     x = np.arange(1.0, 5.0).reshape(1, 2, 2, 1)
     np.testing.assert_array_equal(unfold(x)[0, 0, 0], [0, 0, 0, 0, 1, 2, 0, 3, 4])
     # Windows 0..2, 1..4, 3..5 of five values.
-    np.testing.assert_allclose(adaptive_average(np.arange(5.0), 3), [0.5, 2.0, 3.5])
-    np.testing.assert_allclose(adaptive_average(np.arange(2.0), 4), [0, 0, 1, 1])
+    rule.check_close(adaptive_average(np.arange(5.0), 3), [0.5, 2.0, 3.5], 3)
+    np.testing.assert_array_equal(adaptive_average(np.arange(2.0), 4), [0, 0, 1, 1])
 
 
 def test_generator_matches_published_generator():
@@ -174,9 +175,9 @@ def test_generator_matches_published_generator():
     adapted, z = expected['adapted'], expected['z']
     variables = rule.generator(adapted.shape[-1], z.shape[-1])
     raw = NoiseGenerator().apply(variables, adapted, z)
-    assert rule.relative_error(raw[..., :64], expected['raw']) < TOLERANCE
+    rule.check_close(raw[..., :64], expected['raw'], 416 + 192 + 192)
     noise = synthesis.bounded_noise(raw, 0.1)
-    assert rule.relative_error(noise[..., :64], expected['noise']) < TOLERANCE
+    rule.check_close(noise[..., :64], expected['noise'], 416 + 192 + 192)
 
 
 @pytest.mark.parametrize('backend', ['cpu', 'gpu'])
@@ -190,13 +191,20 @@ def test_conv2d_is_xlas_convolution(monkeypatch, backend, shape, size, channels)
     x = rule.draw_input(f'conv_x{shape}', shape)
     kernel = rule.draw_input(f'conv_k{shape}', (size, size, shape[-1], channels))
     weights = rule.draw_input(f'conv_w{shape}', (*shape[:3], channels))
-    assert rule.relative_error(layers.conv2d(x, kernel), lax_conv(x, kernel)) < 1e-5
     ours, xlas = (
-        jax.grad(lambda x, k, conv=conv: (conv(x, k) * weights).sum(), (0, 1))(x, kernel)
+        jax.jit(lambda x, k, w, conv=conv: (conv(x, k), *jax.vjp(conv, x, k)[1](w)))(
+            x, kernel, weights
+        )
         for conv in (layers.conv2d, lax_conv)
     )
-    for actual, expected in zip(ours, xlas, strict=True):
-        assert rule.relative_error(actual, expected) < 1e-5
+    for actual, expected, terms in zip(
+        ours,
+        xlas,
+        (size**2 * shape[-1], size**2 * channels, weights.size // channels),
+        strict=True,
+    ):
+        # Products of normal values, so few at times that their sums may all lie near zero.
+        rule.check_close(actual, expected, terms, spread=terms**0.5)
 
 
 @settings(max_examples=10, deadline=None)
@@ -210,7 +218,8 @@ def test_conv2d_on_any_shape(n, grid, half, seed):
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((n, *grid, 3)).astype(np.float32)
     kernel = rng.standard_normal((2 * half + 1, 2 * half + 1, 3, 2)).astype(np.float32)
-    np.testing.assert_allclose(layers.conv2d(x, kernel), lax_conv(x, kernel), atol=2e-5)
+    terms = kernel[..., 0].size
+    rule.check_close(layers.conv2d(x, kernel), lax_conv(x, kernel), terms, spread=terms**0.5)
 
 
 @pytest.mark.parametrize('backend', ['cpu', 'gpu'])
@@ -222,7 +231,7 @@ def test_conv2d_shifts_and_fills_borders_with_zeros(monkeypatch, backend, i, j):
     kernel = np.zeros((5, 5, 1, 1), np.float32)
     kernel[i, j] = 1
     expected = np.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)))[:, i : i + 6, j : j + 7]
-    np.testing.assert_allclose(layers.conv2d(x, kernel), expected, atol=1e-6)
+    rule.check_close(layers.conv2d(x, kernel), expected, 25)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +240,8 @@ def test_conv2d_shifts_and_fills_borders_with_zeros(monkeypatch, backend, i, j):
 def test_resize_is_opencvs(size_in, size_out):
     x = rule.draw_input('resize', (*size_in, 2))
     expected = cv2.resize(x, size_out[::-1], interpolation=cv2.INTER_LINEAR)
-    np.testing.assert_allclose(features_lib.resize(x[None], size_out)[0], expected, atol=1e-4)
+    # OpenCV rounds places of up to 80, and what is between two pixels with them.
+    rule.check_close(features_lib.resize(x[None], size_out)[0], expected, max(size_in) ** 2)
 
 
 @pytest.mark.parametrize('size', [(64, 96), (13, 40)])
@@ -239,21 +249,20 @@ def test_blur_is_opencvs(size):
     """At image size no resizing takes place: what remains is the blur with reflected edges."""
     raw = rule.draw_input('blur', (1, *size, 1))
     expected = cv2.GaussianBlur(raw[0, ..., 0], (25, 25), 4.0, borderType=cv2.BORDER_REFLECT_101)
-    np.testing.assert_allclose(
-        features_lib.full_size_map(raw, size)[0, ..., 0], expected, atol=1e-5
-    )
+    rule.check_close(features_lib.full_size_map(raw, size)[0, ..., 0], expected, 50)
 
 
 def test_blur_of_a_map_smaller_than_its_kernel_keeps_a_constant():
     flat = np.full((1, 2, 1, 1), 3.0, np.float32)
-    np.testing.assert_allclose(features_lib.full_size_map(flat, (5, 1)), 3.0, rtol=1e-5)
+    full = features_lib.full_size_map(flat, (5, 1))
+    rule.check_close(full, np.full((1, 5, 1, 1), 3.0), 50)
 
 
 def test_normalise_by_hand():
     images = np.array([[[[0, 0, 0], [255, 255, 255], [124, 51, 102]]]], np.uint8)
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     expected = np.stack([-mean / std, (1 - mean) / std, (images[0, 0, 2] / 255 - mean) / std])
-    np.testing.assert_allclose(features_lib.normalise(images)[0, 0], expected, atol=1e-6)
+    rule.check_close(features_lib.normalise(images)[0, 0], expected, 4)
 
 
 @pytest.mark.parametrize('to_host', [False, True])
@@ -268,7 +277,7 @@ def test_extract_layers_does_not_depend_on_the_batch_size(to_host):
     )
     assert len(extracted) == 2
     for actual, layer in zip(extracted, expected, strict=True):
-        assert rule.relative_error(actual, layer) < 1e-5
+        rule.check_close(actual, layer, rule.TERMS['resnet18'])
 
 
 @pytest.mark.parametrize('to_host', [False, True])
@@ -284,7 +293,8 @@ def test_features_kept_in_bfloat16_are_restored(to_host):
         assert stored.nbytes == layer.nbytes / 2
         restored = features_lib.restore(stored[1:])
         assert restored.dtype == np.float32
-        np.testing.assert_allclose(restored, layer[1:], rtol=2**-8, atol=1e-6)
+        error = 2 * rule.tolerance(rule.TERMS['resnet18']) * np.std(layer)
+        np.testing.assert_allclose(restored, layer[1:], rtol=2**-8, atol=error)
     np.testing.assert_array_equal(features_lib.restore(exact[0]), exact[0])
 
 
@@ -318,34 +328,33 @@ def test_stopped_map_gradient_keeps_the_score_out_of_the_segmentation_head():
 
 @pytest.mark.parametrize('grid', [(4, 6), (5, 7), (1, 3), (8, 8)])
 def test_features_at_sampled_places_are_those_of_the_grid(grid):
-    keys = jax.random.split(jax.random.key(sum(grid)), 3)
-    half = tuple(-(-s // 2) for s in grid)
-    layers = (jax.random.normal(keys[0], (3, *grid, 5)), jax.random.normal(keys[1], (3, *half, 9)))
-    features = features_lib.upscale_pool(layers).reshape(3, -1, 14)
-    places = jax.random.randint(keys[2], (3, 50), 0, features.shape[1])
-    images = jnp.array([2, 0, 2])
-    sampled = features_lib.sample_features(layers, places, images)
-    expected = jnp.take_along_axis(features[images], places[..., None], 1)
-    np.testing.assert_allclose(sampled, expected, atol=1e-5)
+    half, images = tuple(-(-s // 2) for s in grid), np.array([2, 0, 2])
+    layers = (rule.draw_input('l2', (3, *grid, 5)), rule.draw_input('l3', (3, *half, 9)))
+    features = np.asarray(jax.jit(features_lib.upscale_pool)(layers)).reshape(3, -1, 14)
+    places = np.random.default_rng(0).integers(0, features.shape[1], (3, 50))
+    sampled = jax.jit(features_lib.sample_features)(layers, places, images)
+    expected = np.take_along_axis(features[images], places[..., None], 1)
+    rule.check_close(sampled, expected, 40)
 
 
 @pytest.mark.parametrize('size', [(8, 12), (9, 11), (1, 2)])
 def test_layer1_joins_layer2_at_its_places(size):
     """A value of layer1 is the average around the place that a convolution of stride 2 reads."""
     halves = [tuple(-(-s // k) for s in size) for k in (1, 2, 4)]
-    keys = jax.random.split(jax.random.key(0), 3)
     stages = tuple(
-        jax.random.normal(k, (2, *half, c))
-        for k, half, c in zip(keys, halves, (3, 5, 7), strict=True)
+        rule.draw_input(f'stage{c}', (2, *half, c))
+        for half, c in zip(halves, (3, 5, 7), strict=True)
     )
     assert [x.shape[-1] for x in features_lib.select_layers(stages)] == [5, 7]
     first, last = features_lib.select_layers(stages, (1, 2, 3))
     np.testing.assert_array_equal(first[..., :5], stages[1])
     np.testing.assert_array_equal(last, stages[2])
+    expected = np.empty((2, *halves[1], 3))
     for row, column in np.ndindex(*halves[1]):
         near = stages[0][
             :, max(2 * row - 1, 0) : 2 * row + 2, max(2 * column - 1, 0) : 2 * column + 2
         ]
-        np.testing.assert_allclose(first[:, row, column, 5:], near.mean((1, 2)), atol=1e-5)
+        expected[:, row, column] = near.mean((1, 2), np.float64)
+    rule.check_close(first[..., 5:], expected, 9)
     [only] = features_lib.select_layers(stages, (1, 2))
     np.testing.assert_array_equal(only, first)
