@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rule
 
 from ssn_jax import losses, map_loss, steps
 from ssn_jax.config import default_config
@@ -31,7 +32,7 @@ def places_of(rows, layers, image, n):
     """Which positions of an image some rows are."""
     features = np.asarray(upscale_pool(layers)).reshape(n, -1, sum(CHANNELS))[image]
     found = np.abs(np.asarray(rows)[:, None] - features).max(-1)
-    assert found.min(1).max() < 1e-4
+    assert found.min(1).max() < 10 * rule.tolerance(40)  # Of values of up to 5, both rounded.
     return found.argmin(1)
 
 
@@ -77,10 +78,10 @@ def test_shares_of_noise_and_defects():
     kind = jnp.array([0.0, 0, 1, 1, 2, 2, 2, 2])
     taught = jnp.array([True, True, True, False, True, True, True, True])
     expected = [0.5, 0.5, 0.5, 0, 0.125, 0.125, 0.125, 0.125]
-    np.testing.assert_allclose(map_loss._shares(kind, taught), expected)
+    np.testing.assert_array_equal(map_loss._shares(kind, taught), expected)
     # Of one kind of anomaly alone, it has all.
     only = map_loss._shares(kind, taught * (kind != 1))
-    np.testing.assert_allclose(only, [0.5, 0.5, 0, 0, 0.25, 0.25, 0.25, 0.25])
+    np.testing.assert_array_equal(only, [0.5, 0.5, 0, 0, 0.25, 0.25, 0.25, 0.25])
     assert not np.isnan(map_loss._shares(kind, taught * False)).any()
 
 
@@ -93,7 +94,7 @@ def test_loss_of_all_positions_by_hand(kind):
     mask[1, 1:4, 1:4] = 1
     batch = {'layers': layers, 'label': jnp.array([0.0, 1.0]), 'mask': jnp.asarray(mask)}
     state = steps.init_state(config, jax.random.key(1), sum(CHANNELS))
-    loss_fn = steps.config_loss(config)
+    loss_fn = jax.jit(steps.config_loss(config))
     loss, (terms, stats) = loss_fn(state.params, {}, state.batch_stats, batch, jax.random.key(2))
 
     network = steps.build_network(config)
@@ -116,10 +117,10 @@ def test_loss_of_all_positions_by_hand(kind):
         expected += mean(lambda z, y: losses.focal(z, np.full_like(z, y))) / 2
     else:
         expected = mean(lambda z, y: np.log1p(np.exp((1 - 2 * y) * z)))
-    np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    np.testing.assert_allclose(terms['loss'], expected, rtol=1e-5)
+    for actual in (loss, terms['loss']):
+        rule.check_close(actual, expected, 2 * sum(CHANNELS) + 1024 + len(logits))
     for a, b in zip(jax.tree.leaves(stats), jax.tree.leaves(updates['batch_stats']), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5)
+        rule.check_close(a, b, 2 * sum(CHANNELS) + len(logits))
 
 
 @pytest.mark.parametrize('kind', ['static', 'learned'])

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -13,6 +14,9 @@ from ssn_jax import devices, losses, sampling, sparse_loss, steps, weights
 from ssn_jax.config import default_config
 from ssn_jax.models import features as features_lib
 
+# Additions behind a value of the reference file's steps: a 5x5 convolution of 385 channels, and the
+# mean of as many positions as a batch has.
+TERMS = 25 * 385 + 6 * 16 * 24
 EPOCHS = 10
 PER_EPOCH = 7
 
@@ -24,6 +28,13 @@ WITHOUT_EFFECT = {
     'discriminator.seg.0.bias': 2e-4,
     'discriminator.dec_head.0.bias': 2e-4,
 }
+
+
+@pytest.fixture(autouse=True)
+def quick_masks(monkeypatch):
+    """Masks that compile quickly, and two programs of the sparse loss instead of four."""
+    monkeypatch.setattr(steps, 'make_masks', lambda config: scattered)
+    monkeypatch.setattr(sparse_loss, '_SURPLUS', np.array([3.0, np.inf]))
 
 
 def quick_jit(function):
@@ -72,6 +83,13 @@ def trajectory(monkeypatch):
     return expected, loss_fn, {'layers': (features,)}, config, state
 
 
+def by_name(state):
+    """A state's parameters and statistics by PyTorch's names."""
+    return rule.by_torch_name(
+        {'params': state.params, 'batch_stats': state.batch_stats}, weights.head_name
+    )
+
+
 def test_first_step_matches_published_step(trajectory, monkeypatch):
     """Map, score and loss of the first step, and the norm of every parameter's gradient."""
     expected, loss_fn, batch, _, state = trajectory
@@ -89,43 +107,43 @@ def test_first_step_matches_published_step(trajectory, monkeypatch):
         return loss, dict(seen)
 
     (loss, outputs), grads = jax.jit(jax.value_and_grad(with_outputs, has_aux=True))(state.params)
-    assert rule.relative_error(outputs['map'], expected['map_step1']) < 1e-4
-    assert rule.relative_error(outputs['score'], expected['score_step1']) < 1e-4
+    rule.check_close(outputs['map'], expected['map_step1'], TERMS)
+    rule.check_close(outputs['score'], expected['score_step1'], TERMS, rule.SCORES)
     np.testing.assert_array_equal(outputs['labels'], expected['mask'].any((1, 2, 3)))
-    assert float(loss) == pytest.approx(expected['losses'][0], rel=1e-4)
+    rule.check_close(loss, np.float32(expected['losses'][0]), TERMS)
 
     grads = rule.by_torch_name({'params': grads}, weights.head_name)
     norms = {k.split(':')[1]: float(v) for k, v in expected.items() if k.startswith('gradnorm:')}
-    assert norms.keys() == grads.keys()
-    for name, norm in norms.items():
-        tolerance = 1e-5 if name in WITHOUT_EFFECT else 0
-        assert np.linalg.norm(grads[name]) == pytest.approx(norm, rel=1e-4, abs=tolerance), name
+    rule.check_gradients({name: np.linalg.norm(grads[name]) for name in grads}, norms, 3e-4)
 
 
 def test_five_steps_match_published_steps(trajectory):
     """Every loss and learning rate on the way, every parameter and statistic at the end."""
     expected, loss_fn, batch, config, state = trajectory
+    start = by_name(state)
     step = jax.jit(steps.make_step(config, 1, loss_fn))
     factor = steps.learning_rate_factor(config, 1)
     for i in range(5):
         state, metrics = step(state, batch, jax.random.key(i))
-        assert float(metrics['loss']) == pytest.approx(expected['losses'][i], rel=1e-4)
+        rule.check_close(metrics['loss'], np.float32(expected['losses'][i]), TERMS)
         if i < 4:  # After the last step no rate is needed any more.
             rates = float(factor(state.step)) * np.array([1e-4, 2e-4, 2e-4])
             np.testing.assert_allclose(rates, expected['lrs_after_step'][i], rtol=1e-6)
 
-    variables = {'params': state.params, 'batch_stats': state.batch_stats}
-    final = rule.by_torch_name(variables, weights.head_name)
-    names = {k.split(':')[1] for k in expected if k.startswith('norm:')}
-    assert names == final.keys()
+    final = by_name(state)
+    assert {k.split(':')[1] for k in expected if k.startswith('norm:')} == final.keys()
     for name, value in final.items():
         norm, head = expected[f'norm:{name}'], expected[f'head:{name}']
-        assert np.linalg.norm(value) == pytest.approx(norm, rel=1e-3), name
-        ours = value.ravel()[: head.size]
+        way, published = (
+            x.ravel()[: head.size] - start[name].ravel()[: head.size] for x in (value, head)
+        )
         if name in WITHOUT_EFFECT:  # Both sides may have gone the whole way, apart.
-            np.testing.assert_allclose(ours, head, atol=2 * 4.4 * WITHOUT_EFFECT[name])
+            apart = 2 * 4.4 * WITHOUT_EFFECT[name]
+            assert np.abs(way - published).max() <= apart
+            assert abs(np.linalg.norm(value) - norm) <= apart * value.size**0.5
         else:
-            assert rule.relative_error(ours, head) < 1e-3, name
+            rule.check_gradients(way, published, 0.01)
+            assert np.linalg.norm(value) == pytest.approx(norm, rel=1e-3), name
 
 
 # The two players of learned noise
@@ -170,6 +188,11 @@ def gradient_used(opt_state):
     return np.concatenate([flat(moment) for _, moment in moments]) / 0.1
 
 
+def check_used(used, grads):
+    """Asserts array by array that a gradient in one vector is this tree of them."""
+    rule.check_gradients(ravel_pytree(grads)[1](jnp.float32(used)), grads)
+
+
 def scattered(key, n, size):
     """Masks that compile faster than Perlin's, which have their own tests."""
     return jax.random.bernoulli(key, 0.3, (n, *size, 1)).astype(jnp.float32)
@@ -188,14 +211,13 @@ def compiled_step(kind, sparse=False, penalty=None):
     return quick_jit(steps.make_step(config, PER_EPOCH, config_loss(config)))
 
 
-@pytest.mark.parametrize('penalty', [0.0, 10.0])
-def test_generator_gradient_is_minus_the_discriminators_loss(penalty):
+def test_generator_gradient_is_minus_the_discriminators_loss():
     """A generator step follows -dL_D + penalty * d(mean noise^2), its only terms.
 
     Of the sparse loss only each player's own can be differentiated; tests/test_sparse_loss.py says
     that both are the direct form's.
     """
-    config = game('v2', penalty=penalty)
+    config = game('v2', penalty=10.0)
     loss_fn = config_loss(config)
     state, key = rule_state(config, 12).replace(step=jnp.int32(3)), jax.random.key(3)
 
@@ -211,11 +233,11 @@ def test_generator_gradient_is_minus_the_discriminators_loss(penalty):
 
     of_loss, of_power = map(flat, gradients(state.generator))
     assert np.linalg.norm(of_loss) > 1e-4
-    assert (np.linalg.norm(of_power) > 1e-4) == (penalty > 0)
+    assert np.linalg.norm(of_power) > 1e-4
 
-    after, _ = compiled_step('v2', penalty=penalty)(state, BATCH, key)
+    after, _ = compiled_step('v2', penalty=10.0)(state, BATCH, key)
     used = gradient_used(after.generator_opt_state)
-    assert rule.relative_error(used, of_power - of_loss) < 1e-4
+    rule.check_gradients(used, of_power - of_loss)
     # Not the penalty alone, as where both players' gradients cancel.
     assert np.linalg.norm(used - of_power) > 1e-2 * np.linalg.norm(used)
 
@@ -269,19 +291,27 @@ def test_discriminator_gradient_is_its_own(kind):
     loss_fn = config_loss(config)
     state, key = rule_state(config, 12), jax.random.key(0)
     players = state.params, state.generator, state.batch_stats, BATCH, key
-    grads = quick_jit(jax.grad(lambda *a: loss_fn(*a)[0]))(*players)
+
+    @quick_jit
+    def gradients(params, generator):
+        def loss(params, generator, **options):
+            return loss_fn(params, generator, *players[2:], **options)[0]
+
+        of_all = functools.partial(loss, stop_map_gradient=False)
+        generators = jax.grad(of_all, 1)(params, generator) if kind == 'v1' else {}
+        return jax.grad(loss)(params, generator), generators
+
+    grads, full = gradients(*players[:2])
     after, _ = compiled_step(kind, penalty=PENALTY[kind])(state, BATCH, key)
     used = gradient_used(after.opt_state)
     for part in ('adaptor', 'seg_head', 'cls_head'):
         assert np.linalg.norm(flat(grads[part])) > 1e-4
-    assert rule.relative_error(used, flat(grads)) < 1e-4
+    check_used(used, grads)
     assert not same(state.batch_stats, after.batch_stats)
     if kind == 'v1':
-        full = quick_jit(jax.grad(lambda *a: loss_fn(*a, stop_map_gradient=False)[0], 1))
-        ascent = -flat(full(*players))
-        assert np.linalg.norm(ascent) > 1e-4
-        used = gradient_used(after.generator_opt_state)
-        assert rule.relative_error(used, ascent) < 1e-4
+        ascent = jax.tree.map(lambda x: -x, full)
+        assert np.linalg.norm(flat(ascent)) > 1e-4
+        check_used(gradient_used(after.generator_opt_state), ascent)
         assert not same(state.generator, after.generator)
     else:
         assert same(state.generator, after.generator)
@@ -331,10 +361,10 @@ def test_a_gradient_is_clipped_as_a_whole():
     grads = {'adaptor': jnp.array([3.0, 0.0]), 'seg_head': jnp.array([0.0, 4.0, 0.0])}
     _, opt_state = optimizer.update(grads, optimizer.init(params), params)
     # The norm of both parts together is 5: a tenth is left.
-    np.testing.assert_allclose(gradient_used(opt_state), [0.3, 0, 0, 0.4, 0], rtol=1e-5)
+    rule.check_close(gradient_used(opt_state), [0.3, 0, 0, 0.4, 0], 16)
     optimizer = steps.discriminator_optimizer(plain)
     _, opt_state = optimizer.update(grads, optimizer.init(params), params)
-    np.testing.assert_allclose(gradient_used(opt_state), [3, 0, 0, 4, 0], rtol=1e-5)
+    rule.check_close(gradient_used(opt_state), [3, 0, 0, 4, 0], 16)
 
 
 def test_decay_in_the_gradient_reaches_the_heads_alone():
@@ -345,7 +375,7 @@ def test_decay_in_the_gradient_reaches_the_heads_alone():
     params = {'adaptor': jnp.array([2.0]), 'discriminator': jnp.array([3.0])}
     grads = {'adaptor': jnp.array([1.0]), 'discriminator': jnp.array([-0.3])}
     updates, opt_state = optimizer.update(grads, optimizer.init(params), params)
-    np.testing.assert_allclose(gradient_used(opt_state), [1, 0], atol=1e-6)
+    rule.check_close(gradient_used(opt_state), [1, 0], 16)
     assert float(updates['adaptor'][0]) == pytest.approx(-1e-4 * (1 + 0.01 * 2), rel=1e-4)
 
 
@@ -360,15 +390,16 @@ def test_hinge_loss_by_hand():
     state = steps.init_state(config, jax.random.key(0), 99)
     embedding = rule.draw_input('embedding', (2, 3, 4, 6))
     arguments = {}, state.batch_stats, {'layers': (embedding,)}, jax.random.key(1)
-    loss, (terms, _) = steps.config_loss(config)(state.params, *arguments)
-    x = embedding @ state.params['adaptor']['kernel'] + state.params['adaptor']['bias']
-    parts = state.params['discriminator']
+    loss, (terms, _) = quick_jit(steps.config_loss(config))(state.params, *arguments)
+    params = jax.device_get(state.params)
+    x = embedding @ params['adaptor']['kernel'] + params['adaptor']['bias']
+    parts = params['discriminator']
     x = x @ parts['hidden']['kernel']
     x = (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5)
     x = -np.where(x > 0, x, 0.2 * x) @ parts['out']['kernel']
     expected = np.maximum(0.5 + x, 0).mean() + np.maximum(0.5 - x, 0).mean()
-    assert float(loss) == pytest.approx(float(expected), rel=1e-4)
-    assert float(terms['normal'] + terms['anomalous']) == pytest.approx(float(loss))
+    rule.check_close(loss, expected, 6 + 6 + 24 + 5 + 24)
+    rule.check_close(terms['normal'] + terms['anomalous'], loss, 1)
 
 
 # Learning rates and epochs
@@ -456,7 +487,7 @@ def test_epochs_are_reproducible_and_learn():
 
 @pytest.mark.parametrize(
     ('parts', 'sparse', 'on_host'),
-    [([3, 3], False, True), ([3, 2], True, True), ([3, 3, 1], False, False)],
+    [([3, 2], True, True), ([3, 3, 1], False, False)],
 )
 def test_epochs_in_parts_are_those_at_once(parts, sparse, on_host, monkeypatch):
     """Also of a prime number of steps, and with features that stay on the host."""
@@ -480,9 +511,11 @@ def test_epochs_in_parts_are_those_at_once(parts, sparse, on_host, monkeypatch):
     layers = jax.device_get(layers) if on_host else layers
     actual, in_parts = run(layers, on_host=on_host, longest=3)
     assert [int(part[2]) for part in sent] == parts
-    np.testing.assert_allclose(values['loss'], in_parts['loss'], rtol=1e-6)
-    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    rule.check_close(in_parts['loss'], values['loss'], 1000)
+    start, *ends = map(by_name, (steps.init_state(config, keys[2], 7), actual, expected))
+    for name in start.keys() - WITHOUT_EFFECT.keys():
+        ours, at_once = (end[name] - start[name] for end in ends)
+        rule.check_gradients(ours, at_once, 0.01)
 
 
 def test_averaged_weights_follow_the_weights():
@@ -504,8 +537,8 @@ def test_averaged_weights_follow_the_weights():
         )
     shown = state.variables()
     assert shown['batch_stats'] is state.batch_stats
-    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(shown['params']), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    for a, b in zip(jax.tree.leaves(shown['params']), jax.tree.leaves(expected), strict=True):
+        rule.check_close(a, b, 16)
     config.optimizer.average = 0.0
     state = steps.init_state(config, jax.random.key(1), 3)
     assert state.variables()['params'] is state.params
