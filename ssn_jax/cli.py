@@ -167,6 +167,20 @@ def use_compilation_cache() -> None:
         return
     for name, value in settings.items():
         jax.config.update(name, value)
+    quieten_cache()
+
+
+def quieten_cache() -> None:
+    """Keeps jax up to 0.10.1 from printing pages of errors whenever a program comes from the cache.
+
+    It takes two hints of LLVM's for the processor, +prefer-no-gather and +prefer-no-scatter, for
+    instructions that the processor lacks.
+    """
+    import jax
+    from jaxlib import utils
+
+    if jax.__version_info__ < (0, 10, 2):
+        utils.absl_set_min_log_level(3)  # Fatal ones only; errors are exceptions too.
 
 
 def log_to_stderr(quiet: bool = False) -> None:

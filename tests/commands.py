@@ -88,9 +88,12 @@ def _run(program, arguments, cwd, folder, environment):
     logging.root.handlers.clear()  # A library of the server's has set one up.
     import jax  # It has read the environment when the server imported it.
 
+    from ssn_jax import cli
+
     jax.config.update('jax_platforms', 'cpu')
     jax.config.update('jax_compilation_cache_dir', os.environ.get('JAX_COMPILATION_CACHE_DIR'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+    cli.quieten_cache()
     try:
         if program == 'main':
             sys.argv = ['main.py', *arguments]
