@@ -44,7 +44,7 @@ def tolerance(terms: int) -> float:
     return 6 * 2**-24 * terms**0.5
 
 
-def check_close(actual, expected, terms: int, spread: float | None = None, name: str = '') -> None:
+def check_close(actual, expected, terms: int, spread=None, name: str = '') -> None:
     """Asserts that float32 values are those of a reference but for rounding.
 
     A reference that is float32 itself (a published array, OpenCV's, another form of the same) has
@@ -54,8 +54,9 @@ def check_close(actual, expected, terms: int, spread: float | None = None, name:
       actual: an array.
       expected: of the same shape; float32, or else exact.
       terms: how many additions lie behind a value, one after the other or in a sum.
-      spread: what errors are relative to, besides the value itself; by default the root mean square
-        of the expected values, which says little where these are few and may lie near zero.
+      spread: what errors are relative to, besides the value itself: a number, or one for each; by
+        default the root mean square of the expected values, which says little where these are few
+        and may lie near zero.
       name: what is compared.
     """
     allowed = tolerance(terms) * (1 + (np.asarray(expected).dtype == np.float32))
