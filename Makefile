@@ -31,8 +31,10 @@ test: $(STAMP)
 	[ $$quick = 0 ] && [ $$slow = 0 ]
 
 # What tells soonest that something is wrong: lint, and the tests that compile next to nothing.
+CHECKED := checkpoint data decision defects figures fuzz losses main metrics overlay predict report
+CHECKED += runs sampling supervision sweep synthetic trust weights
 check: lint
-	@$(FLAGS) $(QUICK) $(CHECKED)
+	@$(FLAGS) $(QUICK) $(CHECKED:%=tests/test_%.py)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
