@@ -357,7 +357,7 @@ def train_together(starts, labels, contents, mesh, on_host, quiet):
             return run_epoch(state, contents, order, keys)
 
     def save():
-        """Writes the checkpoints of the epochs that are done, if they are not; the last one."""
+        """Writes the checkpoints of the last epoch that is done, if they are not; its number."""
         nonlocal saved
         if saved < done:
             for start, one in zip(starts, seeds.unstack_states(state, several), strict=True):
@@ -386,18 +386,18 @@ def train_together(starts, labels, contents, mesh, on_host, quiet):
                     save()
                 progress.set_postfix(loss=f'{np.mean([one["loss"] for one in each]):.4f}')
         except KeyboardInterrupt as e:
-            raise type(e)(leave(starts, save)) from None
+            problem = ''
+            try:
+                if devices.is_alone():  # Several processes can only write together.
+                    save()
+            except UserError as error:
+                problem = f'error: {error} '
+            raise type(e)(problem + how_to_go_on(starts, saved)) from None
     return seeds.unstack_states(state, several)
 
 
-def leave(starts, save) -> str:
-    """Saves what was reached when a signal came, and says how to go on."""
-    epoch = 0
-    try:
-        if devices.is_alone():  # Several processes can only write together.
-            epoch = save()
-    except UserError as e:
-        return f'error: {e}'
+def how_to_go_on(starts, epoch) -> str:
+    """What to say when a training is ended whose newest checkpoints are of this epoch, 0 for none."""
     if not epoch:
         return 'nothing is saved yet, the same command begins anew.'
     folder = starts[0].manager.directory.parent
