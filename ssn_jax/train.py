@@ -397,7 +397,7 @@ def train_together(starts, labels, contents, mesh, on_host, quiet):
 
 
 def how_to_go_on(starts, epoch) -> str:
-    """What to say when a training is ended whose newest checkpoints are of this epoch, 0 for none."""
+    """What a training says that is stopped with checkpoints of this epoch, 0 for none."""
     if not epoch:
         return 'nothing is saved yet, the same command begins anew.'
     folder = starts[0].manager.directory.parent
