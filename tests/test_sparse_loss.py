@@ -148,6 +148,11 @@ def test_sparse_loss_equals_the_direct_one(
         for drawn in (masks, jnp.zeros_like(masks), jnp.ones_like(masks)):
             for expected, actual in zip(direct(drawn), sparse(drawn), strict=True):
                 rule.check_gradients(actual, expected, 1e-9)
+        if unit != 'absolute':  # The unit counts.
+            loss = direct(masks)[0]['loss']
+            config.noise.unit = 'absolute'
+            absolute, _ = make_losses(config, masks, truth)
+            assert abs(absolute(masks)[0]['loss'] - loss) > 1e-3
 
 
 def test_sparse_steps_learn():
