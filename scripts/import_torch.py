@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import shutil
+import warnings
 
 from absl import flags, logging
 import jax
@@ -56,7 +57,8 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
             'state_dict with safetensors.torch.save_file where PyTorch is installed.'
         ) from None
     try:
-        tensors = torch.load(path, map_location='cpu', weights_only=True)
+        with warnings.catch_warnings(action='ignore'):  # Of a pickle that it then refuses.
+            tensors = torch.load(path, map_location='cpu', weights_only=True)
         return {
             name: (t.float() if t.is_floating_point() else t).numpy() for name, t in tensors.items()
         }
