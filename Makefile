@@ -4,15 +4,17 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Each process takes up to 4 GB.
-PARALLEL ?= -n auto --maxprocesses 4
+# Each process takes up to 4 GB. Slow tests wait for the commands that they start: one more of them.
+PROCESSES := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
+PARALLEL ?= -n $(PROCESSES)
+PARALLEL_SLOW ?= -n $(shell echo $$(($(PROCESSES) + 1)))
 # Most of the tests' time is XLA's: this compiles the same operations in four fifths of it. What the
 # caller sets comes last and counts.
 FLAGS := XLA_FLAGS="--xla_backend_optimization_level=1 $$XLA_FLAGS"
 # A file's tests share what they set up and compile; the slow ones are few and long, and a process
 # without work takes another's.
 QUICK := $(BIN)/python -m pytest $(PARALLEL) --dist loadfile -m 'not slow'
-SLOW := $(BIN)/python -m pytest $(PARALLEL) --dist worksteal -m slow
+SLOW := $(BIN)/python -m pytest $(PARALLEL_SLOW) --dist worksteal -m slow
 DEMO_FLAGS ?= --config.epochs=4 --config.batch_size=16
 
 .PHONY: demo test check lint clean
