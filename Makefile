@@ -8,9 +8,6 @@ STAMP := $(VENV)/.installed
 PROCESSES := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
 PARALLEL ?= -n $(PROCESSES)
 PARALLEL_SLOW ?= -n $(shell echo $$(($(PROCESSES) + 1)))
-# Most of the tests' time is XLA's: this compiles the same operations in four fifths of it. What the
-# caller sets comes last and counts.
-FLAGS := XLA_FLAGS="--xla_backend_optimization_level=1 $$XLA_FLAGS"
 # A file's tests share what they set up and compile; the slow ones are few and long, and a process
 # without work takes another's.
 QUICK := $(BIN)/python -m pytest $(PARALLEL) --dist loadfile -m 'not slow'
@@ -25,7 +22,7 @@ demo: $(STAMP)
 
 # Both parts run, whatever the first one ends with: it tells most of what is wrong, and soon.
 test: $(STAMP)
-	@$(FLAGS) $(QUICK); quick=$$?; $(FLAGS) $(SLOW); slow=$$?; \
+	@$(QUICK); quick=$$?; $(SLOW); slow=$$?; \
 	for part in "quick $$quick" "slow $$slow"; do \
 	  if [ "$${part#* }" = 0 ]; then echo "$${part% *} tests: passed"; \
 	  else echo "$${part% *} tests: FAILED (pytest's exit status $${part#* })"; fi; \
@@ -36,7 +33,7 @@ test: $(STAMP)
 CHECKED := checkpoint data decision defects figures fuzz losses main metrics overlay predict report
 CHECKED += runs sampling supervision sweep synthetic trust weights
 check: lint
-	@$(FLAGS) $(QUICK) $(CHECKED:%=tests/test_%.py)
+	@$(QUICK) $(CHECKED:%=tests/test_%.py)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

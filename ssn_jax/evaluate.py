@@ -28,8 +28,10 @@ def make_predictor(
       and gets all.
     """
     local = jax.local_devices()
-    parallel = jax.pmap(functools.partial(deploy.predict, precision=precision), devices=local)
-    replicate = jax.pmap(lambda arrays, _: arrays, in_axes=(None, 0), devices=local)
+    # With a name of their own making, programs would never come from the compilation cache.
+    run = functools.partial(deploy.predict, precision=precision)
+    parallel = jax.pmap(run, 'devices', devices=local)
+    replicate = jax.pmap(lambda arrays, _: arrays, 'devices', in_axes=(None, 0), devices=local)
 
     def predict(backbone_variables, variables, images):
         fused = deploy.prepare(deploy.fuse(backbone_variables, variables, network))

@@ -14,6 +14,10 @@ import sys
 import tempfile
 import traceback
 
+import numpy as np
+
+from ssn_jax import deploy, sparse_loss
+
 ROOT = pathlib.Path(__file__).parents[1]
 _LIBRARIES = [
     *('absl.app', 'cv2', 'jax', 'flax.linen', 'hypothesis', 'matplotlib.figure', 'optax'),
@@ -21,6 +25,9 @@ _LIBRARIES = [
     *('array_record.python.array_record_data_source', 'safetensors.numpy', 'ssn_jax.report'),
     *('ssn_jax.main', 'ssn_jax.train', 'ssn_jax.predict', 'ssn_jax.export', 'ssn_jax.figures'),
 ]
+# Smaller programs, which compute the same: one image at a time instead of four beside each other,
+# and two programs of the sparse loss, for two numbers of noisy positions, instead of four.
+SMALL = {(deploy, '_IMAGES'): 1, (sparse_loss, '_SURPLUS'): np.array([3.0, np.inf])}
 _server = multiprocessing.get_context('forkserver')
 _server.set_forkserver_preload(_LIBRARIES)
 
@@ -94,6 +101,8 @@ def _run(program, arguments, cwd, folder, environment):
     jax.config.update('jax_compilation_cache_dir', os.environ.get('JAX_COMPILATION_CACHE_DIR'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
     cli.quieten_cache()
+    for name, value in SMALL.items():
+        setattr(*name, value)
     try:
         if program == 'main':
             sys.argv = ['main.py', *arguments]

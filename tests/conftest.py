@@ -1,8 +1,17 @@
-"""Programs are compiled once for all tests and for the commands that they start."""
+"""Programs are compiled once for all tests and for the commands that they start, and soon."""
 
+from importlib import metadata
 import os
 import shutil
 import tempfile
+
+import pytest
+
+# Most of the tests' time is XLA's, which compiles the same operations in half of it when it does
+# not make them fast. tests/test_arithmetic.py compiles as users do.
+QUICK = '--xla_backend_optimization_level=0'
+if metadata.version('jaxlib') < '0.11':  # Later ones have no such flag.
+    QUICK += ' --xla_cpu_use_fusion_emitters=false'
 
 
 def pytest_configure(config):
@@ -11,7 +20,17 @@ def pytest_configure(config):
         folder = tempfile.mkdtemp(prefix='compiled-')
         config.add_cleanup(lambda: shutil.rmtree(folder))
         os.environ |= {
+            'XLA_FLAGS': f'{QUICK} {os.environ.get("XLA_FLAGS", "")}',  # The caller's count.
             'JAX_COMPILATION_CACHE_DIR': folder,
             'JAX_COMPILATION_CACHE_MAX_SIZE': str(2**33),  # With a limit, files are locked.
             'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
         }
+
+
+@pytest.fixture
+def small_programs(monkeypatch):
+    """For tests of whole runs, whose parts are tested elsewhere as they are."""
+    import commands
+
+    for name, value in commands.SMALL.items():
+        monkeypatch.setattr(*name, value)

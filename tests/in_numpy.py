@@ -90,9 +90,13 @@ def _while(inputs, cond_jaxpr, cond_nconsts, body_jaxpr, body_nconsts, **_):
     return carry
 
 
-def _scan(inputs, jaxpr, num_consts, num_carry, length, reverse, **_):
-    constants, rest = inputs[:num_consts], inputs[num_consts:]
-    carry, each = rest[:num_carry], rest[num_carry:]
+def _scan(inputs, jaxpr, length, reverse, ft_in=None, num_consts=0, num_carry=0, **_):
+    if ft_in is not None:  # From jax 0.11 on.
+        constants, carry, each = map(list, ft_in.update(inputs).unpack())
+        num_carry = len(carry)
+    else:
+        constants, rest = inputs[:num_consts], inputs[num_consts:]
+        carry, each = rest[:num_carry], rest[num_carry:]
     rows = []
     for i in reversed(range(length)) if reverse else range(length):
         results = _run(jaxpr, [*constants, *carry, *(x[i] for x in each)])

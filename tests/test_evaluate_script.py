@@ -16,6 +16,8 @@ import tiny
 
 from ssn_jax import metrics, train
 
+pytestmark = pytest.mark.usefixtures('small_programs')
+
 EVENTS = importlib.util.find_spec('tensorboardX') is not None
 SCRIPT = commands.ROOT / 'scripts' / 'evaluate.py'
 

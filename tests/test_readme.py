@@ -19,7 +19,7 @@ from ssn_jax.models.supersimplenet import SuperSimpleNet
 
 # What keeps a training short.
 SHORT = (
-    '--config.epochs=2 --config.batch_size=4 --config.image_size=(64,64) --config.sparse=False '
+    '--config.epochs=1 --config.batch_size=4 --config.image_size=(64,64) --config.sparse=False '
     '--config.backbone.name=resnet18 --config.backbone.weights={data}/resnet18.safetensors '
     '--config.data.cache={data}/cache'
 )
@@ -28,6 +28,7 @@ REAL = '--config.data.root={data}/mvtec_ad --config.data.category=bottle'
 # Beginnings of commands, and what is added to them. A new command needs an entry here.
 ADDED = {
     'python -m ssn_jax.main --config configs/mod2.py --config.seeds': f'{SHORT} {REAL}',
+    'python -m ssn_jax.main --config configs/mod2.py --config.noise': f'{SHORT} {REAL}',
     'python scripts/sweep.py --config configs/mod2.py': f'{SHORT} {REAL}',
     'python -m ssn_jax.main --config configs/': SHORT,
     'python scripts/import_torch.py --checkpoint weights.safetensors': SHORT,
@@ -37,7 +38,7 @@ ADDED = {
     'python scripts/export.py --workdir runs/mod2 --format onnx': '',
     'python scripts/export.py --workdir runs/mod2 --format stablehlo': '',
     'python scripts/report.py': '',
-    'python scripts/benchmark.py --json': '--configs=mod1_a --turns=7 --nodirect',
+    'python scripts/benchmark.py --json': '--configs=drawn --turns=7 --nodirect',
 }
 # Not run here: the environment's own commands, and what tests/test_devices.py runs.
 LEFT_OUT = re.compile(r'(make|\. \.venv|pip install)\b|.*--coordinator')
@@ -73,7 +74,7 @@ def prepare(folder: pathlib.Path) -> pathlib.Path:
     for i in range(3):  # Names are unique below ground_truth.
         (root / 'train' / 'spot' / f'{i:03d}.png').rename(root / 'train' / 'spot' / f't{i}.png')
     rng = np.random.default_rng(0)
-    for split, count in (('train', 9), ('test', 6)):  # As many as below ROOT.
+    for split, count in (('train', 5), ('test', 4)):
         (data / 'KolektorSDD2' / split).mkdir(parents=True)
         for i in range(count):
             image, mask = rng.integers(90, 110, (48, 48, 3)), np.zeros((48, 48))

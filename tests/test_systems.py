@@ -15,6 +15,8 @@ import tiny
 from ssn_jax import checkpoint, config as config_lib, metrics, steps, train
 from ssn_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures('small_programs')
+
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 SIZE = (64, 48)
 
@@ -48,7 +50,7 @@ def folder(tmp_path_factory):
 def config_of(name, folder, data='data'):
     """A config of configs/, made tiny."""
     config = runpy.run_path(str(CONFIGS / f'{name}.py'))['get_config']()
-    config.epochs, config.batch_size, config.image_size = 2, 8, SIZE
+    config.epochs, config.batch_size, config.image_size = 1, 8, SIZE
     config.backbone.update(name='resnet18', weights=str(folder / 'w.safetensors'))
     config.data.update(name='ksdd2', root=str(folder / data), cache=str(folder / 'cache'))
     config.drawn.copies = min(config.drawn.copies, 2)
@@ -88,15 +90,15 @@ def check(results, workdir, config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name, fraction', [('supervised', 1.0), ('mixed', 0.5)])
-def test_supersimplenet_with_masks(name, fraction, folder, tmp_path):
-    config = config_of(name, folder)
-    config.supervision.mask_fraction = fraction
-    results = train.train_and_evaluate(config, tmp_path)
-    check(results, tmp_path, config)
-    files = json.loads((tmp_path / 'masked_images.json').read_text())
-    assert len(files) == results['train_masks'] == 4 * fraction
-    assert set(files) <= {f'train/{i}.png' for i in (0, 3, 6, 9)}
+def test_supersimplenet_with_masks(folder, tmp_path):
+    for name, fraction in (('supervised', 1.0), ('mixed', 0.5)):  # One program for both.
+        config, workdir = config_of(name, folder), tmp_path / name
+        config.supervision.mask_fraction = fraction
+        results = train.train_and_evaluate(config, workdir)
+        check(results, workdir, config)
+        files = json.loads((workdir / 'masked_images.json').read_text())
+        assert len(files) == results['train_masks'] == 4 * fraction
+        assert set(files) <= {f'train/{i}.png' for i in (0, 3, 6, 9)}
 
 
 @pytest.mark.slow
