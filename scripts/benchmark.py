@@ -27,7 +27,7 @@ import numpy as np
 from ssn_jax import cli, deploy, published, steps
 from ssn_jax.data import synthetic
 from ssn_jax.errors import UserError
-from ssn_jax.models import features as features_lib, resnet
+from ssn_jax.models import backbones
 
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 
@@ -65,8 +65,8 @@ def embedded_images(n: int, size: tuple[int, int]) -> np.ndarray:
 
 def random_variables(config) -> tuple[dict, dict]:
     """Variables of backbone and network as initialised."""
-    backbone, network = resnet.BACKBONES[config.backbone.name], steps.build_network(config)
-    channels = resnet.feature_channels(config.backbone.name, config.features.layers)
+    backbone, network = backbones.BACKBONES[config.backbone.name], steps.build_network(config)
+    channels = backbones.feature_channels(config.backbone.name, config.features.layers)
     if config.system == 'simplenet':
         channels = config.simplenet.embedding
     keys = jax.random.split(jax.random.key(config.seed))
@@ -84,10 +84,10 @@ def compile_jax(form: str, config, variables: tuple[dict, dict], images: np.ndar
         fused = deploy.cast(fused, jnp.bfloat16) if form == 'bfloat16' else fused
         held, run = deploy.prepare(fused), deploy.predict
     else:
-        held, backbone = variables, resnet.BACKBONES[config.backbone.name]
+        held, backbone = variables, backbones.BACKBONES[config.backbone.name]
 
         def run(held, images, for_cache=None):
-            layers = backbone.apply(held[0], features_lib.normalise(images))
+            layers = backbone.apply(held[0], backbone.normalise(images))
             logits, scores = network.apply(held[1], network.features(network.frozen(layers)))
             return scores, network.full_size_map(logits, images.shape[1:3])[..., 0]
 

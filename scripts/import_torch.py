@@ -12,7 +12,6 @@ import os
 import pathlib
 import re
 import shutil
-import warnings
 
 from absl import flags, logging
 import jax
@@ -26,7 +25,7 @@ from ssn_jax.errors import UserError
 from ssn_jax.models import resnet
 
 _CHECKPOINT = flags.DEFINE_string(
-    'checkpoint', None, 'The published checkpoint: .safetensors, or .pt with the torch extra.'
+    'checkpoint', None, 'The published checkpoint: .safetensors, .pt or .pth.'
 )
 _STEP = flags.DEFINE_integer('step', 0, 'Batches that it was trained for, if that is known.')
 _EVALUATE = flags.DEFINE_bool('evaluate', False, 'Measure it and choose its threshold at once.')
@@ -35,42 +34,6 @@ HINT = 'This project imports checkpoints of SuperSimpleNet and of its GAP+CAM va
 # The publication wraps torchvision's backbone twice, and saves it or leaves it out.
 _WRAPPERS = re.compile(r'(feature_extractor\.)+')
 _GENERATOR = 'noise_generator.'
-
-
-def read(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The tensors of a checkpoint by name. No pickled code is ever run.
-
-    Raises:
-      UserError: the file is missing, damaged, of another kind, or needs a package that is absent.
-    """
-    if path.suffix == '.safetensors':
-        return weights.read_safetensors(path, '--checkpoint')
-    if path.suffix not in ('.pt', '.pth'):
-        raise UserError(f'--checkpoint={path} is neither a .safetensors nor a .pt file.')
-    if not path.is_file():
-        raise UserError(f'no file at {path}: set --checkpoint to a .safetensors or .pt file.')
-    try:
-        import torch
-    except ImportError:
-        raise UserError(
-            f"{path} can only be read with PyTorch: pip install -e '.[torch]', or save the "
-            'state_dict with safetensors.torch.save_file where PyTorch is installed.'
-        ) from None
-    try:
-        with warnings.catch_warnings(action='ignore'):  # Of a pickle that it then refuses.
-            tensors = torch.load(path, map_location='cpu', weights_only=True)
-        return {
-            name: (t.float() if t.is_floating_point() else t).numpy() for name, t in tensors.items()
-        }
-    except (AttributeError, TypeError):
-        raise UserError(
-            f'{path} is no state_dict (tensors by name): save model.state_dict() alone.'
-        ) from None
-    except Exception as e:  # PyTorch raises many kinds; each means that the file is of no use.
-        reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
-        raise UserError(
-            f'{path} can not be read as tensors alone ({reason}): nothing else is unpickled here.'
-        ) from None
 
 
 def fit_config(
@@ -161,7 +124,7 @@ def import_checkpoint(
 
     Args:
       config: the run's; `epochs` is when the checkpoint was made.
-      path: a .safetensors or .pt file.
+      path: a .safetensors, .pt or .pth file.
       workdir: receives config.json, checkpoints/ and imported.json; with a backbone in the file
         also backbone.safetensors, which the config then names. It appears whole or not at all.
       step: batches that the checkpoint was trained for.
@@ -177,7 +140,7 @@ def import_checkpoint(
     if (workdir / 'config.json').exists():
         raise UserError(f'{workdir} holds a run already: choose another --workdir.')
     train.check_workdir(config, workdir)
-    tensors = read(path)
+    tensors = weights.read(path, '--checkpoint')
     backbone = {
         _WRAPPERS.sub('', name, count=1): value
         for name, value in tensors.items()

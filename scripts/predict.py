@@ -75,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _progress(bar, quiet, paths, total):
-    return bar(paths, 'image', total=total, unit='image', disable=quiet, smoothing=0.05)
+    disable = quiet or not sys.stderr.isatty()  # A bar is for a terminal.
+    return bar(paths, 'image', total=total, unit='image', disable=disable, smoothing=0.05)
 
 
 if __name__ == '__main__':

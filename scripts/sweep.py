@@ -24,7 +24,8 @@ flags.DEFINE_multi_string('sweep', [], 'FIELD=VALUE,VALUE,...: a config field an
 def sweep(argv: list[str]) -> int:
     """Runs the sweep of the parsed flags; the exit status."""
     del argv
-    from ssn_jax import sweep as sweep_lib  # After the flags, so that a wrong one is told at once.
+    # After the flags, so that a wrong one is told at once.
+    from ssn_jax import data, sweep as sweep_lib, weights
 
     for name in ('distributed', 'coordinator', 'num_processes', 'process_id'):
         if FLAGS[name].present:
@@ -35,8 +36,12 @@ def sweep(argv: list[str]) -> int:
 
     workdir = pathlib.Path(FLAGS.workdir)
     given = config_flags.get_override_values(FLAGS['config'])
-    axes = sweep_lib.parse_axes(FLAGS.config, FLAGS.sweep, given)
-    rows = sweep_lib.plan(FLAGS.config, axes, workdir)
+    config = FLAGS.config
+    axes = sweep_lib.parse_axes(config, FLAGS.sweep, given)
+    swept = {field.partition('.')[0] for field in axes}
+    if data.is_embedded(config.data) and not swept & {'data', 'backbone'}:  # As each run does it.
+        config = weights.with_trained_backbone(config, quiet=True)
+    rows = sweep_lib.plan(config, axes, workdir)
     arguments = [f'--config={config_flags.get_config_filename(FLAGS["config"])}']
     arguments += [f'--config.{field}={value}' for field, value in given.items() if field != 'seeds']
     arguments += [f'--{name}' for name in ('quiet', 'tensorboard') if FLAGS[name].value]

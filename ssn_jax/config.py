@@ -38,8 +38,9 @@ def default_config() -> ml_collections.ConfigDict:
     data.seed = 0  # Seed of the embedded set's images.
 
     config.backbone = backbone = ml_collections.ConfigDict()
-    backbone.name = 'resnet18'  # resnet18 or wide_resnet50_2.
-    backbone.weights = ''  # A safetensors file; '' fetches the pinned one from the hub.
+    backbone.name = 'resnet18'  # resnet18, wide_resnet50_2 or efficientnet_lite0.
+    # A .safetensors or .pt file; '': EfficientNet-Lite0's installed one, a ResNet's from the hub.
+    backbone.weights = ''
 
     config.features = features = ml_collections.ConfigDict()
     features.layers = (2, 3)  # Of the backbone: (2, 3) (published), (1, 2, 3) or (1, 2).
@@ -139,11 +140,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
         'image_size',
         'it is (height, width), each 32 to 4096 pixels',
     )
-    require(
-        config.backbone.name in ('resnet18', 'wide_resnet50_2'),
-        'backbone.name',
-        'it is resnet18 or wide_resnet50_2',
-    )
+    names = ('resnet18', 'wide_resnet50_2', 'efficientnet_lite0')
+    require(config.backbone.name in names, 'backbone.name', f'it is one of {", ".join(names)}')
     resize = config.resize
     require(
         len(resize) == 2

@@ -5,8 +5,8 @@ commute with upscaling and pooling, which are linear maps of positions. So `fuse
 anything anew, folds each BatchNorm into the convolution before it, ImageNet's standard deviation
 into the first convolution, and adaptor, embedding and projection into what follows them; `predict`
 applies the resulting weights at the backbone's own grids (`models/native.py`). Both are pure
-functions of arrays. The direct form, `resnet.ResNet` and the networks of `models/`, remains the
-reference that tests compare with.
+functions of arrays. The direct form, the networks of `models/`, remains the reference that tests
+compare with.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssn_jax.models import features as features_lib, native, simplenet
-from ssn_jax.models.layers import EPSILON, SLOPE, conv2d
+from ssn_jax.models import efficientnet, features as features_lib, native, simplenet
+from ssn_jax.models.layers import EPSILON, SLOPE, conv2d, depthwise
 
 # Images that a CPU's cores may work on at the same time.
 _IMAGES = 4
@@ -34,7 +34,7 @@ def fuse(backbone_variables: dict, variables: dict, network: nn.Module) -> dict:
     """Trained variables to the arrays that `predict` takes.
 
     Args:
-      backbone_variables: parameters and statistics of a `resnet.ResNet`.
+      backbone_variables: parameters and statistics of one of `backbones.BACKBONES`.
       variables: parameters and statistics of the network.
       network: a `SuperSimpleNet`, `GapCam` or `SimpleNet`.
 
@@ -47,8 +47,8 @@ def fuse(backbone_variables: dict, variables: dict, network: nn.Module) -> dict:
     # Products of weights are formed in float64: folding adds no rounding to that of `predict`.
     variables = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(variables))
     fused = {'backbone': fuse_backbone(backbone_variables)}
-    stages = [stage[-1]['convs'][-1]['bias'] for stage in fused['backbone']['stages']]
-    outputs = tuple(np.zeros((1, 8 >> i, 8 >> i, b.size)) for i, b in enumerate(stages))
+    widths = backbone_channels(fused['backbone'])
+    outputs = tuple(np.zeros((1, 8 >> i, 8 >> i, width)) for i, width in enumerate(widths))
     select = functools.partial(
         features_lib.select_layers, layers=getattr(network, 'layers', (2, 3))
     )
@@ -111,14 +111,17 @@ def _fuse_simplenet(params, stats, network, channels):
 
 
 def fuse_backbone(variables: dict) -> dict:
-    """A ResNet's variables with BatchNorm and ImageNet's standard deviation folded in.
+    """A backbone's variables with BatchNorm and the standard deviation of its input folded in.
 
     Returns:
-      'stem', and 'stages', lists of blocks: their 'convs' and, if the shortcut has one, its
-      'downsample'.
+      'stem', and of a ResNet 'stages', lists of blocks: their 'convs' and, if the shortcut has one,
+      its 'downsample'. Of an EfficientNet 'blocks': 'expand' but in the first, 'depthwise',
+      'project'.
     """
     variables = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(variables))
     params, stats = variables['params'], variables['batch_stats']
+    if 'conv_stem' in params:
+        return _fuse_efficientnet(params, stats)
 
     def fold(of, statistics, conv, norm):
         return _fold(of[conv], of[norm], statistics[norm])
@@ -137,6 +140,33 @@ def fuse_backbone(variables: dict) -> dict:
     return jax.tree.map(np.float32, {'stem': stem, 'stages': stages})
 
 
+def _fuse_efficientnet(params, stats):
+    """`fuse_backbone` of an EfficientNet."""
+
+    def fold(of, statistics, conv, norm):
+        return _fold(of[conv], of[norm], statistics[norm], efficientnet.EPSILON)
+
+    stem = fold(params, stats, 'conv_stem', 'bn0')
+    stem['kernel'] /= efficientnet.STD
+    blocks, number = [], sum(name.startswith('blocks_') for name in params)
+    for name in (f'blocks_{i}' for i in range(number)):
+        parts = {'expand': 'bn0', 'depthwise': 'bn1', 'project': 'bn2'}
+        blocks.append(
+            {
+                part: fold(params[name], stats[name], f'{part}_conv', norm)
+                for part, norm in parts.items()
+                if f'{part}_conv' in params[name]
+            }
+        )
+    return jax.tree.map(np.float32, {'stem': stem, 'blocks': blocks})
+
+
+def backbone_channels(fused: dict) -> tuple[int, ...]:
+    """How many channels each output of a backbone has, by `fuse_backbone`'s arrays."""
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), np.uint8)
+    return tuple(x.shape[-1] for x in jax.eval_shape(_backbone, fused, images))
+
+
 def _split(x):
     """(..., D) in chunks of its last axis: (D / chunk, ..., chunk)."""
     return np.moveaxis(x.reshape(*x.shape[:-1], -1, _CHUNK), -2, 0)
@@ -147,9 +177,9 @@ def _merge(x):
     return jnp.moveaxis(x, 0, -2).reshape(1, *x.shape[1:-1], -1)
 
 
-def _fold(conv, norm, stats):
+def _fold(conv, norm, stats, epsilon=EPSILON):
     """A convolution without or with bias, and the BatchNorm after it, as one convolution."""
-    gain = norm['scale'] / np.sqrt(stats['var'] + EPSILON)
+    gain = norm['scale'] / np.sqrt(stats['var'] + epsilon)
     bias = norm['bias'] + (conv.get('bias', 0.0) - stats['mean']) * gain
     return {'kernel': conv['kernel'] * gain, 'bias': bias}
 
@@ -243,15 +273,17 @@ def deviation(
 def backbone(
     fused: dict, images: jax.Array, precision: str = 'float32'
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The three stages of a ResNet on images (N, H, W, 3) in 0..255, by `fuse_backbone`'s arrays.
+    """A backbone's three outputs on images (N, H, W, 3) in 0..255, by `fuse_backbone`'s arrays.
 
-    Shapes as of `resnet.ResNet`; on a CPU image by image, as `predict` does it.
+    Shapes as of the backbone itself; on a CPU image by image, as `predict` does it.
     """
     with jax.default_matmul_precision(precision):
         return native.by_image(functools.partial(_backbone, fused), images, _IMAGES)
 
 
 def _backbone(fused, images):
+    if 'blocks' in fused:
+        return _efficientnet(fused, images)
     # The mean is subtracted before the zero padding; the standard deviation is in the kernel.
     x = images - 255.0 * np.array(features_lib.IMAGENET_MEAN, np.float32)
     x = jax.nn.relu(_conv(fused['stem'], x.astype(fused['stem']['kernel'].dtype), 2))
@@ -265,6 +297,26 @@ def _backbone(fused, images):
             stride = 2 if outputs and i == 0 else 1
             x = _block(block, x, stride)
         outputs.append(x)
+    return tuple(outputs)
+
+
+def _efficientnet(fused, images):
+    # The mean is subtracted before the zero padding; the standard deviation is in the kernel.
+    stem = fused['stem']
+    x = (images - np.float32(efficientnet.MEAN)).astype(stem['kernel'].dtype)
+    x = jax.lax.conv_general_dilated(
+        x, stem['kernel'], (2, 2), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    )
+    x = jax.nn.relu6(x + stem['bias'])
+    [network] = efficientnet.BACKBONES.values()
+    outputs = []
+    for i, (block, (*_, stride)) in enumerate(zip(fused['blocks'], network.blocks, strict=True)):
+        y = jax.nn.relu6(_conv(block['expand'], x)) if 'expand' in block else x
+        y = depthwise(y, block['depthwise']['kernel'], stride) + block['depthwise']['bias']
+        y = _conv(block['project'], jax.nn.relu6(y))
+        x = x + y if x.shape == y.shape else y
+        if i in network.outputs:
+            outputs.append(x)
     return tuple(outputs)
 
 
@@ -324,7 +376,8 @@ def prepare_backbone(fused: dict) -> dict:
     instead of 36 (Lavin and Gray, "Fast algorithms for convolutional neural networks", CVPR 2016,
     F(2x2, 3x3)). Other devices choose such algorithms by themselves.
     """
-    if jax.default_backend() != 'cpu' or fused['stem']['bias'].dtype != np.float32:
+    is_float32 = fused['stem']['bias'].dtype == np.float32
+    if jax.default_backend() != 'cpu' or not is_float32 or 'stages' not in fused:
         return fused
 
     def transform(stage, block):

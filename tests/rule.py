@@ -20,8 +20,8 @@ from ssn_jax.models.supersimplenet import GapCam, SuperSimpleNet
 FOLDER = pathlib.Path(__file__).parent / 'reference'
 
 # How many additions lie behind a value of a backbone, and of what follows it: convolutions one
-# after the other, none larger than a 3x3 one of 256 channels.
-TERMS = {'resnet18': 15 * 9 * 256, 'wide_resnet50_2': 41 * 9 * 256}
+# after the other, none larger than a 3x3 one of 256 channels, or a 1x1 one of 672.
+TERMS = {'resnet18': 15 * 9 * 256, 'wide_resnet50_2': 41 * 9 * 256, 'efficientnet_lite0': 32 * 672}
 
 # The spread of a network's scores, which is not to be had from two or three of them: a score is a
 # sum of 128 or 258 terms w_k x_k, where w_k has variance 1/128 or 1/258 and x_k is about 1.

@@ -15,7 +15,7 @@ import pytest
 import rule
 
 from ssn_jax import config as config_lib, deploy, losses, sparse_loss, steps, synthesis
-from ssn_jax.models import features as features_lib, heads, native, resnet, supersimplenet
+from ssn_jax.models import backbones, features as features_lib, heads, native, supersimplenet
 from ssn_jax.models.simplenet import SimpleNet
 
 ROWS = (181, 183)  # 33,123 positions.
@@ -28,8 +28,10 @@ def draw(*shape, seed=0):
 
 
 def compiled(function, *arguments):
-    """What XLA makes of a function at the level that users run, whatever the tests' is."""
+    """What XLA makes of a function as users compile it, whatever tests/conftest.py has set."""
     options = {'xla_backend_optimization_level': 3}
+    if jax.__version_info__ < (0, 11):
+        options['xla_cpu_use_fusion_emitters'] = True
     return jax.jit(function).lower(*arguments).compile(compiler_options=options)(*arguments)
 
 
@@ -107,13 +109,17 @@ def test_perlin_noise_and_its_masks(size):
 
 @pytest.mark.parametrize(
     ('name', 'size', 'convolutions'),
-    [('resnet18', (361, 365), 15), ('wide_resnet50_2', (65, 61), 41)],
+    [
+        ('resnet18', (361, 365), 15),
+        ('wide_resnet50_2', (65, 61), 41),
+        ('efficientnet_lite0', (65, 61), 32),
+    ],
 )
 def test_backbones(name, size, convolutions):
     """As published, and folded; the first convolution of ResNet18 has 181 x 183 positions here."""
     terms = convolutions * 9 * 256  # Of the widest 3x3 convolution up to layer3.
     images, variables = draw(1, *size, 3), rule.backbone(name)
-    check(lambda x: resnet.BACKBONES[name].apply(variables, x), images, terms=terms)
+    check(lambda x: backbones.BACKBONES[name].apply(variables, x), images, terms=terms)
     fused = deploy.fuse_backbone(variables)
     check(lambda x: deploy.backbone(fused, x), 128 + 50 * images, terms=terms)
 

@@ -15,6 +15,8 @@ import tiny
 
 from ssn_jax.models.supersimplenet import SuperSimpleNet
 
+pytestmark = pytest.mark.usefixtures('small_programs')
+
 MOD2 = commands.ROOT / 'configs' / 'mod2.py'
 # Each command as it would succeed; a case adds to it, and the last of two equal flags counts.
 COMMANDS = {
@@ -210,11 +212,11 @@ CASES = {
         ('--config.data.cache=resnet18.safetensors', 'name another folder with --config.data.cach'),
         ('--config.backbone.name=resnet19', ('resnet19', 'resnet18')),
         ('--config.backbone.weights=missing', ('no weights file at missing', '--config.backbone')),
-        ('--config.backbone.weights=data', 'data is no readable safetensors file'),
-        (f'--config.backbone.weights={IMAGE}', f'{IMAGE} is no readable safetensors file'),
-        ('', 'no readable safetensors file', cut('resnet18.safetensors')),
+        ('--config.backbone.weights=data', 'data is no readable safetensors or PyTorch file'),
+        (f'--config.backbone.weights={IMAGE}', f'{IMAGE} is no readable safetensors or'),
+        ('', 'no readable safetensors or PyTorch file', cut('resnet18.safetensors')),
         ('', 'conv1.weight holds NaN', write('resnet18.safetensors', nan_weights)),
-        ('', 'no readable safetensors file', write('resnet18.safetensors', PICKLE)),
+        ('', 'cannot be read as tensors alone', write('resnet18.safetensors', PICKLE)),
         ('--config.backbone.name=wide_resnet50_2', ('missing: layer1.0.', '--config.backbone.w')),
         ('--config.supervision.kind=labels', ('no defective image', '--config.supervision.kind')),
         (MASKS, ('holds no defective image', '--config.supervision.kind')),
@@ -245,11 +247,11 @@ CASES = {
         ('--checkpoint=', 'no checkpoint: add --checkpoint'),
         ('--workdir=', 'no folder for the run: add --workdir'),
         ('--checkpoint=missing.safetensors', 'no weights file at missing.safetensors'),
-        ('--checkpoint=missing.pt', 'no file at missing.pt'),
-        (f'--checkpoint={IMAGE}', 'neither a .safetensors nor a .pt file'),
+        ('--checkpoint=missing.pt', 'no weights file at missing.pt'),
+        (f'--checkpoint={IMAGE}', 'no readable safetensors or PyTorch file'),
         ('--checkpoint=resnet18.safetensors', 'it is no checkpoint of SuperSimpleNet'),
-        ('--checkpoint=p.safetensors', 'no readable', write('p.safetensors', PICKLE)),
-        ('--checkpoint=p.pt', 'p.pt can ', write('p.pt', PICKLE)),
+        ('--checkpoint=p.safetensors', 'as tensors alone', write('p.safetensors', PICKLE)),
+        ('--checkpoint=p.pt', 'p.pt cannot be read as tensors alone', write('p.pt', PICKLE)),
         ('--workdir=run', 'run holds a run already'),
         ('--workdir=data', ('data is not empty', '--workdir')),
         ('--workdir=resnet18.safetensors/run', ('resnet18.safetensors', '--workdir')),

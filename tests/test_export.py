@@ -95,8 +95,9 @@ def test_stablehlo_needs_jax_alone(run, expected, tmp_path):
 
 
 @pytest.mark.slow
-def test_onnx_with_layer1(tmp_path):
+def test_onnx_of_the_other_backbone_with_layer1(tmp_path):
     fields = {'features.layers': (1, 2, 3), 'image_score': 'map'}
+    fields |= {'backbone.name': 'efficientnet_lite0', 'backbone.weights': ''}
     run = runs.open_run(tiny.fake_run(tmp_path, threshold=0.25, **fields))
     onnxruntime = pytest.importorskip('onnxruntime', reason='the export extra is missing')
     session = onnxruntime.InferenceSession(export.to_onnx(run))

@@ -126,7 +126,7 @@ def test_weights(data, tmp_path):
     (tmp_path / 'w.safetensors').write_bytes(data.draw(mutated(content)))
 
     def read():
-        tensors = weights.read_safetensors(tmp_path / 'w.safetensors')
+        tensors = weights.read(tmp_path / 'w.safetensors')
         return weights.port(tensors, TEMPLATE, lambda path: path[0], 'w')
 
     found = one_line(read)
@@ -138,5 +138,5 @@ def test_what_is_mutated_is_good_before(tmp_path):
     for suffix, content in BASES.items():
         assert images.decode(content, suffix).shape == (9, 7, 3)
     (tmp_path / 'w.safetensors').write_bytes(safetensors.numpy.save(TENSORS))
-    found = weights.read_safetensors(tmp_path / 'w.safetensors')
+    found = weights.read(tmp_path / 'w.safetensors')
     assert weights.port(found, TEMPLATE, lambda path: path[0], 'w').keys() == TEMPLATE.keys()

@@ -11,17 +11,20 @@ import numpy as np
 import pytest
 import rule
 import safetensors.numpy
+from test_torch_archives import in_zip, state_dict
 import tiny
 
-from ssn_jax import checkpoint, config as config_lib, evaluate, steps, weights
+from ssn_jax import checkpoint, config as config_lib, evaluate, runs, steps, weights
 from ssn_jax.errors import UserError
 from ssn_jax.models import features as features_lib, resnet
 from ssn_jax.models.heads import NoiseGenerator
 from ssn_jax.models.supersimplenet import GapCam, SuperSimpleNet
 
+pytestmark = pytest.mark.usefixtures('small_programs')
+
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPT = runpy.run_path(str(ROOT / 'scripts' / 'import_torch.py'))
-import_checkpoint, read = SCRIPT['import_checkpoint'], SCRIPT['read']
+import_checkpoint = SCRIPT['import_checkpoint']
 WRAPPER = 'feature_extractor.feature_extractor.'
 
 
@@ -196,35 +199,13 @@ def test_two_backbones_are_one_too_many(config, write, tmp_path):
     assert '--config.backbone.weights' in message(config, path, tmp_path / 'run')
 
 
-def test_pt_without_torch_says_what_to_install(config, tmp_path, monkeypatch):
-    (tmp_path / 'weights.pt').write_bytes(b'')
+@pytest.mark.parametrize('suffix', ['.pt', '.pth'])
+def test_files_of_torch_are_imported_without_torch(suffix, config, write, tmp_path, monkeypatch):
+    """As the same tensors in a safetensors file; torch is not even sought."""
     monkeypatch.setitem(sys.modules, 'torch', None)
-    text = message(config, tmp_path / 'weights.pt', tmp_path / 'run')
-    assert "pip install -e '.[torch]'" in text
-
-
-class Intruder:
-    """What a pickle could run if it were let."""
-
-    def __reduce__(self):
-        return pathlib.Path.touch, (pathlib.Path('intruded'),)
-
-
-def test_pt_holds_tensors_and_nothing_else(tmp_path, monkeypatch):
-    torch = pytest.importorskip('torch', reason='needs the torch extra')
-    monkeypatch.chdir(tmp_path)
-    tensors = {'a': torch.arange(3.0), 'b': torch.ones(2, dtype=torch.bfloat16)}
-    torch.save(tensors, 'weights.pt')
-    ours = read(pathlib.Path('weights.pt'))
-    np.testing.assert_array_equal(ours['a'], [0, 1, 2])
-    assert ours['b'].dtype == np.float32
-    whole = (tmp_path / 'weights.pt').read_bytes()
-    torch.save({'a': Intruder()}, 'pickle.pt')
-    torch.save([torch.ones(2)], 'list.pt')
-    (tmp_path / 'half.pt').write_bytes(whole[: len(whole) // 2])
-    (tmp_path / 'empty.pt').write_bytes(b'')
-    for name in ('pickle', 'list', 'half', 'empty'):
-        with pytest.raises(UserError, match=f'{name}.pt') as caught:
-            read(pathlib.Path(f'{name}.pt'))
-        assert '\n' not in str(caught.value)
-    assert not (tmp_path / 'intruded').exists()
+    tensors = head_tensors(SuperSimpleNet(), 384)
+    (tmp_path / f'w{suffix}').write_bytes(in_zip(state_dict(tensors), arrays=tensors))
+    import_checkpoint(config, tmp_path / f'w{suffix}', tmp_path / 'run')
+    import_checkpoint(config, write(tensors), tmp_path / 'other')
+    ours, theirs = (runs.open_run(tmp_path / name).variables for name in ('run', 'other'))
+    assert jax.tree.all(jax.tree.map(np.array_equal, ours, theirs))

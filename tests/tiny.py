@@ -12,7 +12,7 @@ import rule
 import safetensors.numpy
 
 from ssn_jax import checkpoint, config as config_lib, files, steps, train
-from ssn_jax.models import resnet
+from ssn_jax.models import backbones
 
 
 def write_data(root: pathlib.Path, size: int = 64, train: int = 6, test: int = 3) -> None:
@@ -58,7 +58,7 @@ def fake_run(
     write_weights(folder / 'resnet18.safetensors')
     run, workdir = config(folder, **fields), folder / 'run'
     state = steps.init_state(
-        run, jax.random.key(1), resnet.feature_channels('resnet18', run.features.layers)
+        run, jax.random.key(1), backbones.feature_channels(run.backbone.name, run.features.layers)
     )
     files.write(workdir / 'config.json', config_lib.to_json(run))
     decision = {'threshold': threshold, 'undefined': 'made up', 'split': 'train (normal)'}

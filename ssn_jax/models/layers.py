@@ -69,6 +69,36 @@ def conv2d(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return out
 
 
+def depthwise(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
+    """A convolution of each channel by itself, with TensorFlow's 'SAME' padding.
+
+    XLA's own is slow on a CPU, where products of shifted inputs, which it fuses, take a fifth of
+    the time.
+
+    Args:
+      x: (N, H, W, C).
+      kernel: (k, k, 1, C).
+      stride: in both directions.
+
+    Returns:
+      (N, ceil(H / stride), ceil(W / stride), C).
+    """
+    if jax.default_backend() != 'cpu':
+        return jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+            feature_group_count=x.shape[-1],
+        )  # fmt: skip
+    size = len(kernel)
+    ends = [stride * (-(-n // stride) - 1) + 1 for n in x.shape[1:3]]  # Of the rows that are read.
+    missing = [max(end + size - 1 - n, 0) for end, n in zip(ends, x.shape[1:3], strict=True)]
+    x = jnp.pad(x, ((0, 0), *((m // 2, m - m // 2) for m in missing), (0, 0)))
+    return sum(
+        x[:, i : i + ends[0] : stride, j : j + ends[1] : stride] * kernel[i, j, 0]
+        for i in range(size)
+        for j in range(size)
+    )
+
+
 def max_pool(x: jax.Array) -> jax.Array:
     """The largest value of each channel: (N, H, W, C) -> (N, C); its gradient goes to one position.
 

@@ -12,6 +12,8 @@ import functools
 from flax import linen as nn
 import jax
 
+from ssn_jax.models import features as features_lib
+
 _Conv = functools.partial(nn.Conv, use_bias=False)
 _BatchNorm = functools.partial(nn.BatchNorm, use_running_average=True, epsilon=1e-5)
 
@@ -67,6 +69,8 @@ class ResNet(nn.Module):
     block: type[nn.Module]
     depths: Sequence[int]
 
+    normalise = staticmethod(features_lib.normalise)
+
     @nn.compact
     def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         x = _Conv(64, (7, 7), (2, 2), ((3, 3), (3, 3)), name='conv1')(images)
@@ -88,8 +92,3 @@ BACKBONES = {
 
 # Channels of layer1, layer2 and layer3.
 CHANNELS = {'resnet18': (64, 128, 256), 'wide_resnet50_2': (256, 512, 1024)}
-
-
-def feature_channels(backbone: str, layers: Sequence[int]) -> int:
-    """How many channels some of a backbone's layers have together."""
-    return sum(CHANNELS[backbone][layer - 1] for layer in layers)
