@@ -19,6 +19,10 @@ import numpy as np
 
 from ssn_jax.errors import UserError
 
+# A state dict's pickle has some 25 operations and 200 bytes a tensor: this is for 80,000 of them.
+_MOST_OPERATIONS, _MOST_BYTES = 2_000_000, 2**24
+_MOST_AXES = 64  # NumPy's bound.
+
 _MAGIC = 0x1950A86A20F9469CFC6C  # What the older format begins with.
 
 _DTYPES = {
@@ -96,7 +100,7 @@ def read(path: pathlib.Path, flag: str) -> dict[str, np.ndarray]:
             f'{path} cannot be read as tensors alone ({e}): save model.state_dict() by itself.'
         ) from None
     except Exception as e:  # Of a damaged file every step may raise something.
-        reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
+        reason = f'{type(e).__name__}: {_printable(e)}'
         raise UserError(
             f'{path} is no readable PyTorch file ({reason}): fetch it again, or see to {flag}.'
         ) from None
@@ -106,12 +110,18 @@ def read(path: pathlib.Path, flag: str) -> dict[str, np.ndarray]:
 def _read_zip(content: bytes) -> dict[str, np.ndarray]:
     """The newer format: NAME/data.pkl, and every storage in a file NAME/data/KEY."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        # Nothing is compressed by torch: a file that is could be of any size.
-        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+        # Nothing is compressed by torch, and no entry lies in another one: what is read is no more
+        # than there is.
+        entries = archive.infolist()
+        if any(e.compress_type != zipfile.ZIP_STORED for e in entries):
             raise _RefusedError('it is a compressed archive')
+        if sum(max(e.compress_size, e.file_size) for e in entries) > len(content):
+            raise _RefusedError('its entries are larger than itself')
         pickles = [name for name in archive.namelist() if name.endswith('/data.pkl')]
         if len(pickles) != 1:
-            raise _RefusedError('it is an archive without data.pkl, not one of torch.save')
+            raise _RefusedError('it is an archive without one data.pkl, so not of torch.save')
+        if archive.getinfo(pickles[0]).file_size > _MOST_BYTES:
+            raise _RefusedError('its pickle is larger than any state dict needs')
         folder = pickles[0].removesuffix('data.pkl')
         if f'{folder}byteorder' in archive.namelist():
             if archive.read(f'{folder}byteorder') != b'little':
@@ -126,12 +136,15 @@ def _read_stream(content: bytes) -> dict[str, np.ndarray]:
     if _build(file) != _MAGIC:
         raise _RefusedError('it does not begin as a file of torch.save does')
     _build(file)  # The format's version.
-    if _build(file).get('little_endian') is not True:
+    system = _build(file)
+    if not isinstance(system, dict) or system.get('little_endian') is not True:
         raise _RefusedError('its numbers are big-endian')
     state, keys = _named_tensors(file), _build(file)
     widths = {t.storage.key: t.storage.dtype.itemsize for t in state.values()}
     stored = {}
     for key in keys:
+        if key not in widths:
+            raise _RefusedError('it holds numbers of no tensor')
         size = int.from_bytes(file.read(8), 'little')
         start = file.tell()
         file.seek(start + size * widths[key])
@@ -146,7 +159,7 @@ def _named_tensors(file: io.BytesIO) -> dict[str, _Tensor]:
         raise _RefusedError('it is no dict of tensors')
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, _Tensor):
-            raise _RefusedError(f'{name!r:.40} is no tensor by its name')
+            raise _RefusedError(f'{_printable(name)} is no tensor by its name')
     return state
 
 
@@ -155,21 +168,24 @@ def _fill(
 ) -> dict[str, np.ndarray]:
     """The tensors, as views of their storages' numbers."""
     storages, tensors = {}, {}
-    for name, tensor in state.items():
-        storage = tensor.storage
-        if storage not in storages:
+    for name, (storage, offset, shape, strides) in state.items():
+        if storage.key not in storages:
             numbers = np.frombuffer(bytes_of(storage), storage.dtype)
             if len(numbers) != storage.size:
-                raise ValueError(f'{name} is cut off')
-            storages[storage] = numbers
-        view = np.lib.stride_tricks.as_strided(
-            storages[storage][tensor.offset :],
-            tensor.shape,
-            [s * storage.dtype.itemsize for s in tensor.strides],
-            writeable=False,
+                raise ValueError(f'{_printable(name)} is cut off')
+            storages[storage.key] = storage, numbers
+        known, numbers = storages[storage.key]
+        if known != storage:
+            raise _RefusedError('two tensors read the same numbers as different ones')
+        tensors[name] = np.lib.stride_tricks.as_strided(
+            numbers[offset:], shape, [s * storage.dtype.itemsize for s in strides], writeable=False
         )
-        tensors[name] = view
     return tensors
+
+
+def _printable(text: object) -> str:
+    """The beginning of a text that a file chose, in a form that no terminal acts on."""
+    return ascii(str(text)[:80])[1:-1]
 
 
 def _build(file: io.BytesIO):
@@ -184,12 +200,14 @@ def _build(file: io.BytesIO):
 
     def set_items(pairs):
         target = stack[-1]
-        if not isinstance(target, dict) or not all(isinstance(k, str | int) for k in pairs[::2]):
-            raise _RefusedError('a dict of it has keys that are neither strings nor numbers')
+        if not isinstance(target, dict) or not all(isinstance(k, str) for k in pairs[::2]):
+            raise _RefusedError('a dict of it has keys that are no strings')
         target.update(zip(pairs[::2], pairs[1::2], strict=True))
 
-    for operation, argument, _ in pickletools.genops(file):
+    for number, (operation, argument, _) in enumerate(pickletools.genops(file)):
         name = operation.name
+        if number > _MOST_OPERATIONS:
+            raise _RefusedError('its pickle is longer than any state dict needs')
         if name in ('PROTO', 'FRAME'):
             pass
         elif name == 'STOP':
@@ -228,7 +246,7 @@ def _build(file: io.BytesIO):
             if name == 'STACK_GLOBAL':
                 argument = ' '.join(reversed([stack.pop(), stack.pop()]))
             if argument not in _GLOBALS:
-                raise _RefusedError(f'it asks for {argument.replace(" ", "."):.60}')
+                raise _RefusedError(f'it asks for {_printable(argument.replace(" ", "."))}')
             stack.append(_Global(argument))
         elif name == 'BINPERSID':
             stack.append(_storage(stack.pop()))
@@ -266,11 +284,23 @@ def _call(called, arguments):
     match called, arguments:
         case _Global(name), () if name == _ORDERED:
             return {}
+        case _Global(name), (list(pairs),) if name == _ORDERED:  # As Python 2 writes it.
+            if not all(
+                isinstance(p, list) and len(p) == 2 and isinstance(p[0], str) for p in pairs
+            ):
+                raise _RefusedError('a dict of it has keys that are no strings')
+            return dict(pairs)
         case _Global(name), (_Tensor() as tensor, *_) if name == _PARAMETER:
             return tensor
-        case _Global(name), (_Storage() as storage, offset, shape, strides, *_) if name == _TENSOR:
+        # Tuples, which nothing can change after they were checked.
+        case (
+            _Global(name),
+            (_Storage() as storage, int(offset), tuple(shape), tuple(strides), _, _),
+        ) if name == _TENSOR:
+            if len(shape) != len(strides) or len(shape) > _MOST_AXES:
+                raise _RefusedError('a tensor has a shape that none can have')
             numbers = (offset, *shape, *strides)
-            if len(shape) != len(strides) or any(type(n) is not int or n < 0 for n in numbers):
+            if any(type(n) is not int or not 0 <= n < 2**48 for n in numbers):
                 raise _RefusedError('a tensor has a shape that none can have')
             last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
             if math.prod(shape) > storage.size or (math.prod(shape) and last >= storage.size):

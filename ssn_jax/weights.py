@@ -149,6 +149,7 @@ def port(
                     f'{names[path]} has shape {tensors[names[path]].shape}, '
                     f'which does not fit {leaf.shape}'
                 )
+                continue
             ported[path] = value.astype(np.float32)
             if not np.isfinite(ported[path]).all():
                 problems.append(f'{names[path]} holds NaN or infinity')
@@ -199,7 +200,7 @@ def download(name: str) -> pathlib.Path:
     """The hub's weights file of a backbone, from the local cache or the network.
 
     Raises:
-      NotFoundError: it can not be had.
+      NotFoundError: it cannot be had.
       UserError: its SHA-256 is not the expected one.
     """
     repository, revision, sha256 = HUB[name]

@@ -124,7 +124,46 @@ def test_what_torch_itself_writes(zipped, tmp_path):
         np.testing.assert_array_equal(found[name].astype(float), value.detach().double().numpy())
 
 
+SMALL = (b'(', 'storage', b'ctorch\nFloatStorage\n', '0', 'cpu', 24, b'tQ')
+REBUILD, HOOKS = b'ctorch._utils\n_rebuild_tensor_v2\n(', b'\x89ccollections\nOrderedDict\n)R'
 REFUSED = {
+    # A list could grow after its numbers were checked.
+    'lists for a shape': (
+        opcodes(b'}', 'a', REBUILD, *SMALL, 0, b']q\x01', b']q\x02', HOOKS, b'tRs'),
+        'calls torch._utils._rebuild_tensor_v2',
+    ),
+    'a shape of many axes': (
+        opcodes(
+            b'}', 'a', REBUILD, *SMALL, 0, b'(', *[1] * 99, b't(', *[0] * 99, b't', HOOKS, b'tRs'
+        ),
+        'shape that none can have',
+    ),
+    'a huge number': (
+        opcodes(
+            b'}',
+            'a',
+            REBUILD,
+            *SMALL,
+            0,
+            b'\x8a\x09' + b'\x7f' * 9 + b'\x85K\x01\x85',
+            HOOKS,
+            b'tRs',
+        ),
+        'shape that none can have',
+    ),
+    'numbers for keys': (opcodes(b'}', 1, 2, b's'), 'keys that are no strings'),
+    'a negated tensor': (
+        opcodes(b'}', 'a', REBUILD, *SMALL, 0, b'K\x02\x85K\x01\x85', HOOKS, b'}', b'tRs'),
+        'calls torch._utils._rebuild_tensor_v2',
+    ),
+    'two types of one storage': (
+        opcodes(
+            *(b'}', 'a', *tensor(ARRAYS['a.weight'], '0'), b's'),
+            *('b', *tensor(np.zeros(2, np.float16), '0'), b's'),
+        ),
+        'as different ones|of no tensor',
+    ),
+    'terminal codes': (opcodes(b'cos\x1b[31m\nsystem\n'), r'asks for os\\x1b\[31m'),
     'a call': (opcodes(b'cos\nsystem\n(', 'touch intruded', b'tR'), 'asks for os.system'),
     'a call by a name on the stack': (
         opcodes('builtins', 'eval', b'\x93(', '1', b'tR'),
@@ -141,9 +180,9 @@ REFUSED = {
     ),
     'a whole model': (opcodes(b'ctorch.nn.modules.conv\nConv2d\n)R'), 'torch.nn.modules.conv'),
     'no dict': (opcodes(b']'), 'no dict'),
-    'a number by name': (opcodes(b'}', 'epoch', 3, b's'), "'epoch' is no tensor"),
-    'a dict inside': (opcodes(b'}', 'state_dict', b'}s'), "'state_dict' is no tensor"),
-    'keys that are tuples': (opcodes(b'})', 1, b's'), 'keys'),
+    'a number by name': (opcodes(b'}', 'epoch', 3, b's'), 'epoch is no tensor'),
+    'a dict inside': (opcodes(b'}', 'state_dict', b'}s'), 'state_dict is no tensor'),
+    'keys that are tuples': (opcodes(b'})', 1, b's'), 'keys that are no strings'),
     'a huge shape': (state_dict(shape=(2**30, 2**30), strides=[0, 0]), 'larger than'),
     'a huge offset': (state_dict(offset=2**30), 'larger than'),
     'a step beyond the end': (state_dict(strides=[12, 4, 9]), 'larger than'),
@@ -163,6 +202,32 @@ def test_whatever_else_a_file_asks_for_is_refused(name, form, read, tmp_path, mo
         read(FORMATS[form](content))
     assert '\n' not in str(caught.value) and 'w.pt' in str(caught.value)
     assert not (tmp_path / 'intruded').exists()
+
+
+def test_a_state_dict_of_python_2_is_read(read):
+    """Its OrderedDict is given its items at once."""
+    parts = tensor(ARRAYS['a.weight'], '0')
+    content = opcodes(b'ccollections\nOrderedDict\n(](]', b'(', 'a.weight', *parts, b'eetR')
+    found = read(in_zip(content))
+    np.testing.assert_array_equal(found['a.weight'], ARRAYS['a.weight'])
+
+
+def test_what_would_take_more_than_the_file_is_refused(read):
+    """Entries that lie in each other, and pickles longer than tensors need."""
+    inner = in_zip(state_dict())
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, 'w') as archive:
+        archive.writestr('weights/data.pkl', state_dict())
+        archive.writestr('weights/data/0', inner)
+        archive.filelist += archive.filelist * 3
+    for content, words in (
+        (file.getvalue(), 'larger than itself|Duplicate|without one'),
+        (in_zip(b'\x80\x02' + b'}' * (2**24 + 1) + b'.'), 'larger than any'),
+        (in_stream(b'\x80\x02' + b'}0' * 2**20 + b'.'), 'operation POP|longer than any'),
+        (in_stream(b'\x80\x02' + b'}' * (2 * 10**6 + 9) + b'.'), 'longer than any'),
+    ):
+        with pytest.raises(UserError, match=words):
+            read(content)
 
 
 def test_files_of_another_kind_or_size(read):
