@@ -130,8 +130,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
             value = config
             for part in flag.split('.'):
                 value = value[part]
-            raise UserError(f'--config.{flag}={value!r} can not be used: {rule}.')
+            raise UserError(f'--config.{flag}={value!r} cannot be used: {rule}.')
 
+    known = dict(fields(default_config()))
+    for name, _ in fields(config):
+        if name not in known:
+            raise UserError(f'{name} is no field of a config: ssn_jax/config.py lists them.')
     for flag in ('epochs', 'batch_size', 'eval_batch_size'):
         require(config[flag] >= 1, flag, 'it must be at least 1')
     size = config.image_size
@@ -244,7 +248,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     )
     require(0 <= config.noise.static_share <= 1, 'noise.static_share', 'it is a share in 0..1')
     require(0 <= config.optimizer.average < 1, 'optimizer.average', 'it is a decay below 1')
-    for flag in ('noise.std', 'noise.beta', 'noise.penalty', 'noise.z_dim'):
+    for flag in ('std', 'beta', 'penalty', 'z_dim', 'learning_rate'):
+        flag = f'noise.{flag}'
         group, field = flag.split('.')
         value = config[group][field]
         require(0 <= value < math.inf, flag, 'it must be a number and not negative')
@@ -272,6 +277,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
             '--config.seeds=1, or all of them --config.supervision.mask_fraction=1',
         )
     require(config.noise.discriminator_steps >= 0, 'noise.discriminator_steps', 'at least 0')
+    require(-1 <= config.perlin.threshold < 1, 'perlin.threshold', 'it is in -1..1, and below 1')
     require(0 <= config.perlin.empty < 1, 'perlin.empty', 'it is a probability below 1')
     drops = config.optimizer.drops
     require(
@@ -317,7 +323,7 @@ def from_json(path: pathlib.Path) -> ml_collections.ConfigDict:
     """Reads a run's config.json; fields added since it was written take their default.
 
     Raises:
-      UserError: there is none, or it can not be understood.
+      UserError: there is none, or it cannot be understood.
     """
     try:
         values = json.loads(path.read_text())
@@ -336,9 +342,9 @@ def from_json(path: pathlib.Path) -> ml_collections.ConfigDict:
             if name not in defaults:
                 raise ValueError(f'{name} is no field of it')
             if not _alike(value, defaults[name]):
-                raise ValueError(f'{name} can not be {value!r}')
+                raise ValueError(f'{name} cannot be {value!r}')
         return config
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f'{path} does not exist: this folder is no run of ssn_jax.') from None
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         reason = ' '.join(str(e).split())

@@ -1,6 +1,7 @@
 """From scores to a decision: the threshold of a run, and on which images it was chosen."""
 
 from collections.abc import Callable
+import math
 
 from absl import logging
 import ml_collections
@@ -46,9 +47,11 @@ def decide(
     where['method'] = 'Youden' if youden else f'false-positive rate at most {config.decision.fpr}'
     if not youden and 0 < config.decision.fpr * len(images) < 1:
         logging.warning(
-            'The threshold is chosen on %d normal images: too few for a false alarm rate of %g.',
+            'The threshold is chosen on %d normal images: too few for a false alarm rate of %g, '
+            'which needs %d. Add normal images, or keep more aside (--config.decision.holdout).',
             len(images),
             config.decision.fpr,
+            math.ceil(1 / config.decision.fpr - 1e-9),
         )
     scores = scores_of(images)
     try:

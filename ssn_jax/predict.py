@@ -36,7 +36,7 @@ def find(source: pathlib.Path, excluded: pathlib.Path | None = None) -> Iterator
     """Yields the image files below a folder, by name; holds one folder's names at a time.
 
     Hidden entries and links to folders are left out, and so is the folder `excluded`. A folder
-    that can not be listed is yielded itself: it fails like a file that can not be read.
+    that cannot be listed is yielded itself: it fails like a file that cannot be read.
     """
     if not source.is_dir():
         yield source
@@ -59,7 +59,7 @@ def find(source: pathlib.Path, excluded: pathlib.Path | None = None) -> Iterator
 
 
 def check_output(output: pathlib.Path) -> None:
-    """Raises UserError if predictions can not go to this folder; writes nothing."""
+    """Raises UserError if predictions cannot go to this folder; writes nothing."""
     files.check_folder(output, '--output')
     if output.exists() and any(output.iterdir()):
         raise UserError(f'{output} is not empty: choose another --output, or empty it.')
@@ -91,7 +91,7 @@ def predict(
       The number of images that were predicted, and of those that could not be.
 
     Raises:
-      UserError: there is no image, no threshold, or `output` can not be written.
+      UserError: there is no image, no threshold, or `output` cannot be written.
     """
     if threshold is None:
         threshold = _threshold(run)
@@ -144,7 +144,7 @@ def predict(
                 csv.writer(table, lineterminator='\n').writerows([('file', 'reason'), *failures])
     except OSError as e:
         raise UserError(
-            f'{output} can not be written ({e.strerror}): make room, or choose another --output.'
+            f'{output} cannot be written ({e.strerror}): make room, or choose another --output.'
         ) from None
     return done, len(failures)
 
@@ -231,7 +231,7 @@ def _load(path, size, config, max_pixels):
     """An image as it is and as the model sees it, uint8 RGB; or the UserError that it raised."""
     try:
         if path.is_dir():
-            return UserError(f'{path}: can not be listed; check the folder')
+            return UserError(f'{path}: cannot be listed; check the folder')
         if size and size[0] * size[1] > max_pixels:
             return UserError(
                 f'{path}: {size[0]}x{size[1]} (height by width) is more than {max_pixels} pixels; '
@@ -256,7 +256,8 @@ def strongest_region(logits: np.ndarray) -> tuple[tuple[int, int, int, int], np.
     probability = decision.sigmoid(logits)
     regions = probability >= (np.median(probability) + probability.max()) / 2
     _, labels, stats, _ = cv2.connectedComponentsWithStats(regions.astype(np.uint8))
-    strongest = labels.ravel()[probability.argmax()]
+    # Of the logits: float32 probabilities are all 1 from a logit of 17 on.
+    strongest = labels.ravel()[logits.argmax()]
     return tuple(int(v) for v in stats[strongest, :4]), regions
 
 
@@ -285,7 +286,7 @@ class View:
 
 
 def _draw(target, view, image, logits, regions):
-    """Writes the overlay of an image: `target` with .jpg added, or .png where JPEG can not hold it.
+    """Writes the overlay of an image: `target` with .jpg added, or .png where JPEG cannot hold it.
 
     Colours span probabilities 0..1 in every image, so they compare; `regions` are outlined.
     """
@@ -297,5 +298,5 @@ def _draw(target, view, image, logits, regions):
     suffix = '.jpg' if max(height, width) < 2**16 - 1 else '.png'
     ok, encoded = cv2.imencode(suffix, cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
     if not ok:
-        raise UserError(f'{target}{suffix} can not be encoded: try --no_overlays.')
+        raise UserError(f'{target}{suffix} cannot be encoded: try --no_overlays.')
     files.write(target.with_name(target.name + suffix), encoded.tobytes())

@@ -15,6 +15,7 @@ import re
 import shutil
 import statistics
 
+from absl import logging
 import cv2
 import ml_collections
 
@@ -97,7 +98,7 @@ def read_run(workdir: pathlib.Path) -> Run:
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(
-            f'{workdir} holds results that can not be read ({e}): the command of the run, given '
+            f'{workdir} holds results that cannot be read ({e}): the command of the run, given '
             'again, writes them anew.'
         ) from None
     return Run(workdir, config, results, history)
@@ -586,10 +587,16 @@ def write_report(
       benchmark: output of scripts/benchmark.py --json, for the times of inference.
 
     Raises:
-      UserError: a folder is no finished run, or `output` can not be used.
+      UserError: a folder is no finished run, or `output` cannot be used.
     """
     check_output(output)
-    single = [one for workdir in workdirs for one in seeds.single_runs(workdir)]
+    stray = [path for path in workdirs if path.is_file()]  # runs/* names them too.
+    if stray:
+        logging.warning('%s is a file, no run: left out.', ', '.join(map(str, stray)))
+    folders = [path for path in workdirs if path not in stray]
+    if not folders:
+        raise UserError('no run is among what was named: name the folders of runs.')
+    single = [one for workdir in folders for one in seeds.single_runs(workdir)]
     distinct = {workdir.resolve(): workdir for workdir in reversed(single)}
     rows = make_rows([read_run(workdir) for workdir in distinct.values()])
     measured = read_benchmark(benchmark) if benchmark else None
@@ -605,7 +612,7 @@ def write_report(
         draft.replace(output)
     except OSError as e:
         raise UserError(
-            f'{output} can not be written ({e.strerror}): choose another --output.'
+            f'{output} cannot be written ({e.strerror}): choose another --output.'
         ) from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -9,6 +9,7 @@ import pathlib
 import re
 import statistics
 
+from absl import logging
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -101,9 +102,19 @@ def other_results(
     for file in workdir.glob('seed-*/results.json'):
         if file.parent in own or not (file.parent / 'config.json').exists():
             continue
-        theirs = config_lib.identity(config_lib.from_json(file.parent / 'config.json'))
-        if theirs | {'seed': None} == config:
-            found.append(json.loads(file.read_text()))
+        try:
+            theirs = config_lib.identity(config_lib.from_json(file.parent / 'config.json'))
+            if theirs | {'seed': None} == config:
+                results = json.loads(file.read_text())
+                summarise([results, results])  # Has it everything?
+                found.append(results)
+        except (UserError, OSError, ValueError, KeyError, TypeError) as e:
+            logging.warning(
+                '%s cannot be read (%s): summary.json is without it; its own command, given again, '
+                'writes it anew.',
+                file,
+                ' '.join(str(e).split()),
+            )
     return found
 
 

@@ -52,8 +52,9 @@ def make_sparse_loss(
         placed = synthesis.place(masks_fn(k_mask, n, grid), batch)
         mask = placed.noise
         # By how many standard deviations a batch's masks cover more than they do on average.
-        shares = fraction + deviation / np.sqrt(n) * _SURPLUS
-        capacities = sorted({int(mask.size * share) for share in np.minimum(shares, 1.0)})
+        shares = fraction + deviation / np.sqrt(n) * _SURPLUS[:-1]
+        shares = [*shares, 1.0]  # Whatever is drawn fits into the last program.
+        capacities = sorted({max(1, int(mask.size * share)) for share in np.clip(shares, 0, 1)})
 
         def run(capacity, params, generator):
             noise = functools.partial(noise_fn, generator, key=k_noise)

@@ -144,7 +144,8 @@ def plan(
             config.update_from_flattened_dict(values | {'seed': seed, 'seeds': 1})
             config_lib.validate(config)
         row = Row(setting, configs, workdir)
-        name = urllib.parse.quote(row.label.replace(' ', ''), safe='=,()')
+        label = ','.join(f'{field}={text}' for field, text in setting.items()) or row.label
+        name = urllib.parse.quote(label, safe='=,()')
         if len(name) > 255:
             raise UserError(f'{row.label} is too long for the name of a folder: shorten its paths.')
         rows.append(dataclasses.replace(row, workdir=workdir / name))
@@ -163,7 +164,7 @@ def _check_folder(rows, workdir):
         found = [*workdir.glob('*'), *(path for row in rows for path in row.workdir.glob('*'))]
     except OSError as e:
         raise UserError(
-            f'{workdir} can not be used ({e.strerror}): choose another --workdir.'
+            f'{workdir} cannot be used ({e.strerror}): choose another --workdir.'
         ) from e
     other = sorted(p for p in found if p not in known and not p.name.startswith('.'))
     if other:

@@ -5,6 +5,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import io
 import json
 import math
 import os
@@ -52,7 +53,7 @@ def default_workdir(config: ml_collections.ConfigDict) -> pathlib.Path:
 
 
 def check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Raises UserError if the run can not start or resume in this folder; writes nothing."""
+    """Raises UserError if the run cannot start or resume in this folder; writes nothing."""
     files.check_folder(workdir, '--workdir')
     written = workdir / 'config.json'
     if written.exists():
@@ -97,13 +98,17 @@ class Log:
     def append(self, epoch: int, values: dict[str, float]) -> None:
         """Adds an epoch's row and puts the file on disk."""
         self.rows.append({'epoch': str(epoch)} | {k: f'{v:.6g}' for k, v in values.items()})
-        lines = [','.join(self.rows[0])] + [','.join(row.values()) for row in self.rows]
-        write(self.path, '\n'.join(lines) + '\n')
+        # An older version may have written other terms into the rows before.
+        names, text = dict.fromkeys(name for row in self.rows for name in row), io.StringIO()
+        table = csv.DictWriter(text, names, lineterminator='\n')
+        table.writeheader()
+        table.writerows(self.rows)
+        write(self.path, text.getvalue())
         self._add_event(self.rows[-1])
 
     def _add_event(self, row: dict[str, str]) -> None:
         if self.events:
-            values = {name: float(value) for name, value in row.items() if name != 'epoch'}
+            values = {name: float(v) for name, v in row.items() if v and name != 'epoch'}
             tensorboard.add(self.events, int(row['epoch']), 'train', values)
 
     def close(self, epoch: int, values: dict[str, float | None]) -> None:
@@ -114,8 +119,8 @@ class Log:
 
     def history(self) -> dict[str, list[float]]:
         """Columns by name."""
-        names = self.rows[0] if self.rows else {}
-        return {name: [float(row[name]) for row in self.rows] for name in names}
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        return {name: [float(row.get(name) or 'nan') for row in self.rows] for name in names}
 
 
 def train_and_evaluate(
@@ -202,7 +207,7 @@ def begin_workdir(config, workdir, split, locks) -> None:
             write(workdir / 'masked_images.json', masked)
     except OSError as e:
         raise UserError(
-            f'{workdir} can not be written ({e.strerror}): choose another --workdir.'
+            f'{workdir} cannot be written ({e.strerror}): choose another --workdir.'
         ) from None
 
 
@@ -483,6 +488,7 @@ def keep_on_host(config, split, network, backbone, mesh) -> bool:
 
 def training_data(config, split, network, backbone, mesh, on_host):
     """Everything that is trained on, as one batch: on the devices of the mesh, or on the host."""
+    logging.info('%d images: their features are computed once', len(split.labels))
     layers = features_lib.extract_layers(
         functools.partial(deploy.backbone, precision=config.precision),
         backbone,

@@ -226,18 +226,21 @@ def test_prepared_set_is_read_again_and_never_stale(load, tmp_path):
     assert load().train.files == ('nut/train/good/000.png', 'nut/train/good/002.png')
 
 
-@pytest.mark.parametrize('damage', ['flip', 'cut', 'remove', 'older'])
+@pytest.mark.parametrize('damage', ['flip', 'cut', 'remove', 'older', 'null', '{}'])
 def test_a_damaged_prepared_set_is_made_again(damage, load, tmp_path, caplog):
     make_category(tmp_path / 'root/nut')
     first = load()
     [prepared] = (tmp_path / 'cache').iterdir()
     file = max((p for p in prepared.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
-    file = prepared / 'sha256.json' if damage == 'older' else file  # They had no digests.
+    if damage in ('older', 'null', '{}'):  # The older ones had no digests.
+        file = prepared / 'sha256.json'
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.unlink()
     if damage in ('flip', 'cut'):
         file.write_bytes(content if damage == 'flip' else content[:-1])
+    elif damage in ('null', '{}'):
+        file.write_text(damage)
     again = load()
     assert (again.train.images == first.train.images).all()
     assert (again.test.masks == first.test.masks).all()

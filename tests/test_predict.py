@@ -287,6 +287,14 @@ def test_memory_does_not_grow_with_the_number_of_images(shape, at_once, run, tmp
     assert len(held) == 41 and max(most) <= at_once
 
 
+def test_the_strongest_region_is_that_of_the_highest_logit():
+    """Where float32 probabilities are all 1."""
+    logits = np.full((20, 30), -9.0, np.float32)
+    logits[2:5, 3:6], logits[10:14, 20:25] = 17.0, 25.0
+    box, regions = predict.strongest_region(logits)
+    assert box == (20, 10, 5, 4) and regions.sum() == 9 + 20
+
+
 def test_predictions_inside_the_input_are_not_predicted(run, tmp_path):
     write(tmp_path / 'a.png', spot(40, 40, (10, 10, 9, 9)))
     assert predict.predict(run, tmp_path, tmp_path / 'out') == (1, 0)

@@ -388,7 +388,7 @@ def test_page_in_a_browser(width, made, browser):
 
 def damaged_log(runs, tmp_path):
     (runs[0] / 'train.csv').write_text('epoch,loss\nx,1\n')
-    return runs, 'can not be read'
+    return runs, 'cannot be read'
 
 
 def damaged_figure(runs, tmp_path):
@@ -420,6 +420,14 @@ def test_bad_runs_are_one_line_and_leave_nothing(case, runs, tmp_path):
     assert set(tmp_path.iterdir()) == before
 
 
+def test_a_file_among_the_runs_is_left_out(runs, tmp_path, caplog):
+    (tmp_path / 'notes.txt').write_text('')
+    report.write_report([tmp_path / 'notes.txt', *runs], tmp_path / 'out')
+    assert 'notes.txt is a file' in caplog.text and (tmp_path / 'out/report.md').exists()
+    with pytest.raises(UserError, match='no run is among'):
+        report.write_report([tmp_path / 'notes.txt'], tmp_path / 'other')
+
+
 def test_a_run_named_twice_counts_once(runs, tmp_path):
     report.write_report([runs[0], runs[0] / '..' / runs[0].name], tmp_path / 'report')
     assert f'| {runs[0]} |' in (tmp_path / 'report' / 'report.md').read_text()
@@ -434,7 +442,7 @@ def test_folders_with_other_files_are_left_alone(made, runs, tmp_path):
     (tmp_path / 'file').write_text('')
     assert 'holds other files' in message(runs, tmp_path)
     assert 'is a file' in message(runs, tmp_path / 'file')
-    assert 'can not be written' in message(runs, tmp_path / 'file' / 'report')
+    assert 'cannot be written' in message(runs, tmp_path / 'file' / 'report')
 
 
 @pytest.mark.parametrize('text', ['', '{}', '[]', '{"device": "cpu", "results": [1]}'])

@@ -202,18 +202,19 @@ def test_summary_of_an_undefined_metric():
 def test_a_summary_is_of_all_seeds_that_are_there(tmp_path):
     """Seeds that were added later stand beside the first ones; another config's do not."""
     config = config_lib.default_config()
+    fields = {'config': 'a', 'data': 'b', 'category': 'c', 'embedded': False, 'epochs': 300}
+    fields |= {'metrics': dict.fromkeys(metrics.METRICS, 0.5), 'undefined': {}}
     for seed, epochs in ((0, 300), (1, 300), (2, 5), (3, 300)):
         other = config.copy_and_resolve_references()
         other.seed, other.epochs = seed, epochs
         (tmp_path / f'seed-{seed}').mkdir()
         (tmp_path / f'seed-{seed}' / 'config.json').write_text(config_lib.to_json(other))
-        (tmp_path / f'seed-{seed}' / 'results.json').write_text(json.dumps({'seed': seed}))
+        text = json.dumps(fields | {'seed': seed})
+        (tmp_path / f'seed-{seed}' / 'results.json').write_text(text)
     config.seed, config.seeds = 3, 2
     config.features.place = 'host'  # Where features lie changes no result.
     others = seeds.other_results(seeds.runs_of(config, tmp_path), tmp_path)
     assert sorted(r['seed'] for r in others) == [0, 1]
-    fields = {'config': 'a', 'data': 'b', 'category': 'c', 'embedded': False, 'epochs': 300}
-    fields |= {'metrics': dict.fromkeys(metrics.METRICS, 0.5), 'undefined': {}}
     summary = seeds.summarise([fields | {'seed': seed} for seed in (4, 0, 3)])
     assert summary['seeds'] == [0, 3, 4]
     assert 'seeds 0, 3, 4,' in seeds.format_summary(summary)
@@ -255,3 +256,20 @@ def test_a_folder_of_several_seeds_stands_for_its_runs(tmp_path):
             (tmp_path / 'swept' / name / 'results.json').write_text('{}')
     swept = [tmp_path / 'swept' / 'a=1' / 'seed-0', tmp_path / 'swept' / 'a=1' / 'seed-1']
     assert seeds.single_runs(tmp_path / 'swept') == swept
+
+
+def test_a_damaged_result_of_another_seed_is_left_out(tmp_path, caplog):
+    """What was trained is summarised all the same, and the damaged file is named."""
+    config = config_lib.default_config()
+    values = {'metrics': dict.fromkeys(metrics.METRICS, 0.5), 'undefined': {}, 'config': 'a'}
+    values |= {'data': 'b', 'category': 'c', 'embedded': False, 'epochs': 300}
+    for seed, text in enumerate(['{}', '', '{"seed": 2', json.dumps(values | {'seed': 3}), 'null']):
+        single = config.copy_and_resolve_references()
+        single.seed = seed
+        (tmp_path / f'seed-{seed}').mkdir()
+        (tmp_path / f'seed-{seed}' / 'config.json').write_text(config_lib.to_json(single))
+        (tmp_path / f'seed-{seed}' / 'results.json').write_text(text)
+    found = seeds.other_results([(config, tmp_path / 'seed-0')], tmp_path)
+    assert [results['seed'] for results in found] == [3]
+    for seed in (1, 2, 4):
+        assert f'seed-{seed}' in caplog.text

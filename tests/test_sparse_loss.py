@@ -167,3 +167,15 @@ def test_sparse_steps_learn():
         state, metrics = epoch(state, {'layers': layers}, np.arange(4)[None], jax.random.key(i))
         losses.append(float(metrics['loss']))
     assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
+
+
+@pytest.mark.parametrize('field, value', [('empty', 0.97), ('threshold', 0.99)])
+def test_masks_that_hardly_cover_anything(field, value):
+    """Of four images often none has an anomalous position; the loss is a number all the same."""
+    config = default_config()
+    config.batch_size, config.perlin[field] = 4, value
+    layers = make_layers(jax.random.key(0), 4, 8, 8)
+    state = steps.init_state(config, jax.random.key(1), sum(CHANNELS))
+    loss = jax.jit(steps.config_loss(config))
+    arguments = state.params, state.generator, state.batch_stats, {'layers': layers}
+    assert np.isfinite(loss(*arguments, jax.random.key(2))[0])

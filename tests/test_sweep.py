@@ -45,6 +45,8 @@ def test_rows_are_the_cross_product(tmp_path):
         assert list(row.configs) == [3, 4]
         assert all(seed == config.seed for seed, config in row.configs.items())
         assert {(c.noise.std, c.epochs, c.seeds) for c in row.configs.values()} == {(std, 7, 1)}
+    spaced = plan(tmp_path, 'data.root=/d/a b,/d/ab')
+    assert len({row.workdir for row in spaced}) == 2
     (row,) = plan(tmp_path, 'seed=5')
     assert (row.label, row.run_of(5)) == ('mod1_a', tmp_path / 'mod1_a' / 'seed-5')
     (row,) = plan(tmp_path, 'noise.std=1', seed=2, seeds=3)

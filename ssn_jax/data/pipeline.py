@@ -236,13 +236,16 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _problem(prepared: Path) -> str | None:
-    """Why a prepared set can not be used; None if its files are what was written."""
+    """Why a prepared set cannot be used; None if its files are what was written."""
     try:
         expected = json.loads((prepared / _DIGESTS).read_text())
         found = _digests(prepared)
     except (OSError, ValueError) as error:
-        return f'its files can not be verified ({error})'
-    different = sorted(name for name in expected if found.get(name) != expected[name])
+        return f'its files cannot be verified ({error})'
+    if not isinstance(expected, dict):
+        return f'{_DIGESTS} is damaged'
+    names = expected.keys() | found.keys()
+    different = sorted(name for name in names if found.get(name) != expected.get(name))
     return f'{different[0]} is damaged' if different else None
 
 
