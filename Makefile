@@ -1,5 +1,5 @@
 # `make demo` and `make test` need Python 3.11 or newer, and nothing installed before them.
-# Another interpreter: make test PYTHON=/path/to/python3. Another demo: make demo DEMO_FLAGS=...
+# Another interpreter: make test PYTHON=/path/to/python3.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,13 +12,12 @@ PARALLEL_SLOW ?= -n $(shell echo $$(($(PROCESSES) + 1)))
 # without work takes another's.
 QUICK := $(BIN)/python -m pytest $(PARALLEL) --dist loadfile -m 'not slow'
 SLOW := $(BIN)/python -m pytest $(PARALLEL_SLOW) --dist worksteal -m slow
-DEMO_FLAGS ?= --config.epochs=4 --config.batch_size=16
 
 .PHONY: demo test check lint clean
 
-# Trains Mod 2 on the embedded data set and measures it.
+# Trains on embedded images and inspects others.
 demo: $(STAMP)
-	$(BIN)/python -m ssn_jax.main --config configs/mod2.py $(DEMO_FLAGS)
+	@$(BIN)/python scripts/demo.py
 
 # Both parts run, whatever the first one ends with: it tells most of what is wrong, and soon.
 test: $(STAMP)
@@ -30,8 +29,8 @@ test: $(STAMP)
 	[ $$quick = 0 ] && [ $$slow = 0 ]
 
 # What tells soonest that something is wrong: lint, and the tests that compile next to nothing.
-CHECKED := checkpoint data decision defects figures fuzz losses main metrics overlay predict report
-CHECKED += runs sampling supervision sweep synthetic trust weights
+CHECKED := checkpoint data decision defects demo figures fuzz losses main metrics overlay predict
+CHECKED += readme report runs sampling supervision sweep synthetic torch_archives trust weights
 check: lint
 	@$(QUICK) $(CHECKED:%=tests/test_%.py)
 

@@ -318,12 +318,12 @@ def run(argv: list[str]) -> None:
             if importlib.util.find_spec(package) is None:
                 raise UserError(f"--against={other} needs {package}: pip install -e '.[bench]'.")
     if _BATCH.value < 1:
-        raise UserError(f'--batch={_BATCH.value} can not be used: it is at least 1.')
+        raise UserError(f'--batch={_BATCH.value} cannot be used: it is at least 1.')
     for name in _CONFIGS.value:
         config = load_config(name)
         if _AGAINST.value and (config.image_score == 'map' or config.features.layers != (2, 3)):
             raise UserError(
-                f'--against can not measure {name}: the PyTorch module has a classification head '
+                f'--against cannot measure {name}: the PyTorch module has a classification head '
                 'and reads layers (2, 3).'
             )
     if _TRAIN.value:

@@ -42,7 +42,7 @@ def compare(
 ) -> None:
     """Draws `count` test images and every run's map of them into `output`."""
     if count < 1:
-        raise UserError(f'--count={count} can not be used: at least 1.')
+        raise UserError(f'--count={count} cannot be used: at least 1.')
     configs = [runs.read_config(workdir) for workdir in workdirs]
     datasets = [data.load(config.data, config.image_size, config.resize) for config in configs]
     dataset = datasets[0]
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     arguments = parser.parse_args(argv)
     if arguments.output.suffix != '.png':
-        raise UserError(f'--output={arguments.output} can not be used: it ends in .png.')
+        raise UserError(f'--output={arguments.output} cannot be used: it ends in .png.')
     files.check_output(arguments.output, '--output')
     compare(arguments.runs, arguments.output, arguments.count, arguments.select)
     print(f'The maps are in {arguments.output}.')

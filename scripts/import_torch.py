@@ -77,7 +77,7 @@ def fit_config(
         config.system = 'gap_cam'
         if config.supervision.kind == 'none':
             config.supervision.kind = 'labels'  # Nothing else teaches this system.
-    # What a checkpoint of theirs can not have.
+    # What a checkpoint of theirs cannot have.
     config.features.layers, config.image_score, config.positions = (2, 3), 'head', 0
     config.map_loss, config.product_share, config.optimizer.average = 'l1_focal', 0.0, 0.0
     config.noise.kind = 'static'
@@ -177,7 +177,7 @@ def import_checkpoint(
         drafted.replace(workdir)
     except OSError as e:
         raise UserError(
-            f'{workdir} can not be written ({e.strerror}): choose another --workdir.'
+            f'{workdir} cannot be written ({e.strerror}): choose another --workdir.'
         ) from None
     finally:
         shutil.rmtree(drafted, ignore_errors=True)

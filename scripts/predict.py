@@ -7,6 +7,7 @@ the others are predicted all the same.
 """
 
 import argparse
+import csv
 import functools
 import math
 import pathlib
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--no_overlays', action='store_true', help='write the table only')
     arguments, overrides = cli.parse(parser, argv)
     if arguments.max_pixels < 1:
-        raise UserError(f'--max_pixels={arguments.max_pixels} can not be used: at least 1.')
+        raise UserError(f'--max_pixels={arguments.max_pixels} cannot be used: at least 1.')
     cli.log_to_stderr(arguments.quiet)
     # After the arguments, so that a wrong one is told at once.
     import tqdm
@@ -70,7 +71,10 @@ def main(argv: list[str] | None = None) -> int:
     if failed:
         print(f'{failed} of {done + failed} images could not be read.', file=sys.stderr)
     if not arguments.quiet:
-        print(f'{done} predictions are in {arguments.output / "predictions.csv"}.')
+        table = arguments.output / 'predictions.csv'
+        with table.open(newline='', errors='surrogateescape') as f:
+            defective = sum(row['decision'] == 'defective' for row in csv.DictReader(f))
+        print(f'{done} predictions are in {table}: {defective} defective.')
     return 2 if failed else 0
 
 

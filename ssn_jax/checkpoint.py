@@ -36,7 +36,7 @@ def save(manager: ocp.CheckpointManager, epoch: int, state) -> None:
     """Writes the state after `epoch` epochs, and its checksum; it appears whole or not at all.
 
     Raises:
-      UserError: it can not be written.
+      UserError: it cannot be written.
     """
     try:
         manager.save(
@@ -47,7 +47,7 @@ def save(manager: ocp.CheckpointManager, epoch: int, state) -> None:
         for half in pathlib.Path(manager.directory).glob(f'{epoch}.orbax-checkpoint-tmp*'):
             shutil.rmtree(half, ignore_errors=True)
         raise UserError(
-            f'the checkpoint {manager.directory / str(epoch)} can not be written ({_reason(e)}): '
+            f'the checkpoint {manager.directory / str(epoch)} cannot be written ({_reason(e)}): '
             'see to it, then the same command goes on from the last one.'
         ) from None
 
@@ -73,7 +73,7 @@ def restore(manager: ocp.CheckpointManager, state, epoch: int | None = None) -> 
             return number, _restore(manager, number, abstract)
         except Exception as e:  # Orbax raises many kinds; each means that this one is of no use.
             folder = manager.directory / str(number)
-            problems.append(f'the checkpoint {folder} can not be restored ({_reason(e)})')
+            problems.append(f'the checkpoint {folder} cannot be restored ({_reason(e)})')
     if not problems:
         return 0, state
     instead = 'choose another one' if epoch else 'there is none before it; delete it to begin anew'

@@ -163,7 +163,7 @@ def use_compilation_cache() -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        logging.warning('%s can not be written (%s): nothing is kept there.', folder, e.strerror)
+        logging.warning('%s cannot be written (%s): nothing is kept there.', folder, e.strerror)
         return
     for name, value in settings.items():
         jax.config.update(name, value)

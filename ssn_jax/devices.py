@@ -57,7 +57,7 @@ def connect(
         jax.distributed.initialize(**given)
     except (RuntimeError, ValueError) as e:
         reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
-        raise UserError(f'the processes can not be brought together ({reason}): {hint}') from None
+        raise UserError(f'the processes cannot be brought together ({reason}): {hint}') from None
     if not is_first():
         logging.set_verbosity(logging.WARNING)  # The first one tells what all of them do.
 
@@ -88,7 +88,7 @@ def _check_processes(given: dict, missing: list[str]) -> None:
                 trial.bind(('', int(port)))
             except OSError as e:
                 raise UserError(
-                    f'--coordinator={given["coordinator"]}: its port can not be used here '
+                    f'--coordinator={given["coordinator"]}: its port cannot be used here '
                     f'({e.strerror}): choose another one.'
                 ) from None
 
@@ -141,12 +141,12 @@ def make_mesh(batch_size: int) -> jax.sharding.Mesh | None:
       batch_size: images a step.
 
     Raises:
-      UserError: the processes can not share a batch equally.
+      UserError: the processes cannot share a batch equally.
     """
     processes = jax.process_count()
     if batch_size % processes:
         raise UserError(
-            f'a batch of {batch_size} images can not be shared equally by {processes} processes: '
+            f'a batch of {batch_size} images cannot be shared equally by {processes} processes: '
             'make --config.batch_size a multiple of --num_processes that is no more than there '
             'are training images.'
         )

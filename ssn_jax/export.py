@@ -193,7 +193,7 @@ def write(run: runs.Run, form: str, output: pathlib.Path) -> None:
       output: the file.
 
     Raises:
-      UserError: the file can not be written, or packages are missing.
+      UserError: the file cannot be written, or packages are missing.
     """
     files.check_output(output, '--output')
     files.write_output(output, FORMATS[form](run), '--output')

@@ -68,7 +68,7 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
             f'{folder} is in use by another run: wait for its end, or choose another --workdir.'
         ) from None
     except OSError as e:  # Some network file systems have no such locks.
-        logging.warning('%s can not be locked (%s): start no second run in it.', folder, e.strerror)
+        logging.warning('%s cannot be locked (%s): start no second run in it.', folder, e.strerror)
     try:
         yield
     finally:
@@ -76,7 +76,7 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
 
 
 def check_folder(path: pathlib.Path, flag: str) -> None:
-    """Raises UserError if a folder can not be made or written to; writes nothing."""
+    """Raises UserError if a folder cannot be made or written to; writes nothing."""
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not existing.is_dir():
         raise UserError(f'{existing} is a file, no folder: choose another {flag}.')
@@ -85,12 +85,12 @@ def check_folder(path: pathlib.Path, flag: str) -> None:
 
 
 def check_output(path: pathlib.Path, flag: str) -> None:
-    """Raises UserError if a file can not be written for a reason that is known beforehand."""
+    """Raises UserError if a file cannot be written for a reason that is known beforehand."""
     if path.is_dir():
         raise UserError(f'{path} is a folder: {flag} names a file.')
     existing = next(p for p in path.absolute().parents if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f'{existing} can not be written to: choose another {flag}.')
+        raise UserError(f'{existing} cannot be written to: choose another {flag}.')
 
 
 def write_output(path: pathlib.Path, content: str | bytes, flag: str) -> None:
@@ -99,5 +99,5 @@ def write_output(path: pathlib.Path, content: str | bytes, flag: str) -> None:
         write(path, content)
     except OSError as e:
         raise UserError(
-            f'{path} can not be written ({e.strerror}): choose another {flag}.'
+            f'{path} cannot be written ({e.strerror}): choose another {flag}.'
         ) from None

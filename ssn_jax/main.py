@@ -124,7 +124,7 @@ def _unusable(path: str | None, reason: str) -> str:
     file = (path or '').split(':')[0]
     if not os.path.isfile(file):
         return f'no config file at {file!r}: configs/ holds them.'
-    return f'{file} can not be used as a config ({reason}): configs/mod2.py shows how one looks.'
+    return f'{file} cannot be used as a config ({reason}): configs/mod2.py shows how one looks.'
 
 
 if __name__ == '__main__':

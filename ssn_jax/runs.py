@@ -131,7 +131,7 @@ def _read(path):
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as e:
-        raise UserError(f'{path} can not be read ({e}): repeat the command of the run.') from None
+        raise UserError(f'{path} cannot be read ({e}): repeat the command of the run.') from None
 
 
 def predict(run: Run, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

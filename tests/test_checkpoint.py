@@ -140,6 +140,6 @@ def test_no_room_for_a_checkpoint_is_one_line_and_leaves_the_one_before(tmp_path
         raise OSError(errno.ENOSPC, 'No space left on device')
 
     monkeypatch.setattr(manager, 'save', full)
-    with pytest.raises(UserError, match=r'checkpoints/2 can not be written \(no space left'):
+    with pytest.raises(UserError, match=r'checkpoints/2 cannot be written \(no space left'):
         checkpoint.save(manager, 2, state)
     assert checkpoint.restore(checkpoint.open_manager(tmp_path, 2), state)[0] == 1

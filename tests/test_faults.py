@@ -246,7 +246,7 @@ def disk(tmp_path):
     def mount(*arguments):
         done = subprocess.run(['mount', *arguments, folder], capture_output=True, text=True)
         if done.returncode:
-            pytest.skip(f'file systems can not be mounted here: {done.stderr.strip()}')
+            pytest.skip(f'file systems cannot be mounted here: {done.stderr.strip()}')
 
     if shutil.which('mount') is None:
         pytest.skip('there is no mount')
@@ -269,7 +269,7 @@ def test_a_full_and_a_read_only_disk(job, whole, disk, tmp_path):
     folder, remount = disk
     workdir = folder / 'run'
     said = one_error(job.start(workdir))
-    assert 'checkpoints/2 can not be written' in said and 'o space left' in said, said
+    assert 'checkpoints/2 cannot be written' in said and 'o space left' in said, said
     assert [p.name for p in (workdir / 'checkpoints').iterdir()] == ['1']
     remount('size=200m')
     assert 'after epoch 1' in job.finish(workdir)
@@ -298,7 +298,7 @@ def test_a_damaged_checkpoint_is_noticed_and_made_again(job, whole, tmp_path):
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     log = job.finish(workdir)
-    assert re.search(rf'warning: the checkpoint {newest} can not be restored \(.*going on', log)
+    assert re.search(rf'warning: the checkpoint {newest} cannot be restored \(.*going on', log)
     assert f'after epoch {EPOCHS - 1}' in log
     check_same(workdir, whole)
     assert (workdir / 'checkpoints' / f'{EPOCHS}.damaged').is_dir()

@@ -135,7 +135,7 @@ def test_training_on_a_few_positions_learns(kind):
         history.append(metrics)
     loss = [float(m['loss']) for m in history]
     assert np.mean(loss[-4:]) < 0.9 * np.mean(loss[:4])
-    if kind == 'learned':  # An adversary can not hide by doing nothing.
+    if kind == 'learned':  # An adversary cannot hide by doing nothing.
         assert all(0.5 <= m['noise_rms'] <= 1.0 for m in history)
 
 

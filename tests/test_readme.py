@@ -1,4 +1,4 @@
-"""Every command of the README is run, on tiny data, so that none of them can rot."""
+"""Every command of README and docs/ is run, on tiny data, and every link leads somewhere."""
 
 import glob
 import pathlib
@@ -27,8 +27,14 @@ SHORT = (
 REAL = '--config.data.root={data}/mvtec_ad --config.data.category=bottle'
 # Beginnings of commands, and what is added to them. A new command needs an entry here.
 ADDED = {
+    'python -m ssn_jax.main --config configs/drawn.py': (
+        f'{SHORT} --config.turned_copies=1 --config.drawn.copies=2'
+    ),
+    'python scripts/predict.py --workdir runs/mine': '',
     'python -m ssn_jax.main --config configs/mod2.py --config.seeds': f'{SHORT} {REAL}',
     'python -m ssn_jax.main --config configs/mod2.py --config.noise': f'{SHORT} {REAL}',
+    'python -m ssn_jax.main --config configs/mod2.py --config.data': SHORT,
+    'python -m ssn_jax.main --config configs/mod2.py': f'{SHORT} {REAL}',
     'python scripts/sweep.py --config configs/mod2.py': f'{SHORT} {REAL}',
     'python -m ssn_jax.main --config configs/': SHORT,
     'python scripts/import_torch.py --checkpoint weights.safetensors': SHORT,
@@ -46,9 +52,13 @@ LEFT_OUT = re.compile(r'(make|\. \.venv|pip install)\b|.*--coordinator')
 SHORTER = {'beta=0.5,0.1,0.05,0.0015': 'beta=0.1', 'seed=0,1,2': 'seed=0,1', 'seeds=5': 'seeds=2'}
 
 
+PAGES = [commands.ROOT / 'README.md', *sorted((commands.ROOT / 'docs').glob('*.md'))]
+
+
 def lines() -> list[str]:
-    """The commands in the README's shell blocks, lines joined, without comments."""
-    blocks = re.findall(r'```sh\n(.*?)```', (commands.ROOT / 'README.md').read_text(), re.DOTALL)
+    """The commands in the pages' shell blocks, lines joined, without comments."""
+    text = ''.join(page.read_text() for page in PAGES)
+    blocks = re.findall(r'```sh\n(.*?)```', text, re.DOTALL)
     text = re.sub(r'\s*\\\n\s*', ' ', ''.join(blocks))
     found = [line.partition('  #')[0].strip() for line in text.splitlines()]
     return [line for line in found if line and not LEFT_OUT.match(line)]
@@ -59,6 +69,24 @@ def test_every_command_is_known():
     assert not unknown, 'say in ADDED how these are to be run'
     unused = [start for start in ADDED if not any(line.startswith(start) for line in lines())]
     assert not unused
+
+
+@pytest.mark.parametrize('page', [*PAGES, commands.ROOT / 'CONTRIBUTING.md'], ids=lambda p: p.name)
+def test_links_and_lengths(page):
+    """Links within the project exist, their headings too; lines fit a terminal."""
+    text = page.read_text()
+    for target in re.findall(r'\]\(([^)]+)\)', text):
+        if target.startswith('https://'):
+            continue
+        file, _, heading = target.partition('#')
+        linked = page.parent / file if file else page
+        assert linked.exists(), target
+        if heading:
+            titles = re.findall(r'^#+ (.*)$', linked.read_text(), re.MULTILINE)
+            assert heading in {re.sub(r'[^\w -]', '', t.lower()).replace(' ', '-') for t in titles}
+    prose = [line for line in text.splitlines() if not line.startswith('|') and '](' not in line]
+    assert all(len(line) <= 100 for line in prose), [x for x in prose if len(x) > 100]
+    assert page.name != 'README.md' or len(text.splitlines()) <= 150
 
 
 def prepare(folder: pathlib.Path) -> pathlib.Path:
@@ -117,7 +145,8 @@ def start(line: str, folder: pathlib.Path) -> None:
 
 # Commands that follow from each other, by what tells them; the last group is all the others.
 GROUPS = {
-    'defects': ('KolektorSDD2', 'ROOT', 'compare.py', 'import_torch.py'),
+    'own': ('runs/mine',),
+    'defects': ('KolektorSDD2', 'mixed', 'compare.py', 'import_torch.py'),
     'several': ('beta-0.05', 'config.seeds', 'sweep.py'),
     'one': ('',),
 }

@@ -75,7 +75,7 @@ BAD = {
     'no checkpoint': lambda run: shutil.rmtree(run / 'checkpoints'),
     'newer ssn_jax': lambda run: (run / 'config.json').write_text('{"version": 1000}'),
     'no config': lambda run: (run / 'config.json').write_text('{'),
-    'can not be restored': lambda run: shutil.rmtree(run / 'checkpoints/3/default'),
+    'cannot be restored': lambda run: shutil.rmtree(run / 'checkpoints/3/default'),
 }
 WORDS = {'nowhere': 'no folder'}
 

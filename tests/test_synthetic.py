@@ -12,6 +12,7 @@ from ssn_jax import data
 from ssn_jax.data import images, synthetic
 
 DEFECTS = {
+    'bearing': ['chip', 'fibre', 'missing_ball', 'scratch', 'stain'],
     'screw': ['manipulated_front', 'scratch_head', 'scratch_neck', 'thread_side', 'thread_top'],
     'surface': ['defect'],
 }
@@ -28,7 +29,8 @@ def test_mask_is_where_the_image_differs(category, defect):
     for seed in range(4):
         image, normal, mask = synthetic.draw(category, defect, np.random.default_rng(seed))
         assert image.dtype == normal.dtype == mask.dtype == np.uint8
-        assert ((image != normal) == (mask == 1)).all()
+        different = (image != normal).reshape(*mask.shape, -1).any(-1)
+        assert (different == (mask == 1)).all()
         assert 12 <= mask.sum() <= 0.25 * mask.size
         change = np.abs(image.astype(int) - normal)
         assert change[mask == 1].mean() > 12  # visible, and not only to a machine
@@ -100,8 +102,9 @@ def test_another_seed_is_another_prepared_set(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_images_are_grey_png_of_the_size_of_their_model():
-    for category, size in {'screw': (256, 256), 'surface': (640, 232)}.items():
+def test_images_are_png_of_the_size_of_their_model():
+    sizes = {'bearing': (256, 256, 3), 'screw': (256, 256), 'surface': (640, 232)}
+    for category, size in sizes.items():
         record = next(synthetic.records(category, 0))
         assert record.image.startswith(b'\x89PNG')
         stored = cv2.imdecode(np.frombuffer(record.image, np.uint8), cv2.IMREAD_UNCHANGED)

@@ -15,10 +15,21 @@ from ssn_jax.data import images
 from ssn_jax.data.layouts import GOOD, Record
 
 # Part of the prepared set's fingerprint: raise it with every change to what is drawn.
-VERSION = 1
+VERSION = 2
 
 # Images by split and defect.
 _COUNTS = {
+    'bearing': {
+        'train': {GOOD: 150},
+        'test': {
+            GOOD: 60,
+            'chip': 8,
+            'fibre': 8,
+            'missing_ball': 8,
+            'scratch': 8,
+            'stain': 8,
+        },
+    },
     'screw': {
         'train': {GOOD: 60},
         'test': {
@@ -73,7 +84,7 @@ def draw(
 
     Returns:
       The image, the same image without its defect, and the mask of the pixels in which they differ:
-      grey, uint8 (H, W), twice, and uint8 (H, W) of zeros and ones.
+      uint8 grey (H, W) or RGB (H, W, 3), twice, and uint8 (H, W) of zeros and ones.
     """
     # Defects that come out too small to see (behind an edge, on a dark part) are drawn again.
     while True:
@@ -84,7 +95,8 @@ def draw(
             np.clip(np.rint(light * cv2.GaussianBlur(picture, (0, 0), 0.6) + grain), 0, 255)
             for picture in (normal, damaged)
         )
-        seen = (np.abs(damaged - normal) >= _VISIBLE).astype(np.uint8)
+        different = np.abs(damaged - normal).reshape(*normal.shape[:2], -1).max(-1)
+        seen = (different >= _VISIBLE).astype(np.uint8)
         if defect == GOOD or seen.sum() >= 12:
             break
     # Where a defect happens to look like what it covers, its mask would have a pinhole: the pixels
@@ -94,6 +106,108 @@ def draw(
     image[mask == 1] += np.where(normal[mask == 1] < 128, _VISIBLE, -_VISIBLE)
     image[seen == 1] = damaged[seen == 1]
     return image.astype(np.uint8), normal.astype(np.uint8), mask
+
+
+def _bearing(rng: np.random.Generator, defect: str) -> tuple[np.ndarray, np.ndarray]:
+    """A ball bearing seen from above on a dark mat, turned by any angle, (256, 256, 3), RGB.
+
+    Returns the normal and the damaged picture, float in 0..255.
+    """
+    shape = (256, 256)
+    middle = 128 + rng.uniform(-6, 6, 2)
+    y, x = (axis - at for axis, at in zip(np.mgrid[:256, :256].astype(float), middle, strict=True))
+    radius, angle = np.hypot(y, x), np.arctan2(y, x)
+    turn, gleam = rng.uniform(0, _TAU, 2)
+
+    mat = (
+        np.array([58, 66, 74])
+        * (1 + 0.04 * _noise(rng, shape, 3) + 0.05 * _noise(rng, shape, 60))[..., None]
+    )
+    shadow = np.clip(1.2 - (np.hypot(y - 5, x - 4) - 100) / 22, 0, 1) * (radius > 100)
+    picture = mat * (1 - 0.6 * shadow[..., None])
+
+    # Turned steel gleams in two opposite sectors, and its grooves run around.
+    brushed = _noise(rng, (160, 1), (1.3, 1))[:, 0]
+    grooves = np.interp(radius, np.arange(160), brushed) + 0.5 * _noise(rng, shape, 2)
+    sheen = np.cos(angle - gleam) ** 2
+    steel = 118 + 85 * sheen**3 + 26 * sheen + 7 * grooves
+    steel = steel[..., None] * np.array([0.98, 1.0, 1.03])
+
+    def ring(picture, inner, outer):
+        """A flat ring with a bright and a dark chamfer at its edges."""
+        here = _window(radius, inner, outer)[..., None]
+        edge = np.minimum(radius - inner, outer - radius)
+        shade = 1 + 0.35 * np.exp(-(((edge - 3) / 1.4) ** 2)) - 0.5 * np.exp(-((edge / 1.6) ** 2))
+        return _blend(picture, steel * shade[..., None], here)
+
+    def balls(picture, missing=()):
+        """The raceway with its cage, and the balls in it."""
+        depth = np.clip(np.minimum(radius - 52, 88 - radius) / 10, 0, 1)[..., None]
+        picture = _blend(
+            picture, np.array([46.0, 47, 50]) * (0.5 + depth), _window(radius, 52, 88)[..., None]
+        )
+        brass = np.array([186, 148, 84]) * (0.8 + 0.35 * sheen + 0.03 * grooves)[..., None]
+        edge = np.clip(np.minimum(radius - 62, 78 - radius) / 3, 0, 1)[..., None]
+        picture = _blend(picture, brass * (0.6 + 0.4 * edge), _window(radius, 62, 78)[..., None])
+        for k in range(9):
+            at = turn + _TAU * k / 9
+            dy, dx = y - 70 * np.sin(at), x - 70 * np.cos(at)
+            off = np.hypot(dy, dx)
+            pocket = np.clip(17.5 - off, 0, 1)[..., None]
+            hollow = np.array([30.0, 30, 32]) * (0.7 + 0.03 * np.clip(off + dy, 0, 30))[..., None]
+            picture = _blend(picture, hollow, pocket)
+            if k in missing:
+                continue
+            height = np.sqrt(np.clip(1 - (off / 15) ** 2, 0, 1))
+            # The lamp, its reflection on the far side, and the dark band between them.
+            light = np.exp(-(((dy + 5) ** 2 + (dx + 4) ** 2) / 14))
+            rim = np.exp(-(((off - 11.5) / 2.2) ** 2)) * np.clip((dy + dx) / 15, 0, 1)
+            grey = 52 + 98 * height + 150 * light + 60 * rim
+            ball = grey[..., None] * np.array([0.97, 1.0, 1.04])
+            picture = _blend(picture, ball, np.clip(15 - off + 0.5, 0, 1)[..., None])
+        for k in range(9):  # Rivets of the cage.
+            at = turn + _TAU * (k + 0.5) / 9
+            off = np.hypot(y - 70 * np.sin(at), x - 70 * np.cos(at))
+            rivet = np.array([206.0, 176, 118]) * (1.1 - 0.05 * off)[..., None]
+            picture = _blend(picture, rivet, np.clip(3.5 - off, 0, 1)[..., None])
+        return picture
+
+    normal = balls(ring(ring(picture, 88, 110), 32, 52))
+    if defect == GOOD:
+        return normal, normal
+    if defect == 'missing_ball':
+        return normal, balls(ring(ring(picture, 88, 110), 32, 52), {int(rng.integers(9))})
+    spot = rng.uniform(0, _TAU)
+    direction = np.array([np.sin(spot), np.cos(spot)])
+    metal = np.maximum(_window(radius, 90, 108), _window(radius, 34, 50))
+    if defect == 'chip':  # Broken off an edge, where grainy steel shows.
+        at = middle + rng.choice([109, 89, 51, 33]) * direction
+        broken = _patch(rng, shape, at, rng.uniform(5, 11), corners=8, roughness=0.35)
+        broken = broken * np.maximum(_window(radius, 88, 110), _window(radius, 32, 52))
+        rough = (70 + 26 * _noise(rng, shape, 1.6))[..., None] * np.ones(3)
+        return normal, _blend(normal, rough, broken[..., None])
+    if defect == 'scratch':  # A dark groove with a burr that gleams beside it.
+        damaged = normal
+        for _ in range(rng.integers(1, 4)):
+            at = middle + rng.choice([99, 42]) * direction + rng.normal(0, 4, 2)
+            path, width = _path(rng, at, rng.uniform(16, 44), 0.08), rng.integers(1, 3)
+            for colour, shift in ((250.0, 1.5), (36.0, 0)):
+                line = _stroke(shape, path + shift, width) * metal
+                damaged = _blend(damaged, colour, 0.9 * line[..., None])
+        return normal, damaged
+    if defect == 'stain':  # Rust or burnt oil.
+        at = middle + rng.choice([99, 70, 42]) * direction
+        blot = _patch(rng, shape, at, rng.uniform(7, 19), corners=11, roughness=0.3)
+        blot = cv2.GaussianBlur(blot, (0, 0), 1.5) * _window(radius, 33, 109)
+        tint = np.array(rng.choice([[0.86, 0.52, 0.28], [0.45, 0.38, 0.3]]))
+        mottled = np.clip(0.85 + 0.2 * _noise(rng, shape, 4), 0.3, 1)
+        return normal, _blend(normal, normal * tint, (blot * mottled)[..., None])
+    # A fibre, lying anywhere on the bearing.
+    at = middle + rng.uniform(38, 104) * direction
+    line = _stroke(shape, _path(rng, at, rng.uniform(30, 80), 0.3), rng.integers(1, 3))
+    line = line * _window(radius, 33, 109)
+    colour = rng.choice([[150.0, 40, 46], [30, 60, 120], [28, 62, 40]])
+    return normal, _blend(normal, colour, (0.9 * line)[..., None])
 
 
 def _screw(rng: np.random.Generator, defect: str) -> tuple[np.ndarray, np.ndarray]:
@@ -249,11 +363,11 @@ def _surface(rng: np.random.Generator, defect: str) -> tuple[np.ndarray, np.ndar
     return normal, damaged
 
 
-_PAINTERS = {'screw': _screw, 'surface': _surface}
+_PAINTERS = {'bearing': _bearing, 'screw': _screw, 'surface': _surface}
 
 
 def _blend(below: np.ndarray, above: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Lays `above` over `below` with opacity `alpha`, all (H, W)."""
+    """Lays `above` over `below` with opacity `alpha`; (H, W), or with colours in front of axes."""
     return below + alpha * (above - below)
 
 

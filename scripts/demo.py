@@ -1,0 +1,98 @@
+"""Trains a model on images that come with the code, and inspects images that it has not seen.
+
+    python scripts/demo.py
+
+Runs the two commands that anyone would run on images of their own, on drawn ball bearings: 150 good
+ones to learn from, a third of which is kept aside to choose the threshold on, and 100 to inspect.
+Which of those are defective is looked at only to count, at the end.
+"""
+
+import csv
+import pathlib
+import shlex
+import shutil
+import subprocess
+import sys
+
+from ssn_jax import cli
+from ssn_jax.data import layouts, synthetic
+from ssn_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+CATEGORY = 'bearing'
+TRAIN = (
+    'python -m ssn_jax.main --config configs/drawn.py --config.backbone.name=efficientnet_lite0 '
+    f'--config.data.category={CATEGORY} --config.turned_copies=1 --config.decision.holdout=0.33 '
+    '--workdir {workdir}'
+)
+PREDICT = (
+    'python scripts/predict.py --workdir {workdir} --input {workdir}/images '
+    '--output {workdir}/predictions'
+)
+
+
+def write_images(folder: pathlib.Path) -> None:
+    """Writes the test images of the embedded bearings as files, folder/DEFECT/NUMBER.png."""
+    for record in synthetic.records(CATEGORY, seed=0):
+        if record.split == 'test':
+            file = folder / record.defect / pathlib.Path(record.file).name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(record.image)
+
+
+def run(command: str) -> None:
+    """Shows a command and runs it, as a shell in the project's folder would."""
+    print(f'\n$ {command}', flush=True)
+    words = shlex.split(command)
+    status = subprocess.run([sys.executable, *words[1:]], cwd=ROOT).returncode
+    if status:
+        sys.exit(status)
+
+
+def count(table: pathlib.Path) -> str:
+    """What predictions.csv found of each kind of defect, and how many false alarms there are."""
+    with table.open(newline='') as f:
+        rows = list(csv.DictReader(f))
+    lines, found = [], {}
+    for row in rows:
+        found.setdefault(row['file'].split('/')[0], []).append(row['decision'] == 'defective')
+    good = found.pop(layouts.GOOD)
+    for kind, called in found.items():
+        lines.append(f'  {kind:14s} found {sum(called):2d} of {len(called)}')
+    every = sum(map(len, found.values()))
+    hits = sum(map(sum, found.values()))
+    lines.append(f'  {"all defects":14s} found {hits:2d} of {every} ({100 * hits / every:.0f} %)')
+    share = 100 * sum(good) / len(good)
+    lines.append(
+        f'  {"false alarms":14s}       {sum(good):2d} of {len(good)} good images ({share:.1f} %)'
+    )
+    return '\n'.join(lines)
+
+
+def demo(workdir: pathlib.Path) -> None:
+    """Trains, predicts and counts; a finished run is only measured again."""
+    run(TRAIN.format(workdir=workdir))
+    for name in ('images', 'predictions'):
+        shutil.rmtree(ROOT / workdir / name, ignore_errors=True)
+    write_images(ROOT / workdir / 'images')
+    run(PREDICT.format(workdir=workdir))
+    predictions = workdir / 'predictions'
+    print(f'\nOf the {CATEGORY}s that it had never seen:')
+    print(count(ROOT / predictions / 'predictions.csv'))
+    print('\nTwo pictures to open:')
+    print(f'  {workdir}/figures/overlays.png, the clearest and the hardest test images')
+    print(f'  {predictions}/overlays/missing_ball/000.png.jpg, one of the predictions')
+
+
+def main() -> None:
+    """Runs the demo; it takes no arguments."""
+    if len(sys.argv) > 1:
+        if sys.argv[1] in ('-h', '--help'):
+            print(__doc__.strip())
+            return
+        raise UserError(f'{sys.argv[1]}: the demo takes no arguments.')
+    demo(pathlib.Path('runs/demo'))
+
+
+if __name__ == '__main__':
+    cli.guard(main)
