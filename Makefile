@@ -4,14 +4,12 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Each process takes up to 4 GB. Slow tests wait for the commands that they start: one more of them.
-PROCESSES := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
-PARALLEL ?= -n $(PROCESSES)
-PARALLEL_SLOW ?= -n $(shell echo $$(($(PROCESSES) + 1)))
+# Each process takes up to 4 GB. There is one more than cores, since some wait for commands.
+PARALLEL ?= -n $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n + 1 : 5)))
 # A file's tests share what they set up and compile; the slow ones are few and long, and a process
 # without work takes another's.
 QUICK := $(BIN)/python -m pytest $(PARALLEL) --dist loadfile -m 'not slow'
-SLOW := $(BIN)/python -m pytest $(PARALLEL_SLOW) --dist worksteal -m slow
+SLOW := $(BIN)/python -m pytest $(PARALLEL) --dist worksteal -m slow
 
 .PHONY: demo test check lint clean
 

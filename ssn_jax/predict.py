@@ -70,7 +70,7 @@ def predict(
     source: pathlib.Path,
     output: pathlib.Path,
     threshold: float | None = None,
-    max_pixels: int = 2**27,
+    max_pixels: int = images.MAX_PIXELS,
     overlays: bool = True,
     progress: Callable = lambda paths, total: paths,
 ) -> tuple[int, int]:
@@ -232,12 +232,8 @@ def _load(path, size, config, max_pixels):
     try:
         if path.is_dir():
             return UserError(f'{path}: cannot be listed; check the folder')
-        if size and size[0] * size[1] > max_pixels:
-            return UserError(
-                f'{path}: {size[0]}x{size[1]} (height by width) is more than {max_pixels} pixels; '
-                'reduce it, or raise --max_pixels'
-            )
-        image = images.decode(images.read(path), path)
+        images.check_size(size, path, max_pixels)
+        image = images.decode(images.read(path), path, max_pixels)
         return image, images.fit(image, tuple(config.image_size), tuple(config.resize))
     except UserError as e:
         return e

@@ -120,7 +120,12 @@ class Log:
     def history(self) -> dict[str, list[float]]:
         """Columns by name."""
         names = dict.fromkeys(name for row in self.rows for name in row)
-        return {name: [float(row.get(name) or 'nan') for row in self.rows] for name in names}
+        # What a row was written without is '', what was cut off it None, which is no number.
+        each = {name: [row.get(name, '') for row in self.rows] for name in names}
+        return {
+            name: [float('nan' if value == '' else value) for value in column]
+            for name, column in each.items()
+        }
 
 
 def train_and_evaluate(

@@ -252,7 +252,9 @@ def test_what_can_not_be_read_stops_nothing(run, tmp_path, monkeypatch, caplog):
     huge_png(source / '7.huge.png', 40_000, 40_000)
     (source / '8.gone.png').symlink_to(source / 'nowhere')
     decoded, decode = [], images.decode
-    monkeypatch.setattr(images, 'decode', lambda x, f: decoded.append(f.name) or decode(x, f))
+    monkeypatch.setattr(
+        images, 'decode', lambda x, f, *more: decoded.append(f.name) or decode(x, f, *more)
+    )
     assert predict.predict(run, source, tmp_path / 'out') == (8, 5)
     assert '7.huge.png' not in decoded
     assert [*table(tmp_path / 'out/predictions.csv')] == [f'{i}.png' for i in range(9) if i != 3]
@@ -272,8 +274,8 @@ def test_memory_does_not_grow_with_the_number_of_images(shape, at_once, run, tmp
         write(tmp_path / f'in/{i:02d}.png', np.zeros((*shape, 3), np.uint8))
     held, most, decode = [], [], images.decode
 
-    def counted(encoded, file):
-        image = decode(encoded, file)
+    def counted(encoded, file, *more):
+        image = decode(encoded, file, *more)
         held.append(weakref.ref(image))
         most.append(sum(x() is not None for x in held))
         return image
@@ -285,6 +287,23 @@ def test_memory_does_not_grow_with_the_number_of_images(shape, at_once, run, tmp
     finally:
         gc.enable()
     assert len(held) == 41 and max(most) <= at_once
+
+
+HEADERS = {  # Without their pixels, of 40,000 x 30,000.
+    'a.hdr': b'#?RADIANCE\nFORMAT=32-bit_rle_rgbe\n\n-Y 30000 +X 40000\n',
+    'a.pam': b'P7\nWIDTH 40000\nHEIGHT 30000\nDEPTH 3\nMAXVAL 255\nTUPLTYPE RGB\nENDHDR\n',
+    'a.exr': b'v/1\x01\x02\0\0\0dataWindow\0box2i\0\x10\0\0\0'
+    + np.array([-1, 0, 39_998, 29_999], '<i4').tobytes(),
+}
+
+
+@pytest.mark.parametrize('name', HEADERS)
+def test_the_size_of_files_that_pillow_does_not_know(name, tmp_path):
+    assert images.size(HEADERS[name]) == (30_000, 40_000)
+    with pytest.raises(UserError, match='30000x40000'):
+        images.decode(HEADERS[name], name)
+    (tmp_path / name).write_bytes(HEADERS[name])
+    assert images.size(tmp_path / name) == (30_000, 40_000)
 
 
 def test_the_strongest_region_is_that_of_the_highest_logit():

@@ -1,6 +1,9 @@
 """Encoded images to arrays: reading, decoding, resizing."""
 
+import io
 from pathlib import Path
+import re
+import struct
 import warnings
 
 import cv2
@@ -17,6 +20,7 @@ Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings('ignore', module='PIL')
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
+MAX_PIXELS = 2**27  # Of an image that is decoded, unless more is asked for.
 _JPEG_MAGIC = b'\xff\xd8\xff'
 _PNG_MAGIC = b'\x89PNG\r\n\x1a\n'
 
@@ -35,7 +39,7 @@ def read(source: Path | bytes) -> bytes:
         raise UserError(f'{source}: cannot be read ({error.strerror}); check the file') from error
 
 
-def decode(encoded: bytes, file: Path | str) -> np.ndarray:
+def decode(encoded: bytes, file: Path | str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decodes an image to 8-bit RGB.
 
     Grey is replicated to three channels, 16 bits become 8, alpha is dropped and the EXIF
@@ -44,14 +48,16 @@ def decode(encoded: bytes, file: Path | str) -> np.ndarray:
     Args:
       encoded: the contents of an image file.
       file: name for the error message.
+      max_pixels: a larger image is refused before it is decoded.
 
     Returns:
       uint8 array of shape (H, W, 3).
 
     Raises:
-      UserError: the bytes are no image that OpenCV reads, or one of more than 2^30 pixels.
+      UserError: the bytes are no image that OpenCV reads, or one that is too large.
     """
-    return cv2.cvtColor(_decode(encoded, file, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+    image = _decode(encoded, file, cv2.IMREAD_COLOR, max_pixels)
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 def decode_mask(encoded: bytes, file: Path | str) -> np.ndarray:
@@ -116,16 +122,42 @@ def fit(
     return centre(resize(image, whole), image_size)
 
 
-def size(path: Path) -> tuple[int, int] | None:
-    """An image file's (height, width) from its header; None where Pillow does not know it."""
+def size(source: Path | bytes) -> tuple[int, int] | None:
+    """The (height, width) of an image, a file or its bytes, from its header; None if unknown."""
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return image.height, image.width
-    except Exception:  # Pillow raises many kinds, and OpenCV is asked next.
+    except Exception:  # Pillow raises many kinds, and does not know all that OpenCV reads.
+        pass
+    try:
+        with io.BytesIO(source) if isinstance(source, bytes) else source.open('rb') as file:
+            head = file.read(2**14)
+    except OSError:
         return None
+    if found := re.search(rb'\n[-+]Y (\d{1,9}) [-+]X (\d{1,9})\n', head):  # Radiance, .hdr.
+        return int(found[1]), int(found[2])
+    if found := re.search(rb'\0dataWindow\0box2i\0\x10\0\0\0(.{16})', head, re.DOTALL):  # OpenEXR.
+        left, top, right, bottom = struct.unpack('<4i', found[1])
+        return bottom - top + 1, right - left + 1
+    if head.startswith(b'P7'):  # .pam
+        sides = [re.search(rb'\n%s (\d{1,9})\n' % side, head) for side in (b'HEIGHT', b'WIDTH')]
+        return (int(sides[0][1]), int(sides[1][1])) if all(sides) else None
+    return None
 
 
-def _decode(encoded: bytes, file: Path | str, flags: int) -> np.ndarray:
+def check_size(found: tuple[int, int] | None, file: Path | str, max_pixels: int) -> None:
+    """Raises UserError if an image of this (height, width) has too many pixels."""
+    if found and found[0] * found[1] > max_pixels:
+        raise UserError(
+            f'{file}: {found[0]}x{found[1]} (height by width) is more than {max_pixels} pixels; '
+            'reduce it (predicting takes --max_pixels)'
+        )
+
+
+def _decode(
+    encoded: bytes, file: Path | str, flags: int, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
+    check_size(size(encoded), file, max_pixels)
     # Of a file without its end libpng complains to stderr itself.
     cut_off = encoded.startswith(_PNG_MAGIC) and b'IEND' not in encoded
     try:
