@@ -123,37 +123,31 @@ def fuse_backbone(variables: dict) -> dict:
     if 'conv_stem' in params:
         return _fuse_efficientnet(params, stats)
 
-    def fold(of, statistics, conv, norm):
-        return _fold(of[conv], of[norm], statistics[norm])
-
-    stem = fold(params, stats, 'conv1', 'bn1')
+    stem = _fold_named(params, stats, 'conv1', 'bn1')
     stem['kernel'] /= 255.0 * np.array(features_lib.IMAGENET_STD)[:, None]
     stages = [[], [], []]
     blocks = [n for n in params if n.startswith('layer')]
     for name in sorted(blocks, key=lambda n: [int(part) for part in n[5:].split('_')]):
         of, statistics = params[name], stats[name]
         names = [f'{i}' for i in (1, 2, 3) if f'conv{i}' in of]
-        block = {'convs': [fold(of, statistics, f'conv{i}', f'bn{i}') for i in names]}
+        block = {'convs': [_fold_named(of, statistics, f'conv{i}', f'bn{i}') for i in names]}
         if 'downsample_0' in of:
-            block['downsample'] = fold(of, statistics, 'downsample_0', 'downsample_1')
+            block['downsample'] = _fold_named(of, statistics, 'downsample_0', 'downsample_1')
         stages[int(name[5]) - 1].append(block)
     return jax.tree.map(np.float32, {'stem': stem, 'stages': stages})
 
 
 def _fuse_efficientnet(params, stats):
     """`fuse_backbone` of an EfficientNet."""
-
-    def fold(of, statistics, conv, norm):
-        return _fold(of[conv], of[norm], statistics[norm], efficientnet.EPSILON)
-
-    stem = fold(params, stats, 'conv_stem', 'bn0')
+    epsilon = efficientnet.EPSILON
+    stem = _fold_named(params, stats, 'conv_stem', 'bn0', epsilon)
     stem['kernel'] /= efficientnet.STD
     blocks, number = [], sum(name.startswith('blocks_') for name in params)
     for name in (f'blocks_{i}' for i in range(number)):
         parts = {'expand': 'bn0', 'depthwise': 'bn1', 'project': 'bn2'}
         blocks.append(
             {
-                part: fold(params[name], stats[name], f'{part}_conv', norm)
+                part: _fold_named(params[name], stats[name], f'{part}_conv', norm, epsilon)
                 for part, norm in parts.items()
                 if f'{part}_conv' in params[name]
             }
@@ -175,6 +169,11 @@ def _split(x):
 def _merge(x):
     """The chunks of `_split` as one."""
     return jnp.moveaxis(x, 0, -2).reshape(1, *x.shape[1:-1], -1)
+
+
+def _fold_named(params, stats, conv, norm, epsilon=EPSILON):
+    """`_fold` of a convolution and a BatchNorm by their names."""
+    return _fold(params[conv], params[norm], stats[norm], epsilon)
 
 
 def _fold(conv, norm, stats, epsilon=EPSILON):
@@ -308,7 +307,7 @@ def _efficientnet(fused, images):
         x, stem['kernel'], (2, 2), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
     )
     x = jax.nn.relu6(x + stem['bias'])
-    [network] = efficientnet.BACKBONES.values()
+    network = efficientnet.BACKBONES['efficientnet_lite0']
     outputs = []
     for i, (block, (*_, stride)) in enumerate(zip(fused['blocks'], network.blocks, strict=True)):
         y = jax.nn.relu6(_conv(block['expand'], x)) if 'expand' in block else x

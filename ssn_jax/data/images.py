@@ -73,7 +73,7 @@ def decode_mask(encoded: bytes, file: Path | str) -> np.ndarray:
       uint8 array of shape (H, W) of zeros and ones.
 
     Raises:
-      UserError: the bytes are no image that OpenCV reads.
+      UserError: the bytes are no image that OpenCV reads, or one of more than `MAX_PIXELS`.
     """
     mask = _decode(encoded, file, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH)
     # JPEG rings around edges: its black is not exactly 0.
