@@ -10,7 +10,7 @@ one's before they are timed.
 - MB: arguments, results and temporaries of a call of batch 1, as XLA plans them.
 - first: seconds from trained variables to the first result, compilation included.
 - std off: of bfloat16 (`--bfloat16`), how far scores and maps lie from float32's at most, in
-  standard deviations of the logits over the 16 images (`deploy.deviation`).
+  standard deviations of the logits over the 16 images (`forward.deviation`).
 """
 
 import importlib.util
@@ -24,10 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssn_jax import cli, deploy, published, steps
+from ssn_jax import synthesis, terminal
 from ssn_jax.data import synthetic
 from ssn_jax.errors import UserError
-from ssn_jax.models import backbones
+from ssn_jax.fused import fold, forward
+from ssn_jax.models import backbones, systems
+from ssn_jax.report import published
+from ssn_jax.training import steps
 
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 
@@ -65,7 +68,7 @@ def embedded_images(n: int, size: tuple[int, int]) -> np.ndarray:
 
 def random_variables(config) -> tuple[dict, dict]:
     """Variables of backbone and network as initialised."""
-    backbone, network = backbones.BACKBONES[config.backbone.name], steps.build_network(config)
+    backbone, network = backbones.BACKBONES[config.backbone.name], systems.build_network(config)
     channels = backbones.feature_channels(config.backbone.name, config.features.layers)
     if config.system == 'simplenet':
         channels = config.simplenet.embedding
@@ -78,11 +81,11 @@ def random_variables(config) -> tuple[dict, dict]:
 
 def compile_jax(form: str, config, variables: tuple[dict, dict], images: np.ndarray):
     """A form's call on images of this shape, and what XLA knows of it."""
-    network = steps.build_network(config)
+    network = systems.build_network(config)
     if form != 'direct':
-        fused = deploy.fuse(*variables, network)
-        fused = deploy.cast(fused, jnp.bfloat16) if form == 'bfloat16' else fused
-        held, run = deploy.prepare(fused), deploy.predict
+        fused = fold.fuse(*variables, network)
+        fused = forward.cast(fused, jnp.bfloat16) if form == 'bfloat16' else fused
+        held, run = forward.prepare(fused), forward.predict
     else:
         held, backbone = variables, backbones.BACKBONES[config.backbone.name]
 
@@ -132,7 +135,7 @@ def _torch_module(config, variables):
     import torch
     import torch_model
 
-    network = steps.build_network(config)
+    network = systems.build_network(config)
     size = tuple(config.image_size)
     return torch, torch_model.build(config.backbone.name, *variables, network, size)
 
@@ -184,8 +187,8 @@ def measure(name: str, against: list[str], turns: int, forms: list[str]) -> dict
             if batch == 1:
                 row |= facts | {'first_s': time.perf_counter() - began}
             elif form == 'bfloat16':
-                fused = deploy.fuse(*variables, steps.build_network(config))
-                row['deviation'] = deploy.deviation(fused, images)
+                fused = fold.fuse(*variables, systems.build_network(config))
+                row['deviation'] = forward.deviation(fused, images)
             expected = expected or output
             if form != 'bfloat16':
                 check_outputs(form, output, expected)
@@ -239,9 +242,9 @@ def measure_training(name: str, against: list[str], turns: int, batch: int) -> d
     config.batch_size = batch
     images = embedded_images(batch, tuple(config.image_size))
     variables = random_variables(config)
-    network = steps.build_network(config)
-    backbone = jax.device_put(deploy.prepare_backbone(deploy.fuse_backbone(variables[0])))
-    extract = jax.jit(lambda v, x: network.frozen(deploy.backbone(v, x)))
+    network = systems.build_network(config)
+    backbone = jax.device_put(forward.prepare_backbone(fold.fuse_backbone(variables[0])))
+    extract = jax.jit(lambda v, x: network.frozen(forward.backbone(v, x)))
     layers = jax.block_until_ready(extract(backbone, images))
     began = time.perf_counter()
     jax.block_until_ready(extract(backbone, images))
@@ -294,7 +297,7 @@ def _torch_training(config, variables, images):
             {'params': heads.parameters(), 'lr': o.heads_learning_rate, 'weight_decay': 1e-5},
         ]
     )
-    masks = steps.make_masks(config)
+    masks = synthesis.make_masks(config)
     grid = tuple(s // 4 for s in config.image_size)
     images = torch.from_numpy(images)
 
@@ -381,4 +384,4 @@ def _parse(argv: list[str]) -> list[str]:
 
 if __name__ == '__main__':
     logging.set_verbosity(logging.WARNING)
-    cli.guard(lambda: app.run(run, flags_parser=_parse))
+    terminal.guard(lambda: app.run(run, flags_parser=_parse))

@@ -13,8 +13,10 @@ import pathlib
 
 import numpy as np
 
-from ssn_jax import cli, data, decision, figures, files, runs, supervision
+from ssn_jax import data, decision, files, predictor, run as run_lib, terminal
+from ssn_jax.data import splits
 from ssn_jax.errors import UserError
+from ssn_jax.report import figures
 
 
 def pick_spread(split: data.Split, count: int) -> np.ndarray:
@@ -27,12 +29,12 @@ def pick_spread(split: data.Split, count: int) -> np.ndarray:
     ]
 
 
-def pick_failures(split: data.Split, count: int, run: runs.Run) -> list[int]:
+def pick_failures(split: data.Split, count: int, run: predictor.Run) -> list[int]:
     """Places of what a run gets most wrong: half of `count` are defects, half normal images.
 
     Of an odd count the one more is a defect.
     """
-    _, scores = runs.predict(run, split.images)
+    _, scores = predictor.predict(run, split.images)
     _, worst = figures.pick_best_worst(scores, split.labels, -(-count // 2))
     return worst[:count]
 
@@ -43,7 +45,7 @@ def compare(
     """Draws `count` test images and every run's map of them into `output`."""
     if count < 1:
         raise UserError(f'--count={count} cannot be used: at least 1.')
-    configs = [runs.read_config(workdir) for workdir in workdirs]
+    configs = [run_lib.read_config(workdir) for workdir in workdirs]
     datasets = [data.load(config.data, config.image_size, config.resize) for config in configs]
     dataset = datasets[0]
     for workdir, other in zip(workdirs, datasets, strict=True):
@@ -52,14 +54,14 @@ def compare(
     if select == 'spread':
         chosen = pick_spread(dataset.test, count)
     else:
-        chosen = pick_failures(dataset.test, count, runs.open_run(workdirs[0]))
-    split = supervision.take(dataset.test, chosen)
+        chosen = pick_failures(dataset.test, count, predictor.open_run(workdirs[0]))
+    split = splits.take(dataset.test, chosen)
     names = [config.name for config in configs]
     shared = os.path.commonpath([workdir.absolute() for workdir in workdirs])
     systems, notes = {}, {}
     for workdir, name in zip(workdirs, names, strict=True):
-        run = runs.open_run(workdir)
-        logits, scores = runs.predict(run, split.images)
+        run = predictor.open_run(workdir)
+        logits, scores = predictor.predict(run, split.images)
         system = name if names.count(name) == 1 else os.path.relpath(workdir, shared)
         systems[system] = decision.sigmoid(logits)
         notes[system] = [note(score, run.decision) for score in scores]
@@ -78,7 +80,7 @@ def note(score: float, chosen: dict | None) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Parses the command line and draws."""
-    parser = cli.Parser(__doc__)
+    parser = terminal.Parser(__doc__)
     parser.add_argument('runs', nargs='+', type=pathlib.Path, help="the runs' folders")
     parser.add_argument('--output', type=pathlib.Path, required=True, help='a .png to write')
     parser.add_argument('--count', type=int, default=6, help='images to show')
@@ -94,4 +96,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    cli.guard(main)
+    terminal.guard(main)

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 
-from ssn_jax import cli
+from ssn_jax import terminal
 from ssn_jax.data import layouts, synthetic
 from ssn_jax.errors import UserError
 
@@ -95,4 +95,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    cli.guard(main)
+    terminal.guard(main)

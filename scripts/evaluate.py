@@ -10,7 +10,7 @@ import csv
 import io
 import pathlib
 
-from ssn_jax import cli, files
+from ssn_jax import files, terminal
 
 
 def evaluate(run, csv_file: pathlib.Path | None = None) -> dict:
@@ -24,13 +24,13 @@ def evaluate(run, csv_file: pathlib.Path | None = None) -> dict:
       'metrics' and 'undefined' as results.json has them, 'images' (their number), 'data' (what was
       measured on, in words), and 'decision' with the rates on these images, if there is one.
     """
-    from ssn_jax import data, decision, evaluate, runs
+    from ssn_jax import data, decision, evaluate as evaluate_lib, predictor
 
     config = run.config
     dataset = data.load(config.data, config.image_size, config.resize)
     test = dataset.test
-    maps, scores = runs.predict(run, test.images)
-    values, undefined = evaluate.evaluate(maps, scores, test)
+    maps, scores = predictor.predict(run, test.images)
+    values, undefined = evaluate_lib.evaluate(maps, scores, test)
     threshold = (run.decision or {}).get('threshold')
     if csv_file:
         table = io.StringIO()
@@ -63,31 +63,32 @@ def evaluate(run, csv_file: pathlib.Path | None = None) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     """Parses the command line, measures and prints."""
-    parser = cli.Parser(__doc__)
-    cli.add_run_arguments(parser)
+    parser = terminal.Parser(__doc__)
+    terminal.add_run_arguments(parser)
     parser.add_argument(
         '--csv', type=pathlib.Path, metavar='FILE', help="write the images' scores there"
     )
-    arguments, overrides = cli.parse(parser, argv)
+    arguments, overrides = terminal.parse(parser, argv)
     if arguments.csv:
         files.check_output(arguments.csv, '--csv')
-    cli.log_to_stderr(arguments.quiet)
-    from ssn_jax import runs, train  # After the arguments, so that a wrong one is told at once.
+    terminal.log_to_stderr(arguments.quiet)
+    from ssn_jax import predictor
+    from ssn_jax.report import text  # After the arguments, so that a wrong one is told at once.
 
-    run = runs.open_run(arguments.workdir, arguments.checkpoint, overrides)
+    run = predictor.open_run(arguments.workdir, arguments.checkpoint, overrides)
     results = evaluate(run, arguments.csv)
     print(
         f'{run.config.name}, epoch {run.epoch}, seed {run.config.seed}, on {results["data"]}: '
         f'{results["images"]} test images'
     )
-    lines = train.metric_lines(results['metrics'], results['undefined'])
+    lines = text.metric_lines(results['metrics'], results['undefined'])
     for line, value in zip(lines, results['metrics'].values(), strict=True):
         print(line if value is None else f'{line}   {value!r}')
     if results['decision']:
-        print(f'  {train.decision_line(results["decision"])}')
+        print(f'  {text.decision_line(results["decision"])}')
     if arguments.csv and not arguments.quiet:
         print(f'The scores of the images are in {arguments.csv}.')
 
 
 if __name__ == '__main__':
-    cli.guard(main)
+    terminal.guard(main)

@@ -6,20 +6,23 @@ python scripts/export.py --workdir runs/NAME --format stablehlo --output screw.z
 
 import pathlib
 
-from ssn_jax import cli
+from ssn_jax import terminal
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parses the command line and writes the file."""
-    parser = cli.Parser(__doc__)
-    cli.add_run_arguments(parser, ('backbone.weights',))
+    parser = terminal.Parser(__doc__)
+    terminal.add_run_arguments(parser, ('backbone.weights',))
     parser.add_argument('--format', choices=('stablehlo', 'onnx'), required=True)
     parser.add_argument('--output', type=pathlib.Path, required=True, metavar='FILE')
-    arguments, overrides = cli.parse(parser, argv)
-    cli.log_to_stderr(arguments.quiet)
-    from ssn_jax import export, runs  # After the arguments, so that a wrong one is told at once.
+    arguments, overrides = terminal.parse(parser, argv)
+    terminal.log_to_stderr(arguments.quiet)
+    from ssn_jax import (
+        export,
+        predictor,  # After the arguments, so that a wrong one is told at once.
+    )
 
-    run = runs.open_run(arguments.workdir, arguments.checkpoint, overrides)
+    run = predictor.open_run(arguments.workdir, arguments.checkpoint, overrides)
     export.write(run, arguments.format, arguments.output)
     if not arguments.quiet:
         size = arguments.output.stat().st_size / 1e6
@@ -27,4 +30,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    cli.guard(main)
+    terminal.guard(main)

@@ -20,9 +20,11 @@ import ml_collections
 import numpy as np
 import safetensors.numpy
 
-from ssn_jax import checkpoint, config as config_lib, data, files, main, steps, train, weights
+from ssn_jax import config as config_lib, data, files, main, pipeline, run as run_lib
 from ssn_jax.errors import UserError
-from ssn_jax.models import resnet
+from ssn_jax.models import resnet, weights
+from ssn_jax.report import text
+from ssn_jax.training import checkpoint, steps
 
 _CHECKPOINT = flags.DEFINE_string(
     'checkpoint', None, 'The published checkpoint: .safetensors, .pt or .pth.'
@@ -139,7 +141,7 @@ def import_checkpoint(
         raise UserError(f'--config.seeds={config.seeds}: a checkpoint is of one seed, leave it 1.')
     if (workdir / 'config.json').exists():
         raise UserError(f'{workdir} holds a run already: choose another --workdir.')
-    train.check_workdir(config, workdir)
+    run_lib.check_workdir(config, workdir)
     tensors = weights.read(path, '--checkpoint')
     backbone = {
         _WRAPPERS.sub('', name, count=1): value
@@ -200,7 +202,7 @@ def run(argv: list[str]) -> None:
     config = import_checkpoint(values.config, pathlib.Path(_CHECKPOINT.value), workdir, _STEP.value)
     logging.info('Imported %s, %s, adaptor %s', config.system, config.backbone.name, config.adaptor)
     if _EVALUATE.value:
-        print(train.format_table(train.train_and_evaluate(config, workdir)))
+        print(text.format_table(pipeline.train_and_evaluate(config, workdir)))
     print(f'The run is in {workdir}.')
 
 

@@ -13,7 +13,7 @@ import math
 import pathlib
 import sys
 
-from ssn_jax import cli
+from ssn_jax import terminal
 from ssn_jax.errors import UserError
 
 
@@ -29,8 +29,8 @@ def _probability(text: str) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and predicts; returns the exit status."""
-    parser = cli.Parser(__doc__)
-    cli.add_run_arguments(parser, ('backbone.weights', 'eval_batch_size', 'precision'))
+    parser = terminal.Parser(__doc__)
+    terminal.add_run_arguments(parser, ('backbone.weights', 'eval_batch_size', 'precision'))
     parser.add_argument('--input', type=pathlib.Path, required=True, metavar='FILE_OR_FOLDER')
     parser.add_argument('--output', type=pathlib.Path, required=True, metavar='DIR')
     parser.add_argument(
@@ -46,20 +46,20 @@ def main(argv: list[str] | None = None) -> int:
         help='a larger image is refused before it is decoded (%(default)s)',
     )
     parser.add_argument('--no_overlays', action='store_true', help='write the table only')
-    arguments, overrides = cli.parse(parser, argv)
+    arguments, overrides = terminal.parse(parser, argv)
     if arguments.max_pixels < 1:
         raise UserError(f'--max_pixels={arguments.max_pixels} cannot be used: at least 1.')
-    cli.log_to_stderr(arguments.quiet)
+    terminal.log_to_stderr(arguments.quiet)
     # After the arguments, so that a wrong one is told at once.
     import tqdm
 
-    from ssn_jax import predict, runs
+    from ssn_jax import predict_folder, predictor
 
-    predict.check_output(arguments.output)
-    cli.use_compilation_cache()
-    run = runs.open_run(arguments.workdir, arguments.checkpoint, overrides)
+    predict_folder.check_output(arguments.output)
+    terminal.use_compilation_cache()
+    run = predictor.open_run(arguments.workdir, arguments.checkpoint, overrides)
     threshold = arguments.threshold
-    done, failed = predict.predict(
+    done, failed = predict_folder.predict(
         run,
         arguments.input,
         arguments.output,
@@ -84,4 +84,4 @@ def _progress(bar, quiet, paths, total):
 
 
 if __name__ == '__main__':
-    cli.guard(lambda: sys.exit(main()))
+    terminal.guard(lambda: sys.exit(main()))

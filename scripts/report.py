@@ -7,21 +7,22 @@ Runs that differ in their seed alone become one row. Beside them stand the publi
 
 import pathlib
 
-from ssn_jax import cli, report
+from ssn_jax import terminal
+from ssn_jax.report import page
 
 
 def main() -> None:
     """Parses the command line and writes the report."""
-    parser = cli.Parser(__doc__)
+    parser = terminal.Parser(__doc__)
     parser.add_argument('runs', nargs='+', type=pathlib.Path, help="the runs' folders")
     parser.add_argument('--output', type=pathlib.Path, required=True, help='a folder to write')
     parser.add_argument(
         '--benchmark', type=pathlib.Path, help='output of scripts/benchmark.py --json'
     )
     arguments = parser.parse_args()
-    report.write_report(arguments.runs, arguments.output, arguments.benchmark)
+    page.write_report(arguments.runs, arguments.output, arguments.benchmark)
     print(f'The report is in {arguments.output}: report.html, report.md.')
 
 
 if __name__ == '__main__':
-    cli.guard(main)
+    terminal.guard(main)

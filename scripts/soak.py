@@ -17,6 +17,8 @@ import sys
 import tempfile
 import time
 
+from ssn_jax import terminal
+
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / 'tests'))
 
@@ -25,8 +27,6 @@ import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 import runs_again  # noqa: E402
 import tiny  # noqa: E402
-
-from ssn_jax import cli  # noqa: E402
 
 
 def kills(folder: pathlib.Path, arguments, deadline: float) -> str:
@@ -192,7 +192,7 @@ PARTS = {f.__name__: f for f in (kills, signals, fuzz, predictions, together)}
 
 def main() -> int:
     """Parses the command line, runs the parts and says what they found; the exit status."""
-    parser = cli.Parser(__doc__)
+    parser = terminal.Parser(__doc__)
     parser.add_argument('--parts', default=','.join(PARTS), help='some of %(default)s')
     parser.add_argument('--minutes', type=float, default=60, help='at most so long (%(default)s)')
     parser.add_argument('--kills', type=int, default=30)
@@ -221,4 +221,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    cli.guard(lambda: sys.exit(main()))
+    terminal.guard(lambda: sys.exit(main()))

@@ -13,7 +13,7 @@ import pathlib
 from absl import flags
 from ml_collections import config_flags
 
-from ssn_jax import cli, main
+from ssn_jax import main, terminal
 from ssn_jax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -25,14 +25,15 @@ def sweep(argv: list[str]) -> int:
     """Runs the sweep of the parsed flags; the exit status."""
     del argv
     # After the flags, so that a wrong one is told at once.
-    from ssn_jax import data, sweep as sweep_lib, weights
+    from ssn_jax import data, sweep as sweep_lib
+    from ssn_jax.models import weights
 
     for name in ('distributed', 'coordinator', 'num_processes', 'process_id'):
         if FLAGS[name].present:
             raise UserError(f'--{name} is for a single run: a sweep has one process at a time.')
     if not FLAGS.workdir:
         raise UserError('no folder for the results: add --workdir sweeps/NAME.')
-    cli.set_up_log(FLAGS.quiet)
+    terminal.set_up_log(FLAGS.quiet)
 
     workdir = pathlib.Path(FLAGS.workdir)
     given = config_flags.get_override_values(FLAGS['config'])

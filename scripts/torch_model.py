@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ssn_jax import weights
-from ssn_jax.models import features as features_lib, simplenet, supersimplenet
+from ssn_jax.models import grid as grid_lib, resnet, systems, weights
 
 
 class _Block(nn.Module):
@@ -59,9 +58,7 @@ class _Network(nn.Module):
     def __init__(self, backbone, size, **blur):
         super().__init__()
         self.size = size
-        mean, std = (
-            torch.tensor(x) for x in (features_lib.IMAGENET_MEAN, features_lib.IMAGENET_STD)
-        )
+        mean, std = (torch.tensor(x) for x in (resnet.IMAGENET_MEAN, resnet.IMAGENET_STD))
         self.register_buffer('mean', mean[:, None, None], persistent=False)
         self.register_buffer('std', std[:, None, None], persistent=False)
         self.backbone = nn.Module()
@@ -81,7 +78,7 @@ class _Network(nn.Module):
             setattr(self.backbone, f'layer{stage}', nn.Sequential(*blocks))
         self.channels = 384 if basic else 1536
         for name, n in zip(('rows', 'columns'), size, strict=True):
-            self.register_buffer(name, torch.from_numpy(features_lib.blur_matrix(n, **blur)), False)
+            self.register_buffer(name, torch.from_numpy(grid_lib.blur_matrix(n, **blur)), False)
 
     def layers(self, images):
         x = (images.permute(0, 3, 1, 2).float() / 255.0 - self.mean) / self.std
@@ -223,10 +220,10 @@ def _focal(logits, targets):
 
 def build(backbone: str, backbone_variables: dict, variables: dict, network, size) -> nn.Module:
     """The module with this project's variables, channels last, in evaluation mode."""
-    if isinstance(network, simplenet.SimpleNet):
+    if isinstance(network, systems.SimpleNet):
         module = SimpleNet(backbone, size, network.embedding, network.hidden)
     else:
-        gap_cam = isinstance(network, supersimplenet.GapCam)
+        gap_cam = isinstance(network, systems.GapCam)
         adapted = gap_cam or network.adapt_cls_features
         module = SuperSimpleNet(backbone, size, network.adaptor, adapted, gap_cam)
     state = module.state_dict()

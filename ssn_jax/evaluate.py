@@ -7,8 +7,9 @@ from flax import linen as nn
 import jax
 import numpy as np
 
-from ssn_jax import deploy, devices, metrics
+from ssn_jax import devices, metrics
 from ssn_jax.data import Split
+from ssn_jax.fused import fold, forward
 
 
 def make_predictor(
@@ -17,9 +18,9 @@ def make_predictor(
     """Compiled prediction, data-parallel with `jax.pmap` over all local devices.
 
     Args:
-      network: the trained network, evaluated in its fused form (`deploy.py`).
+      network: the trained network, evaluated in its fused form (`fused/`).
       batch_size: images per device and call.
-      precision: as of `deploy.predict`.
+      precision: as of `forward.predict`.
 
     Returns:
       `predict(backbone_variables, variables, images)` for uint8 RGB images (N, H, W, 3) of any N:
@@ -29,12 +30,12 @@ def make_predictor(
     """
     local = jax.local_devices()
     # With a name of their own making, programs would never come from the compilation cache.
-    run = functools.partial(deploy.predict, precision=precision)
+    run = functools.partial(forward.predict, precision=precision)
     parallel = jax.pmap(run, 'devices', devices=local)
     replicate = jax.pmap(lambda arrays, _: arrays, 'devices', in_axes=(None, 0), devices=local)
 
     def predict(backbone_variables, variables, images):
-        fused = deploy.prepare(deploy.fuse(backbone_variables, variables, network))
+        fused = forward.prepare(fold.fuse(backbone_variables, variables, network))
         arrays = replicate(fused, np.arange(len(local)))
         # A small split on many devices needs no batch larger than its share.
         per_device = min(batch_size, -(-len(images) // len(local)))

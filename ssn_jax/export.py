@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from ssn_jax import data, decision, deploy, files, runs
+from ssn_jax import data, decision, files, predictor
 from ssn_jax.errors import UserError
+from ssn_jax.fused import fold, forward
 
 _INPUT, _OUTPUTS = 'images', ('scores', 'maps')
 
 
-def make_function(run: runs.Run) -> Callable:
+def make_function(run: predictor.Run) -> Callable:
     """The run's predictor with its preprocessing, as a function of images of any size.
 
     Args:
@@ -28,10 +29,10 @@ def make_function(run: runs.Run) -> Callable:
       uint8 RGB images (N, H, W, 3) -> score logits (N,) and anomaly logits (N, *image_size), both
       float32. N, H and W may be symbolic.
     """
-    fused = deploy.fuse(run.backbone_variables, run.variables, run.network)
+    fused = fold.fuse(run.backbone_variables, run.variables, run.network)
 
     def predict(images):
-        return deploy.predict(fused, preprocess(run.config, images), False, run.config.precision)
+        return forward.predict(fused, preprocess(run.config, images), False, run.config.precision)
 
     return predict
 
@@ -54,7 +55,7 @@ def preprocess(config: ml_collections.ConfigDict, images: jax.Array) -> jax.Arra
 def _resize(x, axis, size):
     """Bilinear interpolation of one axis, whose length may be symbolic; edges are repeated.
 
-    Places are computed in whole numbers, so that weights are as exact as `features.resize`'s.
+    Places are computed in whole numbers, so that weights are as exact as `grid.resize`'s.
     """
     length = x.shape[axis]
     place = (2 * jnp.arange(size, dtype=jnp.int32) + 1) * length - size
@@ -66,7 +67,7 @@ def _resize(x, axis, size):
     return jnp.take(x, low, axis=axis) * (1 - weight) + jnp.take(x, high, axis=axis) * weight
 
 
-def metadata(run: runs.Run) -> dict:
+def metadata(run: predictor.Run) -> dict:
     """What a user of the file must know: the decision, the classes, sizes and origin."""
     chosen = run.decision or {}
     threshold = chosen.get('threshold')
@@ -102,7 +103,7 @@ def commit() -> str:
     return done.stdout.strip()
 
 
-def to_stablehlo(run: runs.Run) -> bytes:
+def to_stablehlo(run: predictor.Run) -> bytes:
     """A zip archive of `predictor`, for `jax.export.deserialize`, and `metadata.json`.
 
     `predictor` holds StableHLO with symbolic N, H and W and all weights, for CPU, CUDA and TPU.
@@ -117,7 +118,7 @@ def to_stablehlo(run: runs.Run) -> bytes:
     return archive.getvalue()
 
 
-def to_onnx(run: runs.Run) -> bytes:
+def to_onnx(run: predictor.Run) -> bytes:
     """An ONNX model with symbolic N, H and W; the metadata are its properties, as JSON.
 
     Raises:
@@ -184,7 +185,7 @@ def _pool_images(graph) -> None:
 FORMATS = {'stablehlo': to_stablehlo, 'onnx': to_onnx}
 
 
-def write(run: runs.Run, form: str, output: pathlib.Path) -> None:
+def write(run: predictor.Run, form: str, output: pathlib.Path) -> None:
     """Writes a run's predictor to a file, whole or not at all.
 
     Args:

@@ -13,7 +13,7 @@ from absl import app, flags
 import ml_collections
 from ml_collections import config_flags
 
-from ssn_jax import cli as cli_lib, config as config_lib
+from ssn_jax import config as config_lib, terminal
 from ssn_jax.errors import UserError
 
 try:
@@ -41,18 +41,19 @@ def run(argv: list[str]) -> None:
     """Runs the main job for parsed flags."""
     del argv
     # After the flags, so that a wrong one is told at once.
-    from ssn_jax import devices, train
+    from ssn_jax import devices, pipeline, run as run_lib
+    from ssn_jax.report import text as text_lib
 
     devices.connect(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     config = _CONFIG.value
-    workdir = pathlib.Path(_WORKDIR.value or train.default_workdir(config))
-    cli_lib.set_up_log(_QUIET.value)
-    results = train.train_and_evaluate(config, workdir, _TENSORBOARD.value, _QUIET.value)
+    workdir = pathlib.Path(_WORKDIR.value or run_lib.default_workdir(config))
+    terminal.set_up_log(_QUIET.value)
+    results = pipeline.train_and_evaluate(config, workdir, _TENSORBOARD.value, _QUIET.value)
     if not devices.is_first():
         return
     if not _QUIET.value:
-        print(train.format_table(results))
-    print(train.summary(workdir))
+        print(text_lib.format_table(results))
+    print(text_lib.summary(workdir))
 
 
 _INTERRUPTED = 'the same command goes on from the last checkpoint, if there is one.'
@@ -60,8 +61,8 @@ _INTERRUPTED = 'the same command goes on from the last checkpoint, if there is o
 
 def cli(run_fn=run, interrupted: str = _INTERRUPTED) -> None:
     """Parses flags, runs, and turns a user's mistake into one line and exit status 1."""
-    cli_lib.set_up_log()
-    cli_lib.guard(lambda: app.run(run_fn, flags_parser=_parse), interrupted)
+    terminal.set_up_log()
+    terminal.guard(lambda: app.run(run_fn, flags_parser=_parse), interrupted)
 
 
 def _parse(argv: list[str]) -> list[str]:

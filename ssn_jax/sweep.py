@@ -24,8 +24,9 @@ from absl import flags, logging
 import ml_collections
 from ml_collections import config_flags
 
-from ssn_jax import cli, config as config_lib, files, main, metrics, published, report, train
+from ssn_jax import config as config_lib, files, main, metrics, run as run_lib, terminal
 from ssn_jax.errors import UserError
+from ssn_jax.report import page, published
 
 # --- What is to be run ----------------------------------------------------------------------------
 
@@ -54,12 +55,12 @@ class Row:
         """A run's workdir."""
         return self.workdir / f'seed-{seed}'
 
-    def finished(self) -> dict[int, report.Run]:
+    def finished(self) -> dict[int, run_lib.Run]:
         """The runs that have their results, by seed."""
         found = {}
         for seed in self.configs:
             try:
-                found[seed] = report.read_run(self.run_of(seed))
+                found[seed] = run_lib.read_run(self.run_of(seed))
             except UserError:  # None yet, or not whole: the run's command writes them anew.
                 continue
         return found
@@ -157,7 +158,7 @@ def _check_folder(rows, workdir):
     try:
         for row in rows:
             for seed, config in row.configs.items():
-                train.check_workdir(config, row.run_of(seed))
+                run_lib.check_workdir(config, row.run_of(seed))
         known = {workdir / name for name in ('results.csv', 'results.md')}
         known |= {row.workdir for row in rows} | {row.workdir / 'summary.json' for row in rows}
         known |= {row.run_of(seed) for row in rows for seed in row.configs}
@@ -245,7 +246,7 @@ def _run_process(row, seeds, arguments):
             *(f'--config.{field}={text}' for field, text in row.setting.items()),
             *(f'--config.seed={seeds[0]}', f'--config.seeds={len(seeds)}', f'--workdir={workdir}'),
         ],
-        env={k.upper(): str(v) for k, v in cli.compilation_cache().items()} | os.environ,
+        env={k.upper(): str(v) for k, v in terminal.compilation_cache().items()} | os.environ,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
@@ -299,7 +300,7 @@ def write_tables(workdir: pathlib.Path, rows: Sequence[Row], failed: Mapping) ->
         )
         if runs:
             beside = published.find(config, runs[0].results)
-            shown.append(report.Row(row.label, runs, beside))
+            shown.append(page.Row(row.label, runs, beside))
     files.write_output(workdir / 'results.csv', table.getvalue(), '--workdir')
 
     first = next(iter(rows[0].configs.values()))
@@ -308,14 +309,14 @@ def write_tables(workdir: pathlib.Path, rows: Sequence[Row], failed: Mapping) ->
         ('heading', 1, f'Sweep of {first.name}'),
         (
             'text',
-            f'{done} of {cells} runs are finished, {len(failed)} failed. {report.EXPLANATION}',
+            f'{done} of {cells} runs are finished, {len(failed)} failed. {page.EXPLANATION}',
         ),
     ]
     if shown:
-        blocks += [*(('text', note) for note in report.notes(shown))]
-        blocks.append(('table', report.metrics_table(shown)))
+        blocks += [*(('text', note) for note in page.notes(shown))]
+        blocks.append(('table', page.metrics_table(shown)))
     blocks += [('text', f'{label}, seed {seed}: {why}') for (label, seed), why in failed.items()]
-    text = report.markdown(blocks, '.')
+    text = page.markdown(blocks, '.')
     files.write_output(workdir / 'results.md', text, '--workdir')
     return text
 

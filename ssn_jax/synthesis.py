@@ -3,13 +3,17 @@
 Everything is a pure function of a key and runs inside jit, random scales included.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
-from ssn_jax.models.features import resize
+from ssn_jax.models.grid import resize
+from ssn_jax.models.layers import Dense
 
 MAX_LOG2_SCALE = 5
 
@@ -177,3 +181,52 @@ def place(drawn: jax.Array, batch: dict[str, jax.Array]) -> Placement:
 def double(x: jax.Array) -> jax.Array:
     """Two copies of a batch along the first axis: (N, ...) -> (2N, ...)."""
     return jnp.concatenate([x, x])
+
+
+def make_noise(config: ml_collections.ConfigDict) -> Callable:
+    """`noise(generator, adapted, key)`: noise for adapted features, both (..., C).
+
+    It is in units of `config.noise.unit`: what calls it knows the features' own spread.
+    """
+    settings = config.noise
+
+    def static(generator, adapted, key):
+        del generator
+        return static_noise(key, adapted.shape, settings.std)
+
+    def learned(generator, adapted, key):
+        z = jax.random.normal(key, (*adapted.shape[:-1], settings.z_dim))
+        raw = NoiseGenerator().apply({'params': generator}, jax.lax.stop_gradient(adapted), z)
+        if any(settings.shell):
+            noise = shell_noise(raw, settings.shell)
+        else:
+            noise = bounded_noise(raw, settings.beta if settings.bounded else None)
+        if not settings.static_share:
+            return noise
+        k_static, k_which = jax.random.split(jax.random.fold_in(key, 1))
+        static = static_noise(k_static, adapted.shape, settings.std)
+        which = jax.random.bernoulli(k_which, settings.static_share, (*adapted.shape[:-1], 1))
+        return jnp.where(which, static, noise)
+
+    return learned if settings.kind == 'learned' else static
+
+
+def make_masks(config: ml_collections.ConfigDict) -> Callable:
+    """`masks(key, n, size)`: where anomalies are put, (n, *size, 1)."""
+    perlin = config.perlin
+    return lambda key, n, size: perlin_masks(key, n, size, perlin.threshold, perlin.empty)
+
+
+class NoiseGenerator(nn.Module):
+    """Three 1x1 convolutions C + Z -> C/2 -> C/2 -> C: (N, H, W, C), (N, H, W, Z) -> raw noise.
+
+    Z may be 0 (learned noise v1 takes no random input).
+    """
+
+    @nn.compact
+    def __call__(self, adapted: jax.Array, z: jax.Array) -> jax.Array:
+        channels = adapted.shape[-1]
+        x = jnp.concatenate([adapted, z], -1)
+        x = nn.relu(Dense(channels // 2, name='layer0')(x))
+        x = nn.relu(Dense(channels // 2, name='layer1')(x))
+        return Dense(channels, name='layer2')(x)

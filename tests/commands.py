@@ -16,18 +16,19 @@ import traceback
 
 import numpy as np
 
-from ssn_jax import deploy, sparse_loss
+from ssn_jax.fused import forward
+from ssn_jax.losses import sparse
 
 ROOT = pathlib.Path(__file__).parents[1]
 _LIBRARIES = [
     *('absl.app', 'cv2', 'jax', 'flax.linen', 'hypothesis', 'matplotlib.figure', 'optax'),
     *('orbax.checkpoint', 'skimage.measure', 'sklearn', 'tensorflow_datasets', 'tqdm'),
-    *('array_record.python.array_record_data_source', 'safetensors.numpy', 'ssn_jax.report'),
-    *('ssn_jax.main', 'ssn_jax.train', 'ssn_jax.predict', 'ssn_jax.export', 'ssn_jax.figures'),
+    *('array_record.python.array_record_data_source', 'safetensors.numpy', 'ssn_jax.main'),
+    *('ssn_jax.pipeline', 'ssn_jax.predict_folder', 'ssn_jax.export', 'ssn_jax.report.page'),
 ]
 # Smaller programs, which compute the same: one image at a time instead of four beside each other,
 # and two programs of the sparse loss, for two numbers of noisy positions, instead of four.
-SMALL = {(deploy, '_IMAGES'): 1, (sparse_loss, '_SURPLUS'): np.array([3.0, np.inf])}
+SMALL = {(forward, '_IMAGES'): 1, (sparse, '_SURPLUS'): np.array([3.0, np.inf])}
 _server = multiprocessing.get_context('forkserver')
 _server.set_forkserver_preload(_LIBRARIES)
 
@@ -95,12 +96,12 @@ def _run(program, arguments, cwd, folder, environment):
     logging.root.handlers.clear()  # A library of the server's has set one up.
     import jax  # It has read the environment when the server imported it.
 
-    from ssn_jax import cli
+    from ssn_jax import terminal
 
     jax.config.update('jax_platforms', 'cpu')
     jax.config.update('jax_compilation_cache_dir', os.environ.get('JAX_COMPILATION_CACHE_DIR'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
-    cli.quieten_cache()
+    terminal.quieten_cache()
     for name, value in SMALL.items():
         setattr(*name, value)
     try:

@@ -12,10 +12,9 @@ from flax import traverse_util
 import jax
 import numpy as np
 
-from ssn_jax import weights
-from ssn_jax.models.heads import NoiseGenerator
-from ssn_jax.models.simplenet import SimpleNet
-from ssn_jax.models.supersimplenet import GapCam, SuperSimpleNet
+from ssn_jax.models import weights
+from ssn_jax.models.systems import GapCam, SimpleNet, SuperSimpleNet
+from ssn_jax.synthesis import NoiseGenerator
 
 FOLDER = pathlib.Path(__file__).parent / 'reference'
 

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import tiny
 
-from ssn_jax import checkpoint, config as config_lib, steps
+from ssn_jax import config as config_lib
+from ssn_jax.training import checkpoint, steps
 
 EPOCHS = 4
 

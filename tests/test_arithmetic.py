@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 import rule
 
-from ssn_jax import config as config_lib, deploy, losses, sparse_loss, steps, synthesis
-from ssn_jax.models import backbones, features as features_lib, heads, native, supersimplenet
-from ssn_jax.models.simplenet import SimpleNet
+from ssn_jax import config as config_lib, losses, synthesis
+from ssn_jax.fused import fold, forward
+from ssn_jax.losses import sparse, terms as loss_terms
+from ssn_jax.models import backbones, grid as grid_lib, heads, systems
+from ssn_jax.models.systems import SimpleNet
+from ssn_jax.training import steps
 
 ROWS = (181, 183)  # 33,123 positions.
 GRIDS = ((91, 93), (46, 47))  # Of two layers; their feature grid has 182 x 186, 33,852 positions.
@@ -60,22 +63,22 @@ POSITIONS = {
         16,
     ),
     'spread': (lambda x: synthesis.noise_scales('feature_std', x)[0], 33_123, (*ROWS, 3)),
-    'focal loss': (lambda x, y: losses.focal(x, y > 0), 16, ROWS, ROWS),
-    'truncated L1': (lambda x, y: losses.truncated_l1(x, y > 0.5), 33_123, ROWS, ROWS),
+    'focal loss': (lambda x, y: loss_terms.focal(x, y > 0), 16, ROWS, ROWS),
+    'truncated L1': (lambda x, y: loss_terms.truncated_l1(x, y > 0.5), 33_123, ROWS, ROWS),
     'features': (
-        lambda *x: features_lib.upscale_pool(x),
+        lambda *x: grid_lib.upscale_pool(x),
         40,
         *((1, *grid, c) for grid, c in zip(GRIDS, (5, 9), strict=True)),
     ),
     'layer1': (
-        lambda *x: features_lib.select_layers(x, (1, 2)),
+        lambda *x: grid_lib.select_layers(x, (1, 2)),
         9,
         (1, *ROWS, 3),
         *((1, *grid, 3) for grid in ((91, 92), (46, 46))),
     ),
-    'map': (lambda x: features_lib.full_size_map(x, ROWS), 50, (1, *GRIDS[1], 1)),
+    'map': (lambda x: grid_lib.full_size_map(x, ROWS), 50, (1, *GRIDS[1], 1)),
     'generator': (
-        lambda x, z: heads.NoiseGenerator().apply(rule.generator(12, 3), x, z),
+        lambda x, z: synthesis.NoiseGenerator().apply(rule.generator(12, 3), x, z),
         30,
         (1, *ROWS, 12),
         (1, *ROWS, 3),
@@ -95,7 +98,7 @@ def test_perlin_noise_and_its_masks(size):
 
     def noise(angles):
         drawn = synthesis.perlin_noise(angles, (8, 32), (256, 256))[None, ..., None]
-        return drawn if size == (256, 256) else features_lib.resize(drawn, size)
+        return drawn if size == (256, 256) else grid_lib.resize(drawn, size)
 
     check(noise, 3 * draw(33, 33), terms=20)
 
@@ -120,25 +123,25 @@ def test_backbones(name, size, convolutions):
     terms = convolutions * 9 * 256  # Of the widest 3x3 convolution up to layer3.
     images, variables = draw(1, *size, 3), rule.backbone(name)
     check(lambda x: backbones.BACKBONES[name].apply(variables, x), images, terms=terms)
-    fused = deploy.fuse_backbone(variables)
-    check(lambda x: deploy.backbone(fused, x), 128 + 50 * images, terms=terms)
+    fused = fold.fuse_backbone(variables)
+    check(lambda x: forward.backbone(fused, x), 128 + 50 * images, terms=terms)
 
 
 @pytest.mark.parametrize(
     'network',
     [
-        supersimplenet.SuperSimpleNet('linear', True),
-        supersimplenet.SuperSimpleNet('conv'),
+        systems.SuperSimpleNet('linear', True),
+        systems.SuperSimpleNet('conv'),
         SimpleNet(embedding=96, hidden=64),
     ],
 )
 def test_the_fused_heads(network):
     channels = getattr(network, 'embedding', 384)
-    fused = deploy.fuse(rule.backbone('resnet18'), rule.network(network, channels), network)
-    fused = deploy.prepare(fused)
+    fused = fold.fuse(rule.backbone('resnet18'), rule.network(network, channels), network)
+    fused = forward.prepare(fused)
     layers = tuple(draw(1, *grid, c) for grid, c in zip(GRIDS, (128, 256), strict=True))
-    actual = compiled(deploy.heads, fused, layers)
-    expected = in_numpy.evaluate(deploy.heads, fused, layers)
+    actual = compiled(forward.heads, fused, layers)
+    expected = in_numpy.evaluate(forward.heads, fused, layers)
     # A score is one value, of maps and features whose own spread is 1.
     rule.check_close(actual[0], expected[0], 25 * 384 + 33_852, spread=1)
     rule.check_close(actual[1], expected[1], 384 + 1024)
@@ -171,9 +174,9 @@ def test_losses_and_their_gradients(name, monkeypatch):
     else:  # What NumPy can bear at many: narrow heads, and two programs instead of four.
         for part, hidden in {'SegmentationHead': 32, 'ClassificationHead': 8, 'CamHead': 8}.items():
             head = functools.partial(getattr(heads, part), hidden)
-            monkeypatch.setattr(supersimplenet, part, head)
-        monkeypatch.setattr(native, 'split', functools.partial(native.split, chunk=16))
-        monkeypatch.setattr(sparse_loss, '_SURPLUS', np.array([3.0, np.inf]))
+            monkeypatch.setattr(systems, part, head)
+        monkeypatch.setattr(grid_lib, 'split', functools.partial(grid_lib.split, chunk=16))
+        monkeypatch.setattr(sparse, '_SURPLUS', np.array([3.0, np.inf]))
     shapes = [(images, *grid, c) for grid, c in zip(grids, channels, strict=True)]
     batch = {'layers': tuple(jnp.abs(draw(*shape)) for shape in shapes)}
     if name == 'simplenet':
@@ -181,7 +184,7 @@ def test_losses_and_their_gradients(name, monkeypatch):
     if name == 'gap_cam':
         batch |= {'label': jnp.array([0.0, 1.0]), 'known': jnp.array([1.0, 0.0])}
     state = steps.init_state(config, jax.random.key(1), sum(channels))
-    loss_fn = steps.config_loss(config)
+    loss_fn = losses.config_loss(config)
 
     def both(params, generator):
         loss = functools.partial(loss_fn, batch_stats=state.batch_stats, batch=batch, key=KEY)
@@ -207,14 +210,14 @@ def test_products_are_as_exact_as_asked_for(precision):
     """Prediction, frozen features and training: GPUs may use TensorFloat-32 unless told not to."""
     config = config_lib.default_config()
     config.precision, config.sparse = precision, False
-    network = supersimplenet.SuperSimpleNet()
-    fused = deploy.fuse(rule.backbone('resnet18'), rule.network(network, 384), network)
+    network = systems.SuperSimpleNet()
+    fused = fold.fuse(rule.backbone('resnet18'), rule.network(network, 384), network)
     images = np.zeros((1, 32, 32, 3), np.uint8)
     state = steps.init_state(config, KEY, 14)
     data = {'layers': (np.zeros((2, 4, 4, 5)), np.zeros((2, 2, 2, 9)))}
     programs = [
-        jax.jit(functools.partial(deploy.predict, precision=precision)).lower(fused, images),
-        jax.jit(functools.partial(deploy.backbone, precision=precision)).lower(
+        jax.jit(functools.partial(forward.predict, precision=precision)).lower(fused, images),
+        jax.jit(functools.partial(forward.backbone, precision=precision)).lower(
             fused['backbone'], images
         ),
         steps.make_part(config, 1).lower(state, data, np.zeros((1, 2), int), KEY, 0, 1),

@@ -13,7 +13,7 @@ import safetensors.numpy
 from test_import_torch import head_tensors
 import tiny
 
-from ssn_jax.models.supersimplenet import SuperSimpleNet
+from ssn_jax.models.systems import SuperSimpleNet
 
 pytestmark = pytest.mark.usefixtures('small_programs')
 

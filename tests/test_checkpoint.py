@@ -9,8 +9,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from ssn_jax import checkpoint, config as config_lib, steps
+from ssn_jax import config as config_lib
 from ssn_jax.errors import UserError
+from ssn_jax.training import checkpoint, steps
 
 
 def make_state(kind, seed=0):

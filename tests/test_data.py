@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ssn_jax import data
-from ssn_jax.data import builders, images, pipeline
+from ssn_jax.data import builders, images, records
 from ssn_jax.errors import UserError
 
 SIZE = (12, 10)  # height, width
@@ -316,14 +316,14 @@ def test_two_processes_prepare_at_once(tmp_path):
 
 def test_the_slower_of_two_takes_what_the_faster_made(load, tmp_path, monkeypatch):
     make_category(tmp_path / 'root/nut')
-    build = pipeline._build
+    build = records._build
 
     def overtaken(source, folder):
         build(source, folder)
-        monkeypatch.setattr(pipeline, '_build', build)
+        monkeypatch.setattr(records, '_build', build)
         load()
 
-    monkeypatch.setattr(pipeline, '_build', overtaken)
+    monkeypatch.setattr(records, '_build', overtaken)
     assert load().test.labels.tolist() == [1, 0, 0, 1]
     assert len(list((tmp_path / 'cache').iterdir())) == 1
 

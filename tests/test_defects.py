@@ -7,10 +7,10 @@ from hypothesis import given, settings, strategies as st
 import numpy as np
 import pytest
 
-from ssn_jax import supervision
 from ssn_jax.config import default_config
-from ssn_jax.data import Split, defects, synthetic
-from ssn_jax.data.images import turn
+from ssn_jax.data import Split, augment, defects, synthetic
+from ssn_jax.data.augment import turn
+from ssn_jax.losses import targets
 
 
 def product(seed=0, size=(96, 128)):
@@ -104,26 +104,26 @@ def make_split():
 def test_training_split_with_turned_copies():
     """They stand behind the normal images, before the defective ones, and are turned images."""
     config, given = default_config(), make_split()
-    assert supervision.with_turned(config, given) is given
+    assert augment.with_turned(config, given) is given
     config.turned_copies = 2
-    split = supervision.with_turned(config, given)
+    split = augment.with_turned(config, given)
     assert split.labels.tolist() == [0, 0, 0, 0, 0, 0, 1]
     assert split.has_mask.tolist() == [True] * 6 + [False]
     assert split.files == ('a', 'b', 'a', 'a', 'b', 'b', 'c')
     np.testing.assert_array_equal(split.images[[0, 1, 6]], given.images)
-    again = supervision.with_turned(config, given)
+    again = augment.with_turned(config, given)
     np.testing.assert_array_equal(split.images, again.images)
     assert len({image.tobytes() for image in split.images}) == 7
     config.drawn.seed = 1
-    assert (supervision.with_turned(config, given).images != split.images).any()
+    assert (augment.with_turned(config, given).images != split.images).any()
 
 
 @pytest.mark.parametrize(('turned', 'drawn'), [(0, 0), (2, 0), (0, 3), (1, 2)])
 def test_labels_are_known_before_the_images_are_made(turned, drawn):
     config, given = default_config(), make_split()
     config.turned_copies, config.drawn.copies = turned, drawn
-    split = supervision.shown(config, given)
-    assert supervision.shown_labels(config, given.labels).tolist() == split.labels.tolist()
+    split = augment.shown(config, given)
+    assert augment.shown_labels(config, given.labels).tolist() == split.labels.tolist()
     sizes = {len(getattr(split, field.name)) for field in dataclasses.fields(split)}
     assert sizes == {2 * (1 + turned) * (1 + drawn) + 4}
 
@@ -145,7 +145,7 @@ def test_turning_keeps_the_middle_and_turns_the_rest():
 
 def test_product_of_normal_images_at_the_feature_grid():
     split = make_split()
-    places = supervision.product(split, (16, 16))
+    places = targets.product(split, (16, 16))
     assert places.shape == (3, 16, 16, 1)
     for image, found in zip(split.images[:2], places[:2, ..., 0], strict=True):
         share = defects.foreground(image).reshape(16, 4, 16, 4).mean((1, 3))
@@ -156,9 +156,9 @@ def test_product_of_normal_images_at_the_feature_grid():
 
 def test_training_split_with_drawn_defects():
     config, given = default_config(), make_split()
-    assert supervision.with_drawn(config, given) is given
+    assert augment.with_drawn(config, given) is given
     config.drawn.copies = 2
-    split = supervision.with_drawn(config, given)
+    split = augment.with_drawn(config, given)
     assert split.labels.tolist() == [0, 0, 1, 1, 1, 1, 1]
     assert split.has_mask.tolist() == [True, True, False, True, True, True, True]
     assert split.files == ('a', 'b', 'c', 'a', 'a', 'b', 'b')

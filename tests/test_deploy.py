@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import rule
 
-from ssn_jax import deploy
-from ssn_jax.models import backbones, features as features_lib, native
-from ssn_jax.models.simplenet import SimpleNet
-from ssn_jax.models.supersimplenet import GapCam, SuperSimpleNet
+from ssn_jax.fused import fold, forward
+from ssn_jax.models import backbones, grid as grid_lib
+from ssn_jax.models.systems import GapCam, SimpleNet, SuperSimpleNet
 
 SIMPLENET = SimpleNet(embedding=96, hidden=64)
 NETWORKS = [
@@ -62,9 +61,9 @@ def check(backbone, network, n, size, seed, dtype=np.uint8):
     backbone_variables, network, variables = models(backbone, network, seed)
     images = random_images(seed, n, size).astype(dtype)
     expected = direct(backbone, backbone_variables, network, variables, images)
-    fused = deploy.fuse(backbone_variables, variables, network)
+    fused = fold.fuse(backbone_variables, variables, network)
     assert all(x.dtype == np.float32 for x in jax.tree.leaves(fused))
-    actual = jax.jit(deploy.predict)(deploy.prepare(fused), images)
+    actual = jax.jit(forward.predict)(forward.prepare(fused), images)
     assert [x.shape for x in actual] == [(n,), (n, *size)]
     check_predictions(actual, expected, backbone)
 
@@ -114,50 +113,50 @@ def test_the_form_for_accelerators_is_the_same(monkeypatch, backbone, network):
     """On a GPU no chunks, no loop over images, and XLA's own convolution."""
     backbone_variables, network, variables = models(backbone, network)
     images = random_images(0, 2, (48, 33))
-    fused = deploy.fuse(backbone_variables, variables, network)
-    expected = deploy.predict(fused, images, for_cache=True)
+    fused = fold.fuse(backbone_variables, variables, network)
+    expected = forward.predict(fused, images, for_cache=True)
     monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-    check_predictions(deploy.predict(fused, images), expected, backbone)
+    check_predictions(forward.predict(fused, images), expected, backbone)
 
 
 def test_every_image_is_on_its_own():
     """Batch 1 gives what the same image gives in a batch."""
     backbone_variables, network, variables = models('resnet18', SuperSimpleNet())
-    fused = deploy.fuse(backbone_variables, variables, network)
+    fused = fold.fuse(backbone_variables, variables, network)
     images = random_images(0, 3, (32, 48))
-    together = deploy.predict(fused, images)
+    together = forward.predict(fused, images)
     for i in range(3):
         check_predictions(
-            deploy.predict(fused, images[i : i + 1]), [x[i : i + 1] for x in together]
+            forward.predict(fused, images[i : i + 1]), [x[i : i + 1] for x in together]
         )
 
 
 def test_bfloat16_computes_in_it_and_its_deviation_is_reported():
     backbone_variables, network, variables = models('resnet18', SuperSimpleNet())
-    fused = deploy.fuse(backbone_variables, variables, network)
+    fused = fold.fuse(backbone_variables, variables, network)
     images = random_images(0, 3, (48, 40))
-    layers = deploy.backbone(deploy.cast(fused, jnp.bfloat16)['backbone'], images)
+    layers = forward.backbone(forward.cast(fused, jnp.bfloat16)['backbone'], images)
     assert {x.dtype for x in layers} == {jnp.dtype(jnp.bfloat16)}
     # Compiled, as `deviation` does it: how bfloat16 rounds depends on the program.
-    predict = jax.jit(deploy.predict)
-    exact, rounded = (predict(x, images) for x in (fused, deploy.cast(fused, jnp.bfloat16)))
+    predict = jax.jit(forward.predict)
+    exact, rounded = (predict(x, images) for x in (fused, forward.cast(fused, jnp.bfloat16)))
     assert {x.dtype for x in rounded} == {jnp.dtype(jnp.float32)}
-    reported = deploy.deviation(fused, images)
+    reported = forward.deviation(fused, images)
     for name, a, b in zip(('score', 'map'), exact, rounded, strict=True):
         expected = np.abs(np.asarray(a) - np.asarray(b)).max() / np.asarray(a).std()
         assert reported[name] == pytest.approx(expected)
         assert 1e-4 < reported[name]
-    assert deploy.deviation(fused, images, dtype=jnp.float32) == {'score': 0, 'map': 0}
+    assert forward.deviation(fused, images, dtype=jnp.float32) == {'score': 0, 'map': 0}
 
 
 def test_convolve_arranged_is_convolve():
     layers = (rule.draw_input('l2', (2, 4, 5, 3)), rule.draw_input('l3', (2, 2, 3, 4)))
     kernel = rule.draw_input('kernel', (5, 5, 7, 6))
-    expected = features_lib.upscale_pool(layers)
+    expected = grid_lib.upscale_pool(layers)
     expected = jax.lax.conv_general_dilated(
         expected, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
     )
-    arranged = native.arrange(kernel, (3, 4))
-    for kernels in (arranged, native.in_chunks(arranged), native.in_chunks(arranged, 4)):
-        actual = native.convolve_arranged(native.columns_first(layers), kernels)
+    arranged = grid_lib.arrange(kernel, (3, 4))
+    for kernels in (arranged, grid_lib.in_chunks(arranged), grid_lib.in_chunks(arranged, 4)):
+        actual = grid_lib.convolve_arranged(grid_lib.columns_first(layers), kernels)
         rule.check_close(actual, expected, 25 * 7 * 40)

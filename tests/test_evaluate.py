@@ -11,8 +11,8 @@ import rule
 
 from ssn_jax import evaluate, metrics
 from ssn_jax.data import Split
-from ssn_jax.models import features as features_lib, resnet
-from ssn_jax.models.supersimplenet import SuperSimpleNet
+from ssn_jax.models import grid as grid_lib, resnet
+from ssn_jax.models.systems import SuperSimpleNet
 
 # N of the test splits: fewer than devices, a multiple, no multiple, several calls with a rest.
 SIZES = (1, 3, 4, 8, 19)
@@ -83,10 +83,10 @@ def test_four_devices_measure_what_one_does(predicted, n):
 def test_predictions_are_the_models(predicted):
     """Without pmap, batches or padding: images straight through backbone, heads and blur."""
     n, network = SIZES[-1], SuperSimpleNet()
-    images = features_lib.normalise(split(n).images)
+    images = resnet.normalise(split(n).images)
     layers = resnet.BACKBONES['resnet18'].apply(rule.backbone('resnet18'), images)[1:]
-    logits, scores = network.apply(rule.network(network, 384), features_lib.upscale_pool(layers))
-    maps = features_lib.full_size_map(logits, (32, 48))[..., 0]
+    logits, scores = network.apply(rule.network(network, 384), grid_lib.upscale_pool(layers))
+    maps = grid_lib.full_size_map(logits, (32, 48))[..., 0]
     terms = rule.TERMS['resnet18']
     rule.check_close(predicted[4][f'maps{n}'], maps, terms)
     rule.check_close(predicted[4][f'scores{n}'], scores, terms, rule.SCORES)

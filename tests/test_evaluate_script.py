@@ -14,7 +14,8 @@ import cv2
 import pytest
 import tiny
 
-from ssn_jax import metrics, train
+from ssn_jax import metrics
+from ssn_jax.report import text as text_lib
 
 pytestmark = pytest.mark.usefixtures('small_programs')
 
@@ -68,7 +69,7 @@ def test_event_files_and_a_line_that_says_where_everything_is(workdir):
     for name, value in results['metrics'].items():
         assert found[f'test/{name}', 1] == pytest.approx(value)
     assert found['train/loss', 1] == 1
-    line = train.summary(workdir)
+    line = text_lib.summary(workdir)
     assert str(workdir) in line and '\n' not in line
     for path in workdir.iterdir():
         assert path.name == 'config.json' or path.name in line

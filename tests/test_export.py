@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import tiny
 
-from ssn_jax import config as config_lib, deploy, export, runs
+from ssn_jax import config as config_lib, export, predictor
+from ssn_jax.fused import fold, forward
 
 REPO = pathlib.Path(__file__).parents[1]
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 51, 90, 3), np.uint8)
@@ -38,14 +39,14 @@ print(json.dumps(metadata))
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-    return runs.open_run(tiny.fake_run(tmp_path_factory.mktemp('export'), threshold=0.25))
+    return predictor.open_run(tiny.fake_run(tmp_path_factory.mktemp('export'), threshold=0.25))
 
 
 @pytest.fixture(scope='module')
 def expected(run):
     """Scores and maps by the predictor for this machine."""
-    fused = deploy.fuse(run.backbone_variables, run.variables, run.network)
-    return deploy.make_predictor(fused, 7, (64, 64))(fitted(run))
+    fused = fold.fuse(run.backbone_variables, run.variables, run.network)
+    return forward.make_predictor(fused, 7, (64, 64))(fitted(run))
 
 
 def fitted(run):
@@ -98,11 +99,11 @@ def test_stablehlo_needs_jax_alone(run, expected, tmp_path):
 def test_onnx_of_the_other_backbone_with_layer1(tmp_path):
     fields = {'features.layers': (1, 2, 3), 'image_score': 'map'}
     fields |= {'backbone.name': 'efficientnet_lite0', 'backbone.weights': ''}
-    run = runs.open_run(tiny.fake_run(tmp_path, threshold=0.25, **fields))
+    run = predictor.open_run(tiny.fake_run(tmp_path, threshold=0.25, **fields))
     onnxruntime = pytest.importorskip('onnxruntime', reason='the export extra is missing')
     session = onnxruntime.InferenceSession(export.to_onnx(run))
-    fused = deploy.fuse(run.backbone_variables, run.variables, run.network)
-    expected = deploy.make_predictor(fused, 7, (64, 64))(fitted(run))
+    fused = fold.fuse(run.backbone_variables, run.variables, run.network)
+    expected = forward.make_predictor(fused, 7, (64, 64))(fitted(run))
     check_arrays(session.run(None, {'images': IMAGES}), expected)
 
 

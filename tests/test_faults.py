@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from runs_again import EPOCHS, PHASES, Job, check_same, last_state, results, rows, wait_for
 
-from ssn_jax import checkpoint, config as config_lib, metrics, steps, train
+from ssn_jax import config as config_lib, losses, metrics, pipeline
+from ssn_jax.training import checkpoint, loop, steps
 
 
 @pytest.fixture(scope='module')
@@ -135,15 +136,15 @@ NOT_FINITE = {  # From the sum of all parameters and what step 4 of 6 alone sees
 )
 def test_what_is_not_finite_is_told_by_step_and_term(what, on_host, longest, monkeypatch):
     loss = loss_of(NOT_FINITE[what])
-    monkeypatch.setattr(steps, 'config_loss', lambda config, seeds_axis=None: loss)
+    monkeypatch.setattr(losses, 'config_loss', lambda config, seeds_axis=None: loss)
     config = config_lib.default_config()
     state = steps.init_state(config, jax.random.key(0), 4)
     run = steps.make_epoch(config, 6, on_host=on_host, longest=longest)
     data, key = {'layers': (np.eye(1, 6, 3)[0],)}, jax.random.key(0)
     _, values = run(state, data, np.arange(6)[:, None], key)
-    assert steps.describe_bad(values['bad']) == (3, what)
+    assert loop.describe_bad(values['bad']) == (3, what)
     _, values = run(state, data, np.array([[0, 1, 2, 4, 5, 0]]).T, key)
-    assert steps.describe_bad(values['bad']) is None
+    assert loop.describe_bad(values['bad']) is None
 
 
 @pytest.mark.slow
@@ -228,10 +229,10 @@ def write_image(file, value):
 
 def test_a_loss_that_grows_is_reported(caplog):
     history = {'loss': [0.5, 3.0, 82.0], 'seconds': [1.0] * 3}
-    assert train.loss_grew(history)
+    assert pipeline.loss_grew(history)
     assert 'from 0.5 to 82' in caplog.text
-    assert not train.loss_grew(history | {'loss': [0.5, 82.0, 0.9]})
-    assert train.loss_grew({}) is None
+    assert not pipeline.loss_grew(history | {'loss': [0.5, 82.0, 0.9]})
+    assert pipeline.loss_grew({}) is None
 
 
 # --- The disk -------------------------------------------------------------------------------------

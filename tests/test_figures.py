@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 import numpy as np
 import pytest
 
-from ssn_jax import figures
+from ssn_jax.report import figures
 
 
 def split(count=8, shape=(48, 40), defective=4):

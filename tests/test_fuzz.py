@@ -8,9 +8,10 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 import numpy as np
 import safetensors.numpy
 
-from ssn_jax import config as config_lib, predict, weights
+from ssn_jax import config as config_lib, predict_folder
 from ssn_jax.data import images
 from ssn_jax.errors import UserError
+from ssn_jax.models import weights
 
 BOUNDED = settings(
     max_examples=int(os.environ.get('SSN_JAX_FUZZ', '300')),  # scripts/soak.py: more of them.
@@ -71,7 +72,7 @@ def test_images(data, suffix, tmp_path):
     file = tmp_path / f'image{suffix}'
     file.write_bytes(data.draw(mutated(BASES[suffix])))
     config = config_lib.default_config()
-    found = predict._load(file, images.size(file), config, 2**20)
+    found = predict_folder._load(file, images.size(file), config, 2**20)
     if not isinstance(found, UserError):
         image, fitted = found
         assert image.dtype == fitted.dtype == np.uint8 and image.ndim == 3

@@ -14,11 +14,12 @@ import safetensors.numpy
 from test_torch_archives import in_zip, state_dict
 import tiny
 
-from ssn_jax import checkpoint, config as config_lib, evaluate, runs, steps, weights
+from ssn_jax import config as config_lib, evaluate, predictor
 from ssn_jax.errors import UserError
-from ssn_jax.models import features as features_lib, resnet
-from ssn_jax.models.heads import NoiseGenerator
-from ssn_jax.models.supersimplenet import GapCam, SuperSimpleNet
+from ssn_jax.models import resnet, systems, weights
+from ssn_jax.models.systems import GapCam, SuperSimpleNet
+from ssn_jax.synthesis import NoiseGenerator
+from ssn_jax.training import checkpoint, steps
 
 pytestmark = pytest.mark.usefixtures('small_programs')
 
@@ -83,8 +84,8 @@ def predict(workdir, image):
     """Score and full-size logits of a normalised image, as evaluation computes them."""
     config, _, state = restore(workdir)
     variables, _ = weights.load_backbone(config.backbone.name, config.backbone.weights, False)
-    run = evaluate.make_predictor(steps.build_network(config), 2)
-    mean, std = np.float32(features_lib.IMAGENET_MEAN), np.float32(features_lib.IMAGENET_STD)
+    run = evaluate.make_predictor(systems.build_network(config), 2)
+    mean, std = np.float32(resnet.IMAGENET_MEAN), np.float32(resnet.IMAGENET_STD)
     trained = {'params': state.params, 'batch_stats': state.batch_stats}
     return run(variables, trained, (image * std + mean) * 255)
 
@@ -207,5 +208,5 @@ def test_files_of_torch_are_imported_without_torch(suffix, config, write, tmp_pa
     (tmp_path / f'w{suffix}').write_bytes(in_zip(state_dict(tensors), arrays=tensors))
     import_checkpoint(config, tmp_path / f'w{suffix}', tmp_path / 'run')
     import_checkpoint(config, write(tensors), tmp_path / 'other')
-    ours, theirs = (runs.open_run(tmp_path / name).variables for name in ('run', 'other'))
+    ours, theirs = (predictor.open_run(tmp_path / name).variables for name in ('run', 'other'))
     assert jax.tree.all(jax.tree.map(np.array_equal, ours, theirs))

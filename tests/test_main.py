@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 import tiny
 
-from ssn_jax import config as config_lib, main, metrics, train, weights
+from ssn_jax import config as config_lib, main, metrics, pipeline, run as run_lib
 from ssn_jax.data import synthetic
 from ssn_jax.errors import UserError
+from ssn_jax.models import weights
 
 pytestmark = pytest.mark.usefixtures('small_programs')
 
@@ -131,19 +132,19 @@ def test_a_hub_that_does_not_answer_is_given_up_soon(tmp_path, monkeypatch):
 
 
 def test_rows_of_other_terms_keep_their_columns(tmp_path):
-    log = train.Log(tmp_path / 'train.csv', 0)
+    log = run_lib.Log(tmp_path / 'train.csv', 0)
     log.append(1, {'loss': 1.0, 'old': 2.0})
-    train.Log(tmp_path / 'train.csv', 1).append(2, {'loss': 3.0, 'new': 4.0})
+    run_lib.Log(tmp_path / 'train.csv', 1).append(2, {'loss': 3.0, 'new': 4.0})
     text = (tmp_path / 'train.csv').read_text()
     assert text == 'epoch,loss,old,new\n1,1,2,\n2,3,,4\n'
-    history = train.Log(tmp_path / 'train.csv', 2).history()
+    history = run_lib.Log(tmp_path / 'train.csv', 2).history()
     assert history['loss'] == [1, 3] and history['new'][1] == 4 and np.isnan(history['new'][0])
 
 
 def test_a_field_that_no_config_has_is_one_line(case):
     case.config.colour = 'red'
     with pytest.raises(UserError, match='colour is no field of a config'):
-        train.train_and_evaluate(case.config, case.workdir)
+        pipeline.train_and_evaluate(case.config, case.workdir)
 
 
 # --- What a run leaves ----------------------------------------------------------------------------

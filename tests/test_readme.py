@@ -14,8 +14,8 @@ import rule
 import safetensors.numpy
 import tiny
 
-from ssn_jax import weights
-from ssn_jax.models.supersimplenet import SuperSimpleNet
+from ssn_jax.models import weights
+from ssn_jax.models.systems import SuperSimpleNet
 
 # What keeps a training short.
 SHORT = (

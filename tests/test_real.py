@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 
-from ssn_jax import metrics, train
+from ssn_jax import metrics, pipeline
 
 pytestmark = pytest.mark.usefixtures('small_programs')
 
@@ -53,7 +53,7 @@ def test_mod2_on_a_real_subset(tmp_path):
     config.backbone.weights = str(weights / 'resnet18.tv_in1k.layer1-3.safetensors')
 
     workdir = tmp_path / 'run'
-    results = train.train_and_evaluate(config, workdir)
+    results = pipeline.train_and_evaluate(config, workdir)
     assert results == json.loads((workdir / 'results.json').read_text())
     assert list(results['metrics']) == list(metrics.METRICS) and len(metrics.METRICS) == 7
     for name, value in results['metrics'].items():

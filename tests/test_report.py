@@ -15,8 +15,9 @@ import cv2
 import numpy as np
 import pytest
 
-from ssn_jax import config as config_lib, figures, metrics, published, report, seeds
+from ssn_jax import config as config_lib, metrics, run as run_lib
 from ssn_jax.errors import UserError
+from ssn_jax.report import figures, page as page_lib, published
 
 ROOT = pathlib.Path(__file__).parents[1]
 BROWSERS = ('chromium-headless-shell', 'chromium', 'chromium-browser', 'google-chrome')
@@ -82,14 +83,14 @@ def runs(tmp_path):
 @pytest.fixture
 def made(runs, tmp_path):
     """The folder of a report of these runs."""
-    report.write_report(runs, tmp_path / 'report', write_benchmark(tmp_path / 'bench.json'))
+    page_lib.write_report(runs, tmp_path / 'report', write_benchmark(tmp_path / 'bench.json'))
     return tmp_path / 'report'
 
 
 def message(*arguments):
     """The one line that a report ends with."""
     with pytest.raises(UserError) as caught:
-        report.write_report(*arguments)
+        page_lib.write_report(*arguments)
     text = str(caught.value)
     assert '\n' not in text and 0 < len(text) < 500
     return text
@@ -125,14 +126,14 @@ class Page(HTMLParser):
 
 
 def test_runs_that_differ_in_seed_alone_are_one_row(runs):
-    rows = report.make_rows([report.read_run(run) for run in runs])
+    rows = page_lib.make_rows([run_lib.read_run(run) for run in runs])
     assert [(row.label, len(row.runs)) for row in rows] == [
         ('mod1_a · noise.std=0.015', 3),
         ('mod1_a · noise.std=0.5', 1),
         ('mod2', 1),
         ('mod1_b', 1),
     ]
-    table = report.metrics_table(rows[:3])
+    table = page_lib.metrics_table(rows[:3])
     column = table.head.index('I-AUROC')
     cells = [line[column] for line in table.lines]
     spread = 100 * statistics.stdev((0.5, 0.6, 0.7))
@@ -140,14 +141,14 @@ def test_runs_that_differ_in_seed_alone_are_one_row(runs):
     assert cells == [*expected, '70.0', '67.8', '+2.2']
     assert table.lines[0][:3] == ['mod1_a · noise.std=0.015', '300', '3']
     absent = table.head.index('AP-loc')
-    assert {line[absent] for line in table.lines} == {report.NOTHING}
+    assert {line[absent] for line in table.lines} == {page_lib.NOTHING}
     assert table.quiet == {1, 2, 4, 5, 7, 8}
 
 
 def test_some_seeds_without_a_value_are_told():
-    assert report.mean_and_spread([0.5, None, 0.7], 100) == '60.0 ± 14.1 (2 of 3)'
-    assert report.mean_and_spread([None], 100) == report.NOTHING
-    assert report.mean_and_spread([0.25], digits=4) == '0.2500'
+    assert page_lib.mean_and_spread([0.5, None, 0.7], 100) == '60.0 ± 14.1 (2 of 3)'
+    assert page_lib.mean_and_spread([None], 100) == page_lib.NOTHING
+    assert page_lib.mean_and_spread([0.25], digits=4) == '0.2500'
 
 
 @pytest.mark.parametrize(
@@ -173,27 +174,27 @@ def test_what_is_published_beside_a_run(name, change, results, expected):
 
 
 def test_efficiency_and_decision(runs, tmp_path):
-    rows = report.make_rows([report.read_run(run) for run in runs])
-    benchmark = report.read_benchmark(write_benchmark(tmp_path / 'b.json'))
-    lines = report.efficiency_table(rows, benchmark).lines
+    rows = page_lib.make_rows([run_lib.read_run(run) for run in runs])
+    benchmark = page_lib.read_benchmark(write_benchmark(tmp_path / 'b.json'))
+    lines = page_lib.efficiency_table(rows, benchmark).lines
     assert lines[0][2:] == ['4.6', '3.00 ± 1.00', '1 x cpu', '10.00', '120.00', '50.00']
     assert lines[1][2:] == ['4.5', '–', '–', '7.78', '398.47', '52.43']
     # Another training of the same network has its speed.
-    measured = [report.speed_of(row, benchmark).get('ms') for row in rows]
+    measured = [page_lib.speed_of(row, benchmark).get('ms') for row in rows]
     assert measured == [10.0, 10.0, 10.0, None]
-    assert report.speed_of(rows[0], None) == {}
+    assert page_lib.speed_of(rows[0], None) == {}
     # Another backbone under the same name has another speed, and nothing published beside it.
     other = config_lib.default_config()
     other.backbone.name = 'wide_resnet50_2'
     run = write_run(tmp_path / 'other', config=other, parameters=33_719_363)
-    lines = report.efficiency_table(report.make_rows([report.read_run(run)]), benchmark).lines
+    lines = page_lib.efficiency_table(page_lib.make_rows([run_lib.read_run(run)]), benchmark).lines
     assert len(lines) == 1 and lines[0][5:] == ['–'] * 3
     smaller = config_lib.default_config()
     smaller.image_size = (64, 64)
     run = write_run(tmp_path / 'smaller', config=smaller)
-    lines = report.efficiency_table(report.make_rows([report.read_run(run)]), benchmark).lines
+    lines = page_lib.efficiency_table(page_lib.make_rows([run_lib.read_run(run)]), benchmark).lines
     assert lines[0][5:] == ['–'] * 3
-    lines = report.decision_table(rows).lines
+    lines = page_lib.decision_table(rows).lines
     assert lines[2][2:] == ['0.5000', 'train', '80.0', '–', '0.5000', '90.0', '10.0']
 
 
@@ -206,13 +207,13 @@ def test_a_sweep_beside_what_is_published(tmp_path):
             folder = tmp_path / 'sweep' / f'noise.beta={beta}' / f'seed-{seed}'
             write_run(folder, config=config, seed=seed, auroc=auroc + 0.1 * seed)
         expected.append((beta, auroc + 0.05, statistics.stdev((0, 0.1)), theirs))
-    runs = [report.read_run(run) for run in seeds.single_runs(tmp_path / 'sweep')]
-    ours, theirs = report.lines_over(report.make_rows(runs), 'noise.beta')
+    runs = [run_lib.read_run(run) for run in run_lib.single_runs(tmp_path / 'sweep')]
+    ours, theirs = page_lib.lines_over(page_lib.make_rows(runs), 'noise.beta')
     assert list(ours) == ['mod2']
     for point, expect in zip(ours['mod2'], expected, strict=True):
         assert point == pytest.approx(expect[:3])
     assert theirs == {'mod2': [(0.05, 0.723), (0.1, 0.678)]}
-    report.write_report([tmp_path / 'sweep'], tmp_path / 'report')
+    page_lib.write_report([tmp_path / 'sweep'], tmp_path / 'report')
     assert (tmp_path / 'report' / 'figures' / 'setting-1-1.png').exists()
 
 
@@ -251,7 +252,7 @@ def test_markdown_says_the_same_and_finds_its_figures(made):
 
 
 def test_a_report_replaces_an_earlier_one(made, runs):
-    report.write_report(runs[:1], made)
+    page_lib.write_report(runs[:1], made)
     assert {p.name for p in made.parent.iterdir()} == {'runs', 'report', 'bench.json'}
     assert '+28.9' not in (made / 'report.md').read_text()
     assert len(list((made / 'figures').iterdir())) == 2
@@ -265,7 +266,7 @@ def test_no_run_leads_out_of_the_report(tmp_path):
     (run / 'figures').rename(tmp_path / 'elsewhere')
     (run / 'figures').symlink_to(tmp_path / 'elsewhere')
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')}
-    report.write_report([run], tmp_path / 'report')
+    page_lib.write_report([run], tmp_path / 'report')
     after = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')}
     made = {p.relative_to(tmp_path).parts[0] for p in after.keys() - before.keys()}
     assert made == {'report'} and before == {p: after[p] for p in before}
@@ -422,14 +423,14 @@ def test_bad_runs_are_one_line_and_leave_nothing(case, runs, tmp_path):
 
 def test_a_file_among_the_runs_is_left_out(runs, tmp_path, caplog):
     (tmp_path / 'notes.txt').write_text('')
-    report.write_report([tmp_path / 'notes.txt', *runs], tmp_path / 'out')
+    page_lib.write_report([tmp_path / 'notes.txt', *runs], tmp_path / 'out')
     assert 'notes.txt is a file' in caplog.text and (tmp_path / 'out/report.md').exists()
     with pytest.raises(UserError, match='no run is among'):
-        report.write_report([tmp_path / 'notes.txt'], tmp_path / 'other')
+        page_lib.write_report([tmp_path / 'notes.txt'], tmp_path / 'other')
 
 
 def test_a_run_named_twice_counts_once(runs, tmp_path):
-    report.write_report([runs[0], runs[0] / '..' / runs[0].name], tmp_path / 'report')
+    page_lib.write_report([runs[0], runs[0] / '..' / runs[0].name], tmp_path / 'report')
     assert f'| {runs[0]} |' in (tmp_path / 'report' / 'report.md').read_text()
 
 

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import tiny
 
-from ssn_jax import checkpoint, config as config_lib, runs, steps, weights
+from ssn_jax import config as config_lib, predictor
 from ssn_jax.errors import UserError
+from ssn_jax.models import weights
+from ssn_jax.training import checkpoint, steps
 
 
 @pytest.fixture(scope='module')
@@ -23,7 +25,7 @@ def copy(workdir, tmp_path):
 
 
 def test_everything_a_run_holds(workdir):
-    run = runs.open_run(workdir)
+    run = predictor.open_run(workdir)
     assert run.config == config_lib.from_json(workdir / 'config.json')
     assert run.epoch == 3 and run.decision is None  # The decision is of epoch 4.
     assert run.origin == run.config.backbone.weights
@@ -31,32 +33,32 @@ def test_everything_a_run_holds(workdir):
     for name in ('params', 'batch_stats'):
         same = jax.tree.map(np.array_equal, run.variables[name], getattr(expected, name))
         assert all(jax.tree.leaves(same))
-    maps, scores = runs.predict(run, np.zeros((3, 64, 64, 3), np.uint8))
+    maps, scores = predictor.predict(run, np.zeros((3, 64, 64, 3), np.uint8))
     assert (maps.shape, scores.shape) == ((3, 64, 64), (3,))
 
 
 def test_a_folder_of_several_runs_names_one(tmp_path):
     (tmp_path / 'seed-1').mkdir()
     with pytest.raises(UserError, match=f'{tmp_path} holds several runs.*{tmp_path}/seed-1'):
-        runs.open_run(tmp_path)
+        predictor.open_run(tmp_path)
 
 
 def test_a_checkpoint_can_be_chosen(copy):
     config = config_lib.from_json(copy / 'config.json')
     state = steps.init_state(config, jax.random.key(2), 384)
     checkpoint.save(checkpoint.open_manager(copy, 2), 4, state)
-    assert [runs.open_run(copy, epoch).epoch for epoch in (None, 3, 4)] == [4, 3, 4]
-    assert runs.open_run(copy).decision['threshold'] == 0.5
-    assert runs.open_run(copy, 3).decision is None
+    assert [predictor.open_run(copy, epoch).epoch for epoch in (None, 3, 4)] == [4, 3, 4]
+    assert predictor.open_run(copy).decision['threshold'] == 0.5
+    assert predictor.open_run(copy, 3).decision is None
     with pytest.raises(UserError, match=r'no checkpoint of epoch 7: it has 3, 4\.'):
-        runs.open_run(copy, 7)
+        predictor.open_run(copy, 7)
 
 
 def test_overrides_take_the_place_of_the_runs_own(workdir):
-    run = runs.open_run(workdir, overrides={'data.category': 'bolt', 'eval_batch_size': 2})
+    run = predictor.open_run(workdir, overrides={'data.category': 'bolt', 'eval_batch_size': 2})
     assert (run.config.data.category, run.config.eval_batch_size) == ('bolt', 2)
     with pytest.raises(UserError, match='eval_batch_size=0'):
-        runs.open_run(workdir, overrides={'eval_batch_size': 0})
+        predictor.open_run(workdir, overrides={'eval_batch_size': 0})
 
 
 def test_a_run_keeps_the_random_weights_that_it_learned_from(copy, monkeypatch):
@@ -65,7 +67,7 @@ def test_a_run_keeps_the_random_weights_that_it_learned_from(copy, monkeypatch):
     config.backbone.weights = ''
     (copy / 'config.json').write_text(config_lib.to_json(config))
     (copy / 'results.json').write_text(json.dumps({'weights': weights.RANDOM}))
-    run = runs.open_run(copy)
+    run = predictor.open_run(copy)
     assert (run.origin, run.backbone_variables) == (weights.RANDOM, 'random resnet18')
 
 
@@ -84,10 +86,10 @@ WORDS = {'nowhere': 'no folder'}
 def test_what_is_no_run_is_one_line(name, copy):
     BAD[name](copy)
     with pytest.raises(UserError, match=WORDS.get(name, name)) as raised:
-        runs.open_run(copy)
+        predictor.open_run(copy)
     assert str(copy) in str(raised.value) and '\n' not in str(raised.value)
 
 
 def test_missing_weights_are_one_line(copy):
     with pytest.raises(UserError, match=r'gone\.safetensors'):
-        runs.open_run(copy, overrides={'backbone.weights': str(copy / 'gone.safetensors')})
+        predictor.open_run(copy, overrides={'backbone.weights': str(copy / 'gone.safetensors')})

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from ssn_jax import sampling
+from ssn_jax.data import sampling
 
 
 @pytest.mark.parametrize('images, batch_size', [(10, 3), (12, 4), (5, 32), (4, 4), (7, 1), (1, 2)])

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 import tiny
 
-from ssn_jax import config as config_lib, metrics, sampling, seeds, steps, train
+from ssn_jax import config as config_lib, metrics, pipeline, run as run_lib
+from ssn_jax.data import sampling
 from ssn_jax.errors import UserError
+from ssn_jax.report import text as text_lib
+from ssn_jax.training import steps
 
 pytestmark = pytest.mark.usefixtures('small_programs')
 
@@ -33,13 +36,13 @@ def epochs_of(config, numbers):
     each = [steps.init_state(config, jax.random.key(n), 12) for n in numbers]
     several = len(numbers) > 1
     run_epoch = steps.make_epoch(config, 2, several=several)
-    state, losses = seeds.stack_states(each), []
+    state, losses = steps.stack_states(each), []
     for i in range(2):
-        order = np.asarray(seeds.stack([sampling.uniform_order(n, i, 8, 4) for n in numbers]))
-        keys = seeds.stack([jax.random.fold_in(jax.random.key(n), i) for n in numbers])
+        order = np.asarray(steps.stack([sampling.uniform_order(n, i, 8, 4) for n in numbers]))
+        keys = steps.stack([jax.random.fold_in(jax.random.key(n), i) for n in numbers])
         state, values = run_epoch(state, batch, order, keys)
-        losses.append([float(one['loss']) for one in seeds.unstack(values, len(numbers))])
-    return seeds.unstack_states(state, len(numbers)), np.array(losses)
+        losses.append([float(one['loss']) for one in steps.unstack(values, len(numbers))])
+    return steps.unstack_states(state, len(numbers)), np.array(losses)
 
 
 @pytest.mark.slow
@@ -67,9 +70,9 @@ def test_what_is_a_choice_for_one_seed_is_one_for_several():
     layers = (jnp.zeros((8, 4, 4, 5)), jnp.zeros((8, 2, 2, 7)))
     counts = []
     for numbers in ([0], [0, 1]):
-        state = seeds.stack_states([steps.init_state(config, jax.random.key(0), 12)] * len(numbers))
-        order = seeds.stack([np.zeros((2, 4), np.int32)] * len(numbers))
-        keys = seeds.stack([jax.random.key(0)] * len(numbers))
+        state = steps.stack_states([steps.init_state(config, jax.random.key(0), 12)] * len(numbers))
+        order = steps.stack([np.zeros((2, 4), np.int32)] * len(numbers))
+        keys = steps.stack([jax.random.key(0)] * len(numbers))
         run = steps.make_part(config, 2, several=len(numbers) > 1)
         text = run.lower(state, {'layers': layers}, order, keys, 0, 2).as_text()
         counts.append(text.count('stablehlo.case') + text.count('stablehlo.if'))
@@ -108,13 +111,13 @@ def test_each_seed_leaves_the_run_it_would_have_been_alone(folder, tmp_path):
     config = run_config(folder)
     config.seeds = 2
     both = tmp_path / 'both'
-    summary = train.train_and_evaluate(config, both)
+    summary = pipeline.train_and_evaluate(config, both)
     assert {p.name for p in both.iterdir()} == {'seed-3', 'seed-4', 'summary.json'}
     assert summary == json.loads((both / 'summary.json').read_text())
 
     single = run_config(folder)
     single.seed = 4
-    results = train.train_and_evaluate(single, tmp_path / 'alone')
+    results = pipeline.train_and_evaluate(single, tmp_path / 'alone')
     theirs = json.loads((both / 'seed-4' / 'results.json').read_text())
     assert results.keys() == theirs.keys()
     for name in metrics.METRICS:
@@ -130,14 +133,14 @@ def test_each_seed_leaves_the_run_it_would_have_been_alone(folder, tmp_path):
         assert (both / 'seed-4' / name).exists()
     alone = (tmp_path / 'alone' / 'config.json').read_text()
     assert (both / 'seed-4' / 'config.json').read_text() == alone
-    table = train.format_table(summary)
+    table = text_lib.format_table(summary)
     assert 'seeds 3 to 4' in table and ' ± ' in table
 
     # One seed is complete, the other was stopped after an epoch: only that one goes on.
     before = (both / 'seed-3' / 'train.csv').read_bytes()
     losses = losses_of(both / 'seed-4')
     shutil.rmtree(both / 'seed-4' / 'checkpoints' / '2')
-    again = train.train_and_evaluate(config, both)
+    again = pipeline.train_and_evaluate(config, both)
     assert (both / 'seed-3' / 'train.csv').read_bytes() == before
     np.testing.assert_allclose(losses_of(both / 'seed-4'), losses, rtol=1e-4, atol=1e-5)
     for name in metrics.METRICS:
@@ -151,15 +154,15 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     config.seeds = 2
     (tmp_path / 'seed-0').mkdir()
     (tmp_path / 'summary.json').write_text('')
-    runs = seeds.runs_of(config, tmp_path)
+    runs = run_lib.runs_of(config, tmp_path)
     assert [(c.seed, c.seeds, w.name) for c, w in runs] == [(0, 1, 'seed-0'), (1, 1, 'seed-1')]
     assert config.seeds == 2
     (tmp_path / 'thesis.tex').write_text('')
     with pytest.raises(UserError, match=r'thesis\.tex.*--workdir'):
-        seeds.runs_of(config, tmp_path)
+        run_lib.runs_of(config, tmp_path)
     (tmp_path / 'config.json').write_text('')
     with pytest.raises(UserError, match=r'a single run.*--workdir'):
-        seeds.runs_of(config, tmp_path)
+        run_lib.runs_of(config, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +181,7 @@ def test_seeds_that_can_not_train_together(values, words, tmp_path):
     config = config_lib.default_config()
     config.update_from_flattened_dict(values)
     with pytest.raises(UserError, match=words):
-        train.train_and_evaluate(config, tmp_path / 'run')
+        pipeline.train_and_evaluate(config, tmp_path / 'run')
     assert not list(tmp_path.iterdir())
 
 
@@ -188,13 +191,13 @@ def test_summary_of_an_undefined_metric():
     results = [
         base | {'seed': s, 'metrics': values, 'undefined': {'AUPRO': 'no masks'}} for s in (0, 1)
     ]
-    summary = seeds.summarise(results)
+    summary = run_lib.summarise(results)
     assert summary['metrics']['AUPRO'] is None
-    assert isinstance(seeds.format_summary(summary), str)
-    lines = seeds.format_summary(summary).splitlines()
+    assert isinstance(text_lib.format_summary(summary), str)
+    lines = text_lib.format_summary(summary).splitlines()
     assert any('AUPRO' in line and 'no masks' in line for line in lines)
     assert any('50.00 ± 0.00 %' in line for line in lines)
-    assert pathlib.Path('runs') / 'mod1_a-embedded-screw-seeds' == train.default_workdir(
+    assert pathlib.Path('runs') / 'mod1_a-embedded-screw-seeds' == run_lib.default_workdir(
         _several(config_lib.default_config())
     )
 
@@ -213,11 +216,11 @@ def test_a_summary_is_of_all_seeds_that_are_there(tmp_path):
         (tmp_path / f'seed-{seed}' / 'results.json').write_text(text)
     config.seed, config.seeds = 3, 2
     config.features.place = 'host'  # Where features lie changes no result.
-    others = seeds.other_results(seeds.runs_of(config, tmp_path), tmp_path)
+    others = run_lib.other_results(run_lib.runs_of(config, tmp_path), tmp_path)
     assert sorted(r['seed'] for r in others) == [0, 1]
-    summary = seeds.summarise([fields | {'seed': seed} for seed in (4, 0, 3)])
+    summary = run_lib.summarise([fields | {'seed': seed} for seed in (4, 0, 3)])
     assert summary['seeds'] == [0, 3, 4]
-    assert 'seeds 0, 3, 4,' in seeds.format_summary(summary)
+    assert 'seeds 0, 3, 4,' in text_lib.format_summary(summary)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +237,7 @@ def test_a_summary_is_of_all_seeds_that_are_there(tmp_path):
 def test_a_run_goes_to_a_folder_of_its_own(name, root, category, folder):
     config = config_lib.default_config()
     config.data.update(name=name, root=root, category=category)
-    assert train.default_workdir(config) == pathlib.Path('runs') / folder
+    assert run_lib.default_workdir(config) == pathlib.Path('runs') / folder
 
 
 def _several(config):
@@ -247,15 +250,15 @@ def test_a_folder_of_several_seeds_stands_for_its_runs(tmp_path):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / 'one' / 'config.json').write_text('{}')
     many = [tmp_path / 'many' / 'seed-0', tmp_path / 'many' / 'seed-1']
-    assert seeds.single_runs(tmp_path / 'many') == many
-    assert seeds.single_runs(tmp_path / 'one') == [tmp_path / 'one']
-    assert seeds.single_runs(tmp_path / 'none') == [tmp_path / 'none']
+    assert run_lib.single_runs(tmp_path / 'many') == many
+    assert run_lib.single_runs(tmp_path / 'one') == [tmp_path / 'one']
+    assert run_lib.single_runs(tmp_path / 'none') == [tmp_path / 'none']
     for name in ('a=2/seed-0', 'a=1/seed-1', 'a=1/seed-0'):
         (tmp_path / 'swept' / name).mkdir(parents=True)
         if name != 'a=2/seed-0':  # It has failed.
             (tmp_path / 'swept' / name / 'results.json').write_text('{}')
     swept = [tmp_path / 'swept' / 'a=1' / 'seed-0', tmp_path / 'swept' / 'a=1' / 'seed-1']
-    assert seeds.single_runs(tmp_path / 'swept') == swept
+    assert run_lib.single_runs(tmp_path / 'swept') == swept
 
 
 def test_a_damaged_result_of_another_seed_is_left_out(tmp_path, caplog):
@@ -269,7 +272,7 @@ def test_a_damaged_result_of_another_seed_is_left_out(tmp_path, caplog):
         (tmp_path / f'seed-{seed}').mkdir()
         (tmp_path / f'seed-{seed}' / 'config.json').write_text(config_lib.to_json(single))
         (tmp_path / f'seed-{seed}' / 'results.json').write_text(text)
-    found = seeds.other_results([(config, tmp_path / 'seed-0')], tmp_path)
+    found = run_lib.other_results([(config, tmp_path / 'seed-0')], tmp_path)
     assert [results['seed'] for results in found] == [3]
     for seed in (1, 2, 4):
         assert f'seed-{seed}' in caplog.text

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import rule
 
-from ssn_jax import sparse_loss, steps, synthesis
+from ssn_jax import losses as losses_lib, synthesis
 from ssn_jax.config import default_config
-from ssn_jax.models import native
-from ssn_jax.models.features import upscale_pool
-from ssn_jax.models.heads import NoiseGenerator
+from ssn_jax.losses import direct as direct_lib, sparse as sparse_lib
+from ssn_jax.models import grid as grid_lib
+from ssn_jax.models.grid import upscale_pool
 from ssn_jax.models.layers import conv2d
+from ssn_jax.synthesis import NoiseGenerator
+from ssn_jax.training import steps
 
 CHANNELS = (5, 9)
 
@@ -32,7 +34,7 @@ def make_layers(key, n, height, width):
 @pytest.fixture(autouse=True)
 def two_programs(monkeypatch):
     """One for what is usual and one for all positions: each more is another compilation."""
-    monkeypatch.setattr(sparse_loss, '_SURPLUS', np.array([3.0, np.inf]))
+    monkeypatch.setattr(sparse_lib, '_SURPLUS', np.array([3.0, np.inf]))
 
 
 shapes = st.tuples(st.integers(1, 3), st.integers(4, 9), st.integers(4, 11))
@@ -45,13 +47,13 @@ def test_native_convolution_equals_the_one_on_the_feature_grid(shape, size, seed
     layers = make_layers(k_layers, *shape)
     kernel = jax.random.normal(k_kernel, (size, size, sum(CHANNELS), 4))
     expected = jax.jit(lambda x, k: conv2d(upscale_pool(x), k))(layers, kernel)
-    rule.check_close(jax.jit(native.convolve)(layers, kernel), expected, kernel[..., 0].size + 40)
+    rule.check_close(jax.jit(grid_lib.convolve)(layers, kernel), expected, kernel[..., 0].size + 40)
 
 
 def test_convolution_of_a_constant_knows_the_border():
     value, kernel = jnp.arange(1.0, 4.0), jax.random.normal(jax.random.key(0), (5, 5, 3, 2))
     expected = conv2d(jnp.broadcast_to(value, (1, 6, 7, 3)), kernel)[0]
-    actual = native.convolve_constant(value, kernel, (6, 7))
+    actual = grid_lib.convolve_constant(value, kernel, (6, 7))
     rule.check_close(actual, expected, 25 * 3)
 
 
@@ -105,7 +107,7 @@ def make_losses(config, masks, truth):
         run = jax.jit(functools.partial(both_players, make))
         return lambda masks: run(masks, state.params, state.generator)
 
-    return compiled(steps.make_loss), compiled(sparse_loss.make_sparse_loss)
+    return compiled(direct_lib.make_loss), compiled(sparse_lib.make_sparse_loss)
 
 
 @pytest.mark.parametrize(
@@ -176,6 +178,6 @@ def test_masks_that_hardly_cover_anything(field, value):
     config.batch_size, config.perlin[field] = 4, value
     layers = make_layers(jax.random.key(0), 4, 8, 8)
     state = steps.init_state(config, jax.random.key(1), sum(CHANNELS))
-    loss = jax.jit(steps.config_loss(config))
+    loss = jax.jit(losses_lib.config_loss(config))
     arguments = state.params, state.generator, state.batch_stats, {'layers': layers}
     assert np.isfinite(loss(*arguments, jax.random.key(2))[0])

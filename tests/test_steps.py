@@ -10,9 +10,12 @@ import optax
 import pytest
 import rule
 
-from ssn_jax import devices, losses, sampling, sparse_loss, steps, weights
+from ssn_jax import devices, losses, synthesis
 from ssn_jax.config import default_config
-from ssn_jax.models import features as features_lib
+from ssn_jax.data import sampling
+from ssn_jax.losses import direct, sparse as sparse_lib, terms as loss_terms
+from ssn_jax.models import grid as grid_lib, systems, weights
+from ssn_jax.training import steps
 
 # Additions behind a value of the reference file's steps: a 5x5 convolution of 385 channels, and the
 # mean of as many positions as a batch has.
@@ -33,8 +36,8 @@ WITHOUT_EFFECT = {
 @pytest.fixture(autouse=True)
 def quick_masks(monkeypatch):
     """Masks that compile quickly, and two programs of the sparse loss instead of four."""
-    monkeypatch.setattr(steps, 'make_masks', lambda config: scattered)
-    monkeypatch.setattr(sparse_loss, '_SURPLUS', np.array([3.0, np.inf]))
+    monkeypatch.setattr(synthesis, 'make_masks', lambda config: scattered)
+    monkeypatch.setattr(sparse_lib, '_SURPLUS', np.array([3.0, np.inf]))
 
 
 def quick_jit(function):
@@ -44,7 +47,7 @@ def quick_jit(function):
 
 def rule_state(config, channels):
     """A train state whose parameters follow the rule of the reference files."""
-    variables = rule.network(steps.build_network(config), channels)
+    variables = rule.network(systems.build_network(config), channels)
     variables = jax.tree.map(jnp.asarray, variables)
     generator, generator_opt_state = {}, ()
     if config.noise.kind == 'learned':
@@ -73,8 +76,8 @@ def trajectory(monkeypatch):
     features = np.abs(rule.draw_input('train_features', (3, 16, 24, 384)))
     noise = 0.015 * rule.draw_input('train_noise', (6, 16, 24, 384))
     # The file gives the feature grid itself, not the backbone's layers it is made of.
-    monkeypatch.setattr(features_lib, 'upscale_pool', lambda layers: layers[0])
-    loss_fn = steps.make_loss(
+    monkeypatch.setattr(grid_lib, 'upscale_pool', lambda layers: layers[0])
+    loss_fn = direct.make_loss(
         config,
         masks_fn=lambda key, n, size: jnp.asarray(expected['mask']),
         noise_fn=lambda generator, adapted, key: jnp.asarray(noise),
@@ -99,8 +102,8 @@ def test_first_step_matches_published_step(trajectory, monkeypatch):
         seen.update(map=logits, score=scores, labels=labels)
         return published_loss(logits, scores, mask, labels, weight, taught)
 
-    published_loss = losses.discriminator_loss
-    monkeypatch.setattr(losses, 'discriminator_loss', spy)
+    published_loss = loss_terms.discriminator_loss
+    monkeypatch.setattr(loss_terms, 'discriminator_loss', spy)
 
     def with_outputs(params):
         loss, _ = loss_fn(params, {}, state.batch_stats, batch, jax.random.key(0))
@@ -200,8 +203,8 @@ def scattered(key, n, size):
 
 def config_loss(config):
     """The config's loss, in the form it asks for."""
-    make = sparse_loss.make_sparse_loss if config.sparse else steps.make_loss
-    return make(config, scattered, steps.make_noise(config))
+    make = sparse_lib.make_sparse_loss if config.sparse else direct.make_loss
+    return make(config, scattered, synthesis.make_noise(config))
 
 
 @functools.cache
@@ -335,7 +338,7 @@ def test_learned_noise_stays_within_beta_and_depends_on_z(beta):
     config = game('v2')
     config.noise.beta = beta
     generator = jax.tree.map(lambda p: 30 * p, rule_state(config, 12).generator)
-    noise_fn = steps.make_noise(config)
+    noise_fn = synthesis.make_noise(config)
     adapted = rule.draw_input('adapted', (2, 8, 8, 12))
     noise, other = (np.asarray(noise_fn(generator, adapted, jax.random.key(k))) for k in (0, 1))
     assert beta * 0.99 < np.abs(noise).max() <= np.float32(beta)
@@ -344,7 +347,7 @@ def test_learned_noise_stays_within_beta_and_depends_on_z(beta):
 
 def test_noise_does_not_teach_the_adaptor_through_the_generator():
     config = game('v2')
-    noise_fn, generator = steps.make_noise(config), rule_state(config, 12).generator
+    noise_fn, generator = synthesis.make_noise(config), rule_state(config, 12).generator
     adapted = rule.draw_input('adapted', (2, 8, 8, 12))
     grad = jax.grad(lambda a: noise_fn(generator, a, jax.random.key(0)).sum())(adapted)
     assert not np.any(grad)
@@ -390,7 +393,7 @@ def test_hinge_loss_by_hand():
     state = steps.init_state(config, jax.random.key(0), 99)
     embedding = rule.draw_input('embedding', (2, 3, 4, 6))
     arguments = {}, state.batch_stats, {'layers': (embedding,)}, jax.random.key(1)
-    loss, (terms, _) = quick_jit(steps.config_loss(config))(state.params, *arguments)
+    loss, (terms, _) = quick_jit(losses.config_loss(config))(state.params, *arguments)
     params = jax.device_get(state.params)
     x = embedding @ params['adaptor']['kernel'] + params['adaptor']['bias']
     parts = params['discriminator']

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import rule
 
-from ssn_jax import losses, supervision, synthesis
+from ssn_jax import supervision, synthesis
 from ssn_jax.config import default_config
-from ssn_jax.data import Split
+from ssn_jax.data import Split, augment
 from ssn_jax.errors import UserError
+from ssn_jax.losses import targets, terms as loss_terms
 
 SIZE = (8, 12)
 
@@ -50,7 +51,7 @@ def test_labels_leave_no_mask():
     assert split.labels.tolist() == [1, 0, 1, 0]
     assert split.has_mask.tolist() == [False, True, False, True]
     assert not split.masks.any() and given.masks.any()
-    assert set(supervision.truth(default_config().supervision, split, (4, 6))) == {'label', 'known'}
+    assert set(targets.truth(default_config().supervision, split, (4, 6))) == {'label', 'known'}
 
 
 @pytest.mark.parametrize('fraction, count', [(0, 0), (0.1, 1), (0.25, 2), (0.5, 3), (1, 5)])
@@ -121,13 +122,13 @@ def test_hold_out_by_hand():
 def test_four_flips_by_hand():
     x = np.array([[[1, 2], [3, 4]]])
     expected = [[[1, 2], [3, 4]], [[3, 4], [1, 2]], [[2, 1], [4, 3]], [[4, 3], [2, 1]]]
-    assert supervision.flips(x).tolist() == expected
+    assert augment.flips(x).tolist() == expected
 
 
 def test_flipped_defects_follow_the_normal_images_with_their_masks():
     given = make_split([1, 0, 1, 0, 0])
     given.images[:, 0, 0] = 200  # The upper left corner, which the masks mark too.
-    split = supervision.with_flips(given)
+    split = augment.with_flips(given)
     assert split.images[:, 4, 6, 0].tolist() == [1, 3, 4] + 4 * [0, 2]
     assert split.labels.tolist() == [0] * 3 + [1] * 8
     corners = [(0, 0), (-1, 0), (0, -1), (-1, -1)]
@@ -145,7 +146,7 @@ def test_distance_weights_match_published_ones():
     mask = (expected['mask'] > 0).astype(np.uint8)
     dilated = cv2.dilate(mask, np.ones((7, 7), np.uint8))
     np.testing.assert_array_equal(dilated, expected['dilated'])
-    weights = supervision.distance_weights(dilated)
+    weights = targets.distance_weights(dilated)
     rule.check_close(weights, expected['weights'], 8)
 
 
@@ -157,9 +158,9 @@ def test_distance_weights_by_hand():
     expected = np.ones((7, 9))
     expected[2:5, 2:7] = edge
     expected[3, 3:6] = middle
-    rule.check_close(supervision.distance_weights(mask), expected, 8)
-    assert (supervision.distance_weights(mask * 0) == 1).all()
-    full = supervision.distance_weights(np.ones((5, 6), np.uint8))
+    rule.check_close(targets.distance_weights(mask), expected, 8)
+    assert (targets.distance_weights(mask * 0) == 1).all()
+    full = targets.distance_weights(np.ones((5, 6), np.uint8))
     rule.check_close(full, np.full((5, 6), 3.0), 8)
 
 
@@ -168,7 +169,7 @@ def test_truth_at_the_feature_grid():
     split = make_split([0, 1, 1], has_mask=[True, True, False], size=(16, 24))
     split.masks[:] = 0
     split.masks[1, 7:9, 11:13] = 1
-    truth = supervision.truth(default_config().supervision, split, (4, 6))
+    truth = targets.truth(default_config().supervision, split, (4, 6))
     assert {name: x.dtype for name, x in truth.items()} == dict.fromkeys(
         ('label', 'known', 'mask', 'weight'), np.float32
     )
@@ -225,9 +226,9 @@ def test_an_unmasked_defect_teaches_the_score_alone():
     weight = jnp.array([3.0, 0.5, 1.0, 1.0]).reshape(2, 1, 2, 1)
     taught = jnp.array([1.0, 0.0]).reshape(2, 1, 1, 1)
     scores, labels = jnp.array([0.0, 0.0]), jnp.array([1.0, 1.0])
-    _, terms = losses.discriminator_loss(logits, scores, target, labels, weight, taught)
+    _, terms = loss_terms.discriminator_loss(logits, scores, target, labels, weight, taught)
     rule.check_close(terms['map_l1'], 3 * (0.5 - 0.2), 16)  # -1 is beyond 0.5.
-    focal = losses.focal(logits, target).ravel()
+    focal = loss_terms.focal(logits, target).ravel()
     rule.check_close(terms['map_focal'], (3 * focal[0] + 0.5 * focal[1]) / 2, 16)
     rule.check_close(terms['score_focal'], 0.5**4 * np.log(2), 16)
 

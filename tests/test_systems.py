@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import tiny
 
-from ssn_jax import checkpoint, config as config_lib, metrics, steps, train
+from ssn_jax import config as config_lib, metrics, pipeline
 from ssn_jax.errors import UserError
+from ssn_jax.report import text
+from ssn_jax.training import checkpoint, steps
 
 pytestmark = pytest.mark.usefixtures('small_programs')
 
@@ -67,7 +69,7 @@ def trained(folder):
     @functools.cache
     def trained(name, data='data'):
         workdir = folder / 'runs' / f'{name}-{data}'
-        train.train_and_evaluate(config_of(name, folder, data), workdir)
+        pipeline.train_and_evaluate(config_of(name, folder, data), workdir)
         return workdir
 
     return trained
@@ -84,7 +86,7 @@ def check(results, workdir, config):
     assert results['train_images'] == (10 if supervised else 6)
     assert results['train_defects'] == (4 if supervised else 0)
     assert results['decision']['split'] == ('train' if supervised else 'train (normal)')
-    assert f'{results["decision"]["threshold"]:.4g}' in train.format_table(results)
+    assert f'{results["decision"]["threshold"]:.4g}' in text.format_table(results)
     for figure in ('overlays', 'losses', 'roc', 'pixel_pr', 'scores'):
         assert (workdir / 'figures' / f'{figure}.png').stat().st_size > 1000
 
@@ -94,7 +96,7 @@ def test_supersimplenet_with_masks(folder, tmp_path):
     for name, fraction in (('supervised', 1.0), ('mixed', 0.5)):  # One program for both.
         config, workdir = config_of(name, folder), tmp_path / name
         config.supervision.mask_fraction = fraction
-        results = train.train_and_evaluate(config, workdir)
+        results = pipeline.train_and_evaluate(config, workdir)
         check(results, workdir, config)
         files = json.loads((workdir / 'masked_images.json').read_text())
         assert len(files) == results['train_masks'] == 4 * fraction
@@ -139,7 +141,7 @@ def test_a_system_refuses_supervision_that_it_can_not_use(name, kind, folder, tm
     config = config_of(name, folder)
     config.supervision.kind = kind
     with pytest.raises(UserError, match=r'supervision\.kind'):
-        train.train_and_evaluate(config, tmp_path)
+        pipeline.train_and_evaluate(config, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -154,11 +156,11 @@ def test_a_folder_without_masks_has_no_pixel_metrics(folder, tmp_path):
     config = config_of('mixed', folder)
     config.sparse = False  # Compiles in half the time.
     config.data.update(name='folder', root=str(root))
-    results = train.train_and_evaluate(config, tmp_path / 'run')
+    results = pipeline.train_and_evaluate(config, tmp_path / 'run')
     absent = {name for name, value in results['metrics'].items() if value is None}
     assert absent == {'P-AUROC', 'AP-loc', 'AUPRO'} == set(results['undefined'])
     assert (results['train_defects'], results['train_masks']) == (4, 0)
-    assert 'no defective image has a mask' in train.format_table(results)
+    assert 'no defective image has a mask' in text.format_table(results)
 
 
 @pytest.mark.slow

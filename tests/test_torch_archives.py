@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from test_fuzz import BOUNDED, mutated, one_line
 
-from ssn_jax import torch_archives
 from ssn_jax.errors import UserError
+from ssn_jax.models import torch_archives
 
 ARRAYS = {
     'a.weight': np.arange(24, dtype=np.float32).reshape(2, 3, 4),

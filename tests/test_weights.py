@@ -14,11 +14,12 @@ import pytest
 import rule
 import safetensors.numpy
 
-from ssn_jax import deploy, weights
 from ssn_jax.data import synthetic
 from ssn_jax.errors import UserError
-from ssn_jax.models import features as features_lib, resnet
-from ssn_jax.models.supersimplenet import SuperSimpleNet
+from ssn_jax.fused import fold, forward
+from ssn_jax.models import resnet, weights
+from ssn_jax.models.systems import SuperSimpleNet
+from ssn_jax.training import features
 
 
 @pytest.fixture
@@ -285,8 +286,8 @@ def test_real_weights_give_sensible_features():
     variables, origin = weights.load_backbone('resnet18', str(path), allow_random=False)
     assert origin == str(path)
     image = synthetic.draw('screw', 'good', np.random.default_rng(0))[0][..., None].repeat(3, -1)
-    fused = deploy.fuse_backbone(variables)
-    layers = features_lib.extract_layers(deploy.backbone, fused, image[None])
+    fused = fold.fuse_backbone(variables)
+    layers = features.extract_layers(forward.backbone, fused, image[None])
     for layer, side, channels in zip(layers, (32, 16), (128, 256), strict=True):
         layer = np.asarray(layer)
         assert layer.shape == (1, side, side, channels)

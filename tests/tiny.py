@@ -11,8 +11,9 @@ import numpy as np
 import rule
 import safetensors.numpy
 
-from ssn_jax import checkpoint, config as config_lib, files, steps, train
+from ssn_jax import config as config_lib, files, pipeline
 from ssn_jax.models import backbones
+from ssn_jax.training import checkpoint, steps
 
 
 def write_data(root: pathlib.Path, size: int = 64, train: int = 6, test: int = 3) -> None:
@@ -72,7 +73,7 @@ def finish(workdir: pathlib.Path, **options) -> dict:
     """Evaluates a `fake_run` on the data of this module as the main job does: its results."""
     write_data(workdir.parent / 'data')
     run = config_lib.from_json(workdir / 'config.json')
-    return train.train_and_evaluate(run, workdir, **options)
+    return pipeline.train_and_evaluate(run, workdir, **options)
 
 
 def scalars(folder: pathlib.Path) -> dict[tuple[str, int], float]:

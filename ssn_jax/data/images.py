@@ -167,27 +167,3 @@ def _decode(
     if image is None:
         raise UserError(f'{file}: does not decode as an image; repair or remove the file')
     return image
-
-
-def turn(images: np.ndarray, copies: int, seed: int) -> np.ndarray:
-    """Copies of images, each turned around its middle by a random angle.
-
-    Args:
-      images: uint8 (N, H, W, 3).
-      copies: how many copies of each.
-      seed: the angles follow from it, and from the image's index, alone.
-
-    Returns:
-      uint8 (N * copies, H, W, 3), the copies of an image side by side. What comes in from outside
-      mirrors the inside.
-    """
-    height, width = images.shape[1:3]
-    turned = np.empty((len(images) * copies, *images.shape[1:]), np.uint8)
-    for index in range(len(turned)):
-        image, copy = divmod(index, copies)
-        angle = np.random.default_rng([seed, image, copy]).uniform(0, 360)
-        matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), angle, 1)
-        turned[index] = cv2.warpAffine(
-            images[image], matrix, (width, height), borderMode=cv2.BORDER_REFLECT
-        )
-    return turned

@@ -90,18 +90,3 @@ class HingeDiscriminator(nn.Module):
         x = Dense(self.hidden, name='hidden')(projected)
         x = BatchNorm(use_running_average=not train, name='norm')(x)
         return -Dense(1, use_bias=False, name='out')(nn.leaky_relu(x, SLOPE))
-
-
-class NoiseGenerator(nn.Module):
-    """Three 1x1 convolutions C + Z -> C/2 -> C/2 -> C: (N, H, W, C), (N, H, W, Z) -> raw noise.
-
-    Z may be 0 (learned noise v1 takes no random input).
-    """
-
-    @nn.compact
-    def __call__(self, adapted: jax.Array, z: jax.Array) -> jax.Array:
-        channels = adapted.shape[-1]
-        x = jnp.concatenate([adapted, z], -1)
-        x = nn.relu(Dense(channels // 2, name='layer0')(x))
-        x = nn.relu(Dense(channels // 2, name='layer1')(x))
-        return Dense(channels, name='layer2')(x)

@@ -11,11 +11,22 @@ import functools
 
 from flax import linen as nn
 import jax
-
-from ssn_jax.models import features as features_lib
+import jax.numpy as jnp
 
 _Conv = functools.partial(nn.Conv, use_bias=False)
 _BatchNorm = functools.partial(nn.BatchNorm, use_running_average=True, epsilon=1e-5)
+
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+
+
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def normalise(images: jax.Array) -> jax.Array:
+    """Scales RGB images (N, H, W, 3) in 0..255 to ImageNet's mean 0 and standard deviation 1."""
+    mean, std = jnp.array(IMAGENET_MEAN), jnp.array(IMAGENET_STD)
+    return (images.astype(jnp.float32) / 255.0 - mean) / std
 
 
 class BasicBlock(nn.Module):
@@ -69,7 +80,7 @@ class ResNet(nn.Module):
     block: type[nn.Module]
     depths: Sequence[int]
 
-    normalise = staticmethod(features_lib.normalise)
+    normalise = staticmethod(normalise)
 
     @nn.compact
     def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

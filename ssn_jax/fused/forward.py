@@ -1,186 +1,28 @@
-"""The trained network as one fast, exact function of images.
+"""The forward pass of folded weights (`fold.fuse`), at the backbone's own grids.
 
-Everything between the backbone and the first non-linearity is linear, and linear maps of channels
-commute with upscaling and pooling, which are linear maps of positions. So `fuse`, without training
-anything anew, folds each BatchNorm into the convolution before it, ImageNet's standard deviation
-into the first convolution, and adaptor, embedding and projection into what follows them; `predict`
-applies the resulting weights at the backbone's own grids (`models/native.py`). Both are pure
-functions of arrays. The direct form, the networks of `models/`, remains the reference that tests
-compare with.
+Pure functions of arrays.
 """
 
 from collections.abc import Callable
 import functools
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssn_jax.models import efficientnet, features as features_lib, native, simplenet
-from ssn_jax.models.layers import EPSILON, SLOPE, conv2d, depthwise
+from ssn_jax.fused import fold
+from ssn_jax.models import efficientnet, grid as grid_lib, resnet, systems
+from ssn_jax.models.layers import SLOPE, conv2d, depthwise
 
 # Images that a CPU's cores may work on at the same time.
 _IMAGES = 4
-# Hidden channels of the segmentation head, or outputs of a convolutional adaptor, at a time, on a
-# CPU: at the feature grid, these of one image (64 * 64 * 64 * 4 B = 1 MiB) stay in the cache
-# between upscaling, LeakyReLU and product.
-_CHUNK = 64
 # Those of the classification head's convolution, which are upscaled from 25 projections each.
 _CLS_CHUNK = 32
-
-
-def fuse(backbone_variables: dict, variables: dict, network: nn.Module) -> dict:
-    """Trained variables to the arrays that `predict` takes.
-
-    Args:
-      backbone_variables: parameters and statistics of one of `backbones.BACKBONES`.
-      variables: parameters and statistics of the network.
-      network: a `SuperSimpleNet`, `GapCam` or `SimpleNet`.
-
-    Returns:
-      A tree of float32 arrays on the host; which keys it has says how `heads` goes on. Kernels are
-      (k, k, C, D), biases (D,); those that meet the layers are arranged as
-      `native.convolve_arranged` takes them, and the hidden channels of the segmentation head lie in
-      chunks on a leading axis.
-    """
-    # Products of weights are formed in float64: folding adds no rounding to that of `predict`.
-    variables = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(variables))
-    fused = {'backbone': fuse_backbone(backbone_variables)}
-    widths = backbone_channels(fused['backbone'])
-    outputs = tuple(np.zeros((1, 8 >> i, 8 >> i, width)) for i, width in enumerate(widths))
-    select = functools.partial(
-        features_lib.select_layers, layers=getattr(network, 'layers', (2, 3))
-    )
-    channels = [x.shape[-1] for x in jax.eval_shape(select, outputs)]
-    fuse_heads = _fuse_simplenet if 'discriminator' in variables['params'] else _fuse_heads
-    fused |= fuse_heads(variables['params'], variables['batch_stats'], network, channels)
-    return jax.tree.map(np.float32, fused)
-
-
-def _fuse_heads(params, stats, network, channels):
-    """SuperSimpleNet's or GAP+CAM's adaptor and heads, for `_heads`; either head may be absent."""
-    adaptor, fused, linear = params['adaptor'], {}, network.adaptor == 'linear'
-    if linear:
-        weight, bias = adaptor['projection']['kernel'], adaptor['projection']['bias']
-    else:
-        fused['adaptor'] = _fold(adaptor['conv'], adaptor['norm'], stats['adaptor']['norm'])
-        fused['adaptor']['kernel'] = native.arrange(fused['adaptor']['kernel'], channels)
-    if 'cls_head' in params:
-        cls, with_map = params['cls_head'], 'seg_head' in params
-        conv = _fold(cls['conv'], cls['norm'], stats['cls_head']['norm'])
-        fused |= {'cls_bias': conv['bias'], 'score': cls['score']}
-        features = conv['kernel']
-        if with_map:
-            features, fused['map'] = features[:, :, :-1], features[:, :, -1:]
-        adapted = not with_map or network.adapt_cls_features
-        if adapted and linear:
-            # Near the border fewer taps meet the bias: no constant, so it stays by itself.
-            fused['cls_constant'] = np.tensordot(bias, features, (0, 2))[:, :, None]
-            features = np.moveaxis(np.tensordot(weight, features, (1, 2)), 0, 2)
-        # What Scenario B's adaptor passes on is not linear in the layers.
-        if adapted and not linear:
-            fused['cls_adapted'] = features
-        else:
-            fused['cls'] = native.arrange(features, channels)
-    if 'seg_head' in params:
-        seg = params['seg_head']
-        hidden = _fold(seg['hidden'], seg['norm'], stats['seg_head']['norm'])
-        if linear:
-            hidden['bias'] += bias @ hidden['kernel']
-            [hidden['kernel']] = native.arrange((weight @ hidden['kernel'])[None, None], channels)
-        hidden['out'] = seg['out']['kernel'][:, 0]
-        fused['hidden'] = jax.tree.map(_split, hidden)
-    return fused
-
-
-def _fuse_simplenet(params, stats, network, channels):
-    """SimpleNet's embedding, projection and discriminator, for `_simplenet`.
-
-    All after the averages over a layer's patches is linear: one matrix at the layer's own grid.
-    """
-    discriminator, size = params['discriminator'], network.embedding
-    hidden = _fold(discriminator['hidden'], discriminator['norm'], stats['discriminator']['norm'])
-    adaptor, count = params['adaptor'], len(channels)
-    joined = np.asarray(simplenet.adaptive_average(np.eye(count * size), size), np.float64)
-    joined = joined @ adaptor['kernel'] @ hidden['kernel']
-    bias = hidden['bias'] + adaptor['bias'] @ hidden['kernel']
-    # The discriminator's output is high for what is normal, an anomaly logit is its opposite.
-    out = -discriminator['out']['kernel'][:, 0]
-    return {'patches': tuple(np.split(joined, count)), 'bias': bias, 'out': out}
-
-
-def fuse_backbone(variables: dict) -> dict:
-    """A backbone's variables with BatchNorm and the standard deviation of its input folded in.
-
-    Returns:
-      'stem', and of a ResNet 'stages', lists of blocks: their 'convs' and, if the shortcut has one,
-      its 'downsample'. Of an EfficientNet 'blocks': 'expand' but in the first, 'depthwise',
-      'project'.
-    """
-    variables = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(variables))
-    params, stats = variables['params'], variables['batch_stats']
-    if 'conv_stem' in params:
-        return _fuse_efficientnet(params, stats)
-
-    stem = _fold_named(params, stats, 'conv1', 'bn1')
-    stem['kernel'] /= 255.0 * np.array(features_lib.IMAGENET_STD)[:, None]
-    stages = [[], [], []]
-    blocks = [n for n in params if n.startswith('layer')]
-    for name in sorted(blocks, key=lambda n: [int(part) for part in n[5:].split('_')]):
-        of, statistics = params[name], stats[name]
-        names = [f'{i}' for i in (1, 2, 3) if f'conv{i}' in of]
-        block = {'convs': [_fold_named(of, statistics, f'conv{i}', f'bn{i}') for i in names]}
-        if 'downsample_0' in of:
-            block['downsample'] = _fold_named(of, statistics, 'downsample_0', 'downsample_1')
-        stages[int(name[5]) - 1].append(block)
-    return jax.tree.map(np.float32, {'stem': stem, 'stages': stages})
-
-
-def _fuse_efficientnet(params, stats):
-    """`fuse_backbone` of an EfficientNet."""
-    epsilon = efficientnet.EPSILON
-    stem = _fold_named(params, stats, 'conv_stem', 'bn0', epsilon)
-    stem['kernel'] /= efficientnet.STD
-    blocks, number = [], sum(name.startswith('blocks_') for name in params)
-    for name in (f'blocks_{i}' for i in range(number)):
-        parts = {'expand': 'bn0', 'depthwise': 'bn1', 'project': 'bn2'}
-        blocks.append(
-            {
-                part: _fold_named(params[name], stats[name], f'{part}_conv', norm, epsilon)
-                for part, norm in parts.items()
-                if f'{part}_conv' in params[name]
-            }
-        )
-    return jax.tree.map(np.float32, {'stem': stem, 'blocks': blocks})
-
-
-def backbone_channels(fused: dict) -> tuple[int, ...]:
-    """How many channels each output of a backbone has, by `fuse_backbone`'s arrays."""
-    images = jax.ShapeDtypeStruct((1, 32, 32, 3), np.uint8)
-    return tuple(x.shape[-1] for x in jax.eval_shape(_backbone, fused, images))
-
-
-def _split(x):
-    """(..., D) in chunks of its last axis: (D / chunk, ..., chunk)."""
-    return np.moveaxis(x.reshape(*x.shape[:-1], -1, _CHUNK), -2, 0)
 
 
 def _merge(x):
     """The chunks of `_split` as one."""
     return jnp.moveaxis(x, 0, -2).reshape(1, *x.shape[1:-1], -1)
-
-
-def _fold_named(params, stats, conv, norm, epsilon=EPSILON):
-    """`_fold` of a convolution and a BatchNorm by their names."""
-    return _fold(params[conv], params[norm], stats[norm], epsilon)
-
-
-def _fold(conv, norm, stats, epsilon=EPSILON):
-    """A convolution without or with bias, and the BatchNorm after it, as one convolution."""
-    gain = norm['scale'] / np.sqrt(stats['var'] + epsilon)
-    bias = norm['bias'] + (conv.get('bias', 0.0) - stats['mean']) * gain
-    return {'kernel': conv['kernel'] * gain, 'bias': bias}
 
 
 def predict(
@@ -205,13 +47,13 @@ def predict(
 
     def run(images):
         stages = _backbone(fused['backbone'], images)
-        layers = features_lib.select_layers(stages, _layers_read(fused, stages))
+        layers = grid_lib.select_layers(stages, _layers_read(fused, stages))
         scores, logits = heads(fused, layers, for_cache)
-        smooth = simplenet.full_size_map if 'patches' in fused else features_lib.full_size_map
+        smooth = systems.full_size_map if 'patches' in fused else grid_lib.full_size_map
         return scores, smooth(logits[..., None], images.shape[1:3])[..., 0]
 
     with jax.default_matmul_precision(precision):
-        return native.by_image(run, images, _IMAGES, for_cache)
+        return grid_lib.by_image(run, images, _IMAGES, for_cache)
 
 
 def _layers_read(fused, stages):
@@ -277,14 +119,14 @@ def backbone(
     Shapes as of the backbone itself; on a CPU image by image, as `predict` does it.
     """
     with jax.default_matmul_precision(precision):
-        return native.by_image(functools.partial(_backbone, fused), images, _IMAGES)
+        return grid_lib.by_image(functools.partial(_backbone, fused), images, _IMAGES)
 
 
 def _backbone(fused, images):
     if 'blocks' in fused:
         return _efficientnet(fused, images)
     # The mean is subtracted before the zero padding; the standard deviation is in the kernel.
-    x = images - 255.0 * np.array(features_lib.IMAGENET_MEAN, np.float32)
+    x = images - 255.0 * np.array(resnet.IMAGENET_MEAN, np.float32)
     x = jax.nn.relu(_conv(fused['stem'], x.astype(fused['stem']['kernel'].dtype), 2))
     x = jax.lax.reduce_window(
         x, -np.array(np.inf, x.dtype), jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1),
@@ -361,9 +203,9 @@ def prepare(fused: dict) -> dict:
     ready = fused | {'backbone': prepare_backbone(fused['backbone'])}
     on_cpu = jax.default_backend() == 'cpu'
     if 'cls' in fused:
-        ready['cls'] = native.in_chunks(fused['cls'], _CLS_CHUNK if on_cpu else None)
+        ready['cls'] = grid_lib.in_chunks(fused['cls'], _CLS_CHUNK if on_cpu else None)
     if 'adaptor' in fused:
-        kernel = native.in_chunks(fused['adaptor']['kernel'], _CHUNK if on_cpu else None)
+        kernel = grid_lib.in_chunks(fused['adaptor']['kernel'], fold._CHUNK if on_cpu else None)
         ready['adaptor'] = fused['adaptor'] | {'kernel': kernel}
     return ready
 
@@ -443,15 +285,15 @@ def heads(
 
 
 def _heads(fused, layers):
-    grid, layers = features_lib.feature_grid(layers), native.columns_first(layers)
+    grid, layers = grid_lib.feature_grid(layers), grid_lib.columns_first(layers)
     if 'adaptor' in fused:
-        adapted = native.convolve_arranged(layers, fused['adaptor']['kernel'])
+        adapted = grid_lib.convolve_arranged(layers, fused['adaptor']['kernel'])
         adapted = jax.nn.relu(adapted + fused['adaptor']['bias'])
 
     # The segmentation head in chunks of hidden channels, added up.
     def add(logits, chunk):
         kernel = chunk['kernel']
-        y = adapted @ kernel if 'adaptor' in fused else native.convolve_arranged(layers, [kernel])
+        y = adapted @ kernel if 'adaptor' in fused else grid_lib.convolve_arranged(layers, [kernel])
         y = jax.nn.leaky_relu(y + chunk['bias'], SLOPE)
         return logits + jnp.matmul(y, chunk['out'], preferred_element_type=jnp.float32), None
 
@@ -465,10 +307,10 @@ def _heads(fused, layers):
     if 'cls_adapted' in fused:
         x = conv2d(adapted, fused['cls_adapted'])
     else:
-        x = native.convolve_arranged(layers, fused['cls'])
+        x = grid_lib.convolve_arranged(layers, fused['cls'])
     x += fused['cls_bias']
     if 'cls_constant' in fused:
-        x += native.convolve_constant(jnp.ones(1, x.dtype), fused['cls_constant'], grid)
+        x += grid_lib.convolve_constant(jnp.ones(1, x.dtype), fused['cls_constant'], grid)
     if 'hidden' not in fused:  # GAP+CAM: the score is linear in the map's average.
         positions = jax.nn.relu(x).astype(jnp.float32) @ fused['score']['kernel']
         return positions.mean((1, 2))[:, 0] + fused['score']['bias'], positions[..., 0]
@@ -485,8 +327,8 @@ def _simplenet(fused, layers):
     grid = layers[0].shape[1:3]
     x = fused['bias']
     for layer, kernel in zip(layers, fused['patches'], strict=True):
-        patches = simplenet.average_patches(layer, len(kernel))
-        x += features_lib.resize(patches @ kernel, grid).astype(kernel.dtype)
+        patches = systems.average_patches(layer, len(kernel))
+        x += grid_lib.resize(patches @ kernel, grid).astype(kernel.dtype)
     x = jax.nn.leaky_relu(x, SLOPE)
     logits = jnp.matmul(x, fused['out'], preferred_element_type=jnp.float32)
     return logits.max((1, 2)), logits

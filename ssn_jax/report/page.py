@@ -17,10 +17,10 @@ import statistics
 
 from absl import logging
 import cv2
-import ml_collections
 
-from ssn_jax import config as config_lib, decision, figures, metrics, published, seeds, train
+from ssn_jax import config as config_lib, decision, metrics, run as run_lib
 from ssn_jax.errors import UserError
+from ssn_jax.report import figures, published
 
 NOTHING = '–'
 EXPLANATION = (
@@ -31,23 +31,6 @@ EXPLANATION = (
 
 
 # --- Runs and their rows --------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A finished run.
-
-    Attributes:
-      workdir: its folder.
-      config: as config.json says.
-      results: as results.json says.
-      history: the columns of train.csv by name; {} for an imported checkpoint.
-    """
-
-    workdir: pathlib.Path
-    config: ml_collections.ConfigDict
-    results: dict
-    history: dict[str, list[float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +45,7 @@ class Row:
     """
 
     label: str
-    runs: list[Run]
+    runs: list[run_lib.Run]
     beside: published.Result | None
     setting: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
@@ -76,41 +59,13 @@ class Row:
         return [value_of(run.results) for run in self.runs]
 
 
-def read_run(workdir: pathlib.Path) -> Run:
-    """Opens a run's folder; UserError if it is none, or has no results yet."""
-    config = config_lib.from_json(workdir / 'config.json')
-    path = workdir / 'results.json'
-    try:
-        results = json.loads(path.read_text())
-        needed = ('data', 'category', 'embedded', 'seed', 'backbone', 'weights', 'metrics')
-        needed += ('decision', 'train_masks', 'test_images', 'parameters', 'devices')
-        missing = [name for name in needed if name not in results]
-        missing += [name for name in metrics.METRICS if name not in results.get('metrics', {})]
-        if missing:
-            raise UserError(
-                f'{path} lacks {missing[0]!r}, as one of an older ssn_jax does: the command of '
-                'the run, given again, writes it anew.'
-            )
-        history = train.Log(workdir / 'train.csv', config.epochs).history()
-    except FileNotFoundError:
-        raise UserError(
-            f'{workdir} holds no results.json: let the run finish, the same command resumes it.'
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(
-            f'{workdir} holds results that cannot be read ({e}): the command of the run, given '
-            'again, writes them anew.'
-        ) from None
-    return Run(workdir, config, results, history)
-
-
-def make_rows(runs: Sequence[Run]) -> list[Row]:
+def make_rows(runs: Sequence[run_lib.Run]) -> list[Row]:
     """Runs that differ in seed alone, together; ordered by data set, category and config.
 
     Raises:
       UserError: two runs have the same config and the same seed.
     """
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[run_lib.Run]] = {}
     fields = {}
     for run in runs:
         identity = config_lib.identity(run.config)
@@ -596,9 +551,9 @@ def write_report(
     folders = [path for path in workdirs if path not in stray]
     if not folders:
         raise UserError('no run is among what was named: name the folders of runs.')
-    single = [one for workdir in folders for one in seeds.single_runs(workdir)]
+    single = [one for workdir in folders for one in run_lib.single_runs(workdir)]
     distinct = {workdir.resolve(): workdir for workdir in reversed(single)}
-    rows = make_rows([read_run(workdir) for workdir in distinct.values()])
+    rows = make_rows([run_lib.read_run(workdir) for workdir in distinct.values()])
     measured = read_benchmark(benchmark) if benchmark else None
     draft = output.absolute().with_name(f'.{output.absolute().name}.{os.getpid()}.draft')
     try:

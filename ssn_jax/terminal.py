@@ -146,10 +146,10 @@ def set_up_log(quiet: bool = False) -> None:
 
 def compilation_cache() -> dict[str, str | float]:
     """JAX's settings, by name, that keep compiled programs below the user's cache folder."""
-    from ssn_jax.data import pipeline
+    from ssn_jax.data import records
 
     return {
-        'jax_compilation_cache_dir': str(pipeline.cache_folder() / 'compiled'),
+        'jax_compilation_cache_dir': str(records.cache_folder() / 'compiled'),
         'jax_persistent_cache_min_compile_time_secs': 0.1,
     }
 

@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 import numpy as np
 from sklearn import metrics as sklearn_metrics
 
-from ssn_jax import files, metrics, overlay
+from ssn_jax import files, metrics
+from ssn_jax.report import overlays as overlays_lib
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 NORMAL, DEFECTIVE, MUTED = '#0072B2', '#D55E00', '#666666'
@@ -84,7 +85,7 @@ def _outline(image: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     side = math.sqrt(mask.size)
     factor = max(1, round(400 / side))
     image = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_NEAREST)
-    return overlay.outline(image, mask, max(1, round(factor * side / 160)))
+    return overlays_lib.outline(image, mask, max(1, round(factor * side / 160)))
 
 
 def _tint(images: np.ndarray, maps: np.ndarray) -> tuple[list[np.ndarray], cm.ScalarMappable]:
@@ -92,7 +93,7 @@ def _tint(images: np.ndarray, maps: np.ndarray) -> tuple[list[np.ndarray], cm.Sc
     finite = maps[np.isfinite(maps)]
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
     high = high if high > low else low + 1e-3
-    tinted = [overlay.tint(*pair, low, high) for pair in zip(images, maps, strict=True)]
+    tinted = [overlays_lib.tint(*pair, low, high) for pair in zip(images, maps, strict=True)]
     return tinted, cm.ScalarMappable(colors.Normalize(low, high), 'viridis')
 
 

@@ -2,26 +2,19 @@
 
 from collections.abc import Callable
 import dataclasses
-import json
 import pathlib
 
+import cv2
 from flax import linen as nn
 import jax
 import ml_collections
 import numpy as np
 
-from ssn_jax import (
-    checkpoint,
-    config as config_lib,
-    data,
-    deploy,
-    evaluate,
-    seeds,
-    steps,
-    weights,
-)
+from ssn_jax import config as config_lib, data, decision as decision_lib, evaluate, run as run_lib
 from ssn_jax.errors import UserError
-from ssn_jax.models import backbones
+from ssn_jax.fused import fold, forward
+from ssn_jax.models import backbones, systems, weights
+from ssn_jax.training import checkpoint, steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,22 +43,6 @@ class Run:
     decision: dict | None
 
 
-def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
-    """A run's config.
-
-    Raises:
-      UserError: the folder is no run, or one of a newer ssn_jax.
-    """
-    if not workdir.is_dir():
-        raise UserError(f'{workdir} is no folder: --workdir names that of a run.')
-    several = seeds.single_runs(workdir)
-    if several != [workdir]:
-        raise UserError(f'{workdir} holds several runs: name one, such as {several[0]}.')
-    config = config_lib.from_json(workdir / 'config.json')
-    config_lib.validate(config)
-    return config
-
-
 def open_run(workdir: pathlib.Path, epoch: int | None = None, overrides: dict | None = None) -> Run:
     """Opens a run; reads no images, so what it learned from may be gone.
 
@@ -78,7 +55,7 @@ def open_run(workdir: pathlib.Path, epoch: int | None = None, overrides: dict | 
       UserError: the folder is no run, has no such checkpoint, or the weights are missing.
     """
     workdir = pathlib.Path(workdir)
-    config = read_config(workdir)
+    config = run_lib.read_config(workdir)
     config.update_from_flattened_dict(overrides or {})
     config_lib.validate(config)
     epoch, state = _restore(workdir, config, epoch)
@@ -87,11 +64,11 @@ def open_run(workdir: pathlib.Path, epoch: int | None = None, overrides: dict | 
         workdir=workdir,
         config=config,
         epoch=epoch,
-        network=steps.build_network(config),
+        network=systems.build_network(config),
         backbone_variables=backbone_variables,
         variables=state.variables(),
         origin=origin,
-        decision=_read(workdir / 'decision.json') if epoch == config.epochs else None,
+        decision=run_lib._read(workdir / 'decision.json') if epoch == config.epochs else None,
     )
 
 
@@ -114,7 +91,7 @@ def _restore(workdir, config, epoch):
 
 def _load_backbone(workdir, config):
     """The backbone's variables as the run had them, and where they come from."""
-    results = _read(workdir / 'results.json') or {}
+    results = run_lib._read(workdir / 'results.json') or {}
     # What the run says it used is what it gets, whatever the hub answers today.
     if results.get('weights') == weights.RANDOM and not config.backbone.weights:
         return weights.random_backbone(config.backbone.name), weights.RANDOM
@@ -122,16 +99,6 @@ def _load_backbone(workdir, config):
     return weights.load_backbone(
         config.backbone.name, config.backbone.weights, unknown and data.is_embedded(config.data)
     )
-
-
-def _read(path):
-    """A JSON file that may not be there yet."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as e:
-        raise UserError(f'{path} cannot be read ({e}): repeat the command of the run.') from None
 
 
 def predict(run: Run, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -153,6 +120,48 @@ def make_predictor(
       uint8 RGB images (batch_size, *image_size, 3) -> score logits (batch_size,), anomaly logits
       (batch_size, *image_size).
     """
-    fused = deploy.fuse(run.backbone_variables, run.variables, run.network)
+    fused = fold.fuse(run.backbone_variables, run.variables, run.network)
     size = tuple(run.config.image_size)
-    return deploy.make_predictor(fused, batch_size, size, run.config.precision)
+    return forward.make_predictor(fused, batch_size, size, run.config.precision)
+
+
+def strongest_region(logits: np.ndarray) -> tuple[tuple[int, int, int, int], np.ndarray]:
+    """The connected region around a map's highest value.
+
+    Args:
+      logits: (H, W).
+
+    Returns:
+      Its bounding box (x, y, width, height), and all regions (H, W), bool: wherever the probability
+      is at least half-way between its median and its highest value.
+    """
+    probability = decision_lib.sigmoid(logits)
+    regions = probability >= (np.median(probability) + probability.max()) / 2
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(regions.astype(np.uint8))
+    # Of the logits: float32 probabilities are all 1 from a logit of 17 on.
+    strongest = labels.ravel()[logits.argmax()]
+    return tuple(int(v) for v in stats[strongest, :4]), regions
+
+
+class View:
+    """Where in an image a map lies, which covers its middle if the run cuts images.
+
+    Attributes:
+      part: slices of the image's rows and columns, whose part the map covers.
+      origin: (x, y), where the map begins in pixels of the image.
+      scale: (x, y), pixels of the image to one of the map.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, size: tuple[int, int]):
+        cut = np.array(config.image_size)
+        whole = np.array(config.resize) if any(config.resize) else cut
+        offset = (whole - cut) // 2
+        low, high = offset * size / whole, (offset + cut) * size / whole
+        self.part = tuple(map(slice, np.floor(low).astype(int), np.ceil(high).astype(int)))
+        self.origin, self.scale = low[::-1], (np.array(size) / whole)[::-1]
+
+    def box(self, box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+        """A box (x, y, width, height) of the map in pixels of the image, rounded outwards."""
+        low = np.floor(self.origin + np.array(box[:2]) * self.scale + 1e-6)
+        high = np.ceil(self.origin + (np.array(box[:2]) + box[2:]) * self.scale - 1e-6)
+        return tuple(int(x) for x in (*low, *(high - low)))

@@ -17,11 +17,10 @@ import ml_collections
 import numpy as np
 import optax
 
-from ssn_jax import devices, losses, map_loss, sparse_loss, synthesis
-from ssn_jax.models import features as features_lib
-from ssn_jax.models.heads import NoiseGenerator
-from ssn_jax.models.simplenet import SimpleNet
-from ssn_jax.models.supersimplenet import GapCam, SuperSimpleNet
+from ssn_jax import devices, losses
+from ssn_jax.models import systems
+from ssn_jax.synthesis import NoiseGenerator
+from ssn_jax.training import features
 
 # The number of the step at which something happens that does not.
 NEVER = np.iinfo(np.int32).max
@@ -52,21 +51,6 @@ class TrainState:
     def variables(self) -> dict:
         """What is evaluated: the averaged parameters if there are any, and the statistics."""
         return {'params': self.average or self.params, 'batch_stats': self.batch_stats}
-
-
-def build_network(config: ml_collections.ConfigDict) -> SuperSimpleNet | GapCam | SimpleNet:
-    """The trained network a config describes."""
-    match config.system:
-        case 'gap_cam':
-            return GapCam(config.adaptor, tuple(config.features.layers))
-        case 'simplenet':
-            return SimpleNet(config.simplenet.embedding, config.simplenet.hidden)
-    return SuperSimpleNet(
-        config.adaptor,
-        config.adapt_cls_features,
-        classify=config.image_score == 'head',
-        layers=tuple(config.features.layers),
-    )
 
 
 def discriminator_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
@@ -115,7 +99,7 @@ def init_state(config: ml_collections.ConfigDict, key: jax.Array, channels: int)
         channels = config.simplenet.embedding
     k_network, k_generator = jax.random.split(key)
     grid = jnp.zeros((1, 8, 8, channels))
-    variables = build_network(config).init(k_network, grid)
+    variables = systems.build_network(config).init(k_network, grid)
     generator, generator_opt_state = {}, ()
     if config.noise.kind == 'learned':
         z = jnp.zeros((1, 8, 8, config.noise.z_dim))
@@ -133,149 +117,6 @@ def init_state(config: ml_collections.ConfigDict, key: jax.Array, channels: int)
     )
 
 
-def make_noise(config: ml_collections.ConfigDict) -> Callable:
-    """`noise(generator, adapted, key)`: noise for adapted features, both (..., C).
-
-    It is in units of `config.noise.unit`: what calls it knows the features' own spread.
-    """
-    settings = config.noise
-
-    def static(generator, adapted, key):
-        del generator
-        return synthesis.static_noise(key, adapted.shape, settings.std)
-
-    def learned(generator, adapted, key):
-        z = jax.random.normal(key, (*adapted.shape[:-1], settings.z_dim))
-        raw = NoiseGenerator().apply({'params': generator}, jax.lax.stop_gradient(adapted), z)
-        if any(settings.shell):
-            noise = synthesis.shell_noise(raw, settings.shell)
-        else:
-            noise = synthesis.bounded_noise(raw, settings.beta if settings.bounded else None)
-        if not settings.static_share:
-            return noise
-        k_static, k_which = jax.random.split(jax.random.fold_in(key, 1))
-        static = synthesis.static_noise(k_static, adapted.shape, settings.std)
-        which = jax.random.bernoulli(k_which, settings.static_share, (*adapted.shape[:-1], 1))
-        return jnp.where(which, static, noise)
-
-    return learned if settings.kind == 'learned' else static
-
-
-def make_masks(config: ml_collections.ConfigDict) -> Callable:
-    """`masks(key, n, size)`: where anomalies are put, (n, *size, 1)."""
-    perlin = config.perlin
-    return lambda key, n, size: synthesis.perlin_masks(key, n, size, perlin.threshold, perlin.empty)
-
-
-def make_loss(
-    config: ml_collections.ConfigDict,
-    masks_fn: Callable | None = None,
-    noise_fn: Callable | None = None,
-) -> Callable:
-    """The loss of both players, as a function of both players' parameters.
-
-    Args:
-      config: the run's config.
-      masks_fn: `(key, n, size) -> masks`; None is the config's, as `make_masks` returns it.
-      noise_fn: `(generator, adapted, key) -> noise`; None is the config's.
-
-    The direct form, which reads like the publication; with `config.sparse` the step uses
-    `sparse_loss.make_sparse_loss`, its equal at a fraction of the cost.
-
-    Returns:
-      `loss(params, generator, batch_stats, batch, key, stop_map_gradient=...) -> (loss, (terms,
-      batch_stats))`, where the loss is the discriminator's (L_D), and `terms` holds its parts, the
-      noise's root mean square and the generator's loss L_G = -L_D + penalty * mean(noise^2).
-      With `stop_map_gradient` the score's loss does not reach the noise and the segmentation head
-      through the map; that is the default where no true defect teaches the score.
-    """
-    unsupervised = config.supervision.kind == 'none'
-    network = build_network(config)
-    masks_fn = masks_fn or make_masks(config)
-    noise_fn = noise_fn or make_noise(config)
-
-    def loss_fn(params, generator, batch_stats, batch, key, stop_map_gradient=unsupervised):
-        k_mask, k_noise = jax.random.split(key)
-        layers = batch['layers']
-        n, grid = 2 * len(layers[0]), features_lib.feature_grid(layers)
-        placed = synthesis.place(masks_fn(k_mask, n, grid), batch)
-
-        def apply(batch_stats, *args, method, **options):
-            variables = {'params': params, 'batch_stats': batch_stats}
-            result, updates = network.apply(
-                variables, *args, train=True, method=method, mutable=['batch_stats'], **options
-            )
-            return result, batch_stats | updates['batch_stats']
-
-        features = features_lib.upscale_pool(layers)
-        adapted, batch_stats = apply(batch_stats, features, method='adapt')
-        thin = synthesis.thin(adapted), synthesis.thin(features)
-        scales = synthesis.noise_scales(config.noise.unit, *thin)
-        adapted, features = synthesis.double(adapted), synthesis.double(features)
-        noise = noise_fn(generator, adapted, k_noise) * placed.noise
-        adapted, features = adapted + noise * scales[0], features + noise * scales[1]
-        (logits, scores), batch_stats = apply(
-            batch_stats, adapted, features, method='discriminate',
-            stop_map_gradient=stop_map_gradient,
-        )  # fmt: skip
-        loss, terms = losses.discriminator_loss(
-            logits,
-            scores,
-            placed.target,
-            placed.labels,
-            placed.weight,
-            placed.taught * (config.system != 'gap_cam'),
-        )
-        power = losses.mean_where(noise**2, placed.noise)
-        terms |= losses.generator_terms(loss, power, config.noise.penalty)
-        return loss, (terms, batch_stats)
-
-    return loss_fn
-
-
-def make_hinge_loss(config: ml_collections.ConfigDict, noise_fn: Callable | None = None):
-    """SimpleNet's loss; arguments and result as of `make_loss`.
-
-    Every position is a normal example, and once more with noise an anomalous one; the hinge at
-    0.5 is the truncated L1 (Liu et al., CVPR 2023, equation 7).
-    """
-    network = build_network(config)
-    noise_fn = noise_fn or make_noise(config)
-
-    def loss_fn(params, generator, batch_stats, batch, key):
-        variables = {'params': params, 'batch_stats': batch_stats}
-        clean = network.apply(variables, network.features(batch['layers']), method='adapt')
-        [scale] = synthesis.noise_scales(config.noise.unit, synthesis.thin(clean))
-        noise = noise_fn(generator, clean, key) * scale
-        logits, updates = network.apply(
-            variables,
-            jnp.concatenate([clean, clean + noise]),
-            train=True,
-            method='discriminate',
-            mutable=['batch_stats'],
-        )
-        noisy = jnp.arange(len(logits)) >= len(clean)
-        normal, anomalous = losses.truncated_l1(logits, noisy[:, None, None, None])
-        terms = {'loss': normal + anomalous, 'normal': normal, 'anomalous': anomalous}
-        return terms['loss'], (terms, updates['batch_stats'])
-
-    return loss_fn
-
-
-def config_loss(config: ml_collections.ConfigDict, seeds_axis: str | None = None) -> Callable:
-    """The loss that a config trains with, in its cheapest form.
-
-    `seeds_axis` names the axis that `vmap` maps it over, if it does.
-    """
-    if config.system == 'simplenet':
-        return make_hinge_loss(config)
-    if config.image_score == 'map':
-        return map_loss.make_map_loss(config, build_network(config), make_noise(config))
-    if not config.sparse:
-        return make_loss(config)
-    return sparse_loss.make_sparse_loss(config, make_masks(config), make_noise(config), seeds_axis)
-
-
 def make_step(
     config: ml_collections.ConfigDict, steps_per_epoch: int, loss_fn: Callable | None = None
 ) -> Callable:
@@ -285,7 +126,7 @@ def make_step(
     discriminator, then one of the generator (0: both on every step, each by its own gradient).
     `loss_fn` replaces the config's.
     """
-    loss_fn = loss_fn or config_loss(config)
+    loss_fn = loss_fn or losses.config_loss(config)
     factor_fn = learning_rate_factor(config, steps_per_epoch)
     d_optimizer, g_optimizer = discriminator_optimizer(config), generator_optimizer(config)
 
@@ -364,11 +205,11 @@ def make_part(
       which they share), order, key, sums and bad have a leading axis.
     """
     seeds_axis = 'seeds' if several else None
-    step = make_step(config, steps, config_loss(config, seeds_axis) if several else None)
+    step = make_step(config, steps, losses.config_loss(config, seeds_axis) if several else None)
 
     @jax.jit  # Traced once, though its shapes are asked for before it is used.
     def advance(state, data, indices, key):
-        batch = jax.tree.map(lambda x: features_lib.restore(x[indices]), data)
+        batch = jax.tree.map(lambda x: features.restore(x[indices]), data)
         if mesh is not None:
             batch = jax.lax.with_sharding_constraint(batch, devices.spread(mesh))
         state, terms = step(state, batch, key)
@@ -462,14 +303,26 @@ def finite(state: TrainState, terms: dict) -> dict[str, jax.Array]:
     return {name: jnp.isfinite(x) for name, x in terms.items()} | {'gradients': sound}
 
 
-def describe_bad(bad: dict[str, int]) -> tuple[int, str] | None:
-    """The first bad step, from an epoch's `metrics['bad']`, and what was bad; None for none."""
-    step = min(bad.values())
-    if step == NEVER:
-        return None
-    names = [name for name, first in bad.items() if first == step]
-    # A bad term makes its sums and gradients bad too.
-    terms = [name for name in names if name not in ('loss', 'generator_loss', 'gradients')]
-    sums = [name for name in names if name != 'gradients']
-    named = terms or sums[:1]
-    return int(step), f'the loss ({", ".join(named)})' if named else 'a gradient of the loss'
+def stack(trees: list):
+    """Trees of arrays, one of each seed, as one with a leading axis; the tree of one as it is."""
+    return trees[0] if len(trees) == 1 else jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
+
+def unstack(tree, count: int) -> list:
+    """The trees of each of `count` seeds."""
+    if count == 1:
+        return [tree]
+    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(count)]
+
+
+def stack_states(states: list):
+    """Train states of the same step as one, which has that step."""
+    return stack(states).replace(step=states[0].step)
+
+
+def unstack_states(state, count: int) -> list:
+    """The train states of each of `count` seeds."""
+    if count == 1:
+        return [state]
+    each = unstack(state.replace(step=()), count)
+    return [one.replace(step=state.step) for one in each]

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from ssn_jax import files
-from ssn_jax.data import images, layouts, synthetic
+from ssn_jax.data import images, layouts, splits, synthetic
 from ssn_jax.data.layouts import GOOD, Record
 from ssn_jax.errors import UserError
 
@@ -31,47 +31,6 @@ from ssn_jax.errors import UserError
 _DIGESTS = 'sha256.json'
 # Of how a prepared set is stored: raise it, and older ones are prepared anew.
 _FORMAT = 2
-
-
-@dataclass(frozen=True)
-class Split:
-    """The images of one split, sorted by defect and file name.
-
-    Attributes:
-      images: uint8 (N, H, W, 3), RGB.
-      masks: uint8 (N, H, W) of zeros and ones; zeros where no mask is known.
-      has_mask: bool (N,); True for normal images, whose mask is known to be empty.
-      labels: int32 (N,), 0 normal and 1 defective.
-      defects: N names, 'good' or the defect's.
-      files: N paths relative to the data set's root.
-    """
-
-    images: np.ndarray
-    masks: np.ndarray
-    has_mask: np.ndarray
-    labels: np.ndarray
-    defects: tuple[str, ...]
-    files: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A data set in memory.
-
-    Attributes:
-      train: the images to learn from.
-      test: the images to be measured on.
-      name: the builder that made it: 'mvtec_ad', 'ksdd2', 'folder', or 'synthetic' for the
-        embedded set, whatever name it was asked for under.
-      category: the category's name.
-      embedded: whether this is the embedded procedural set instead of real data.
-    """
-
-    train: Split
-    test: Split
-    name: str
-    category: str
-    embedded: bool
 
 
 @dataclass(frozen=True)
@@ -86,7 +45,7 @@ class _Source:
 
 def load(
     data_config: ConfigDict, image_size: tuple[int, int], resize: tuple[int, int] = (0, 0)
-) -> Dataset:
+) -> splits.Dataset:
     """Loads a data set, preparing it first if this source was not prepared before.
 
     Args:
@@ -105,7 +64,7 @@ def load(
     """
     source = _source(data_config)
     prepared = _prepare(source, cache_folder(data_config.cache))
-    return Dataset(
+    return splits.Dataset(
         train=_read(prepared, 'train', image_size, resize),
         test=_read(prepared, 'test', image_size, resize),
         name=source.name,
@@ -270,7 +229,7 @@ def _builder(folder: Path, records: Iterable[Record] = ()):
 
 def _read(
     prepared: Path, split: str, image_size: tuple[int, int], resize: tuple[int, int]
-) -> Split:
+) -> splits.Split:
     """Decodes and resizes one split of a prepared set."""
     from tensorflow_datasets import decode
 
@@ -289,7 +248,7 @@ def _read(
     with ThreadPoolExecutor() as pool:  # OpenCV releases the interpreter's lock
         pairs = list(pool.map(arrays, examples))
     defects = tuple(example['defect'].decode() for example in examples)
-    return Split(
+    return splits.Split(
         images=np.stack([image for image, _ in pairs]),
         masks=np.stack([mask for _, mask in pairs]),
         has_mask=np.array([example['has_mask'] for example in examples], bool),

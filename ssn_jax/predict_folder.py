@@ -13,12 +13,12 @@ import pathlib
 
 from absl import logging
 import cv2
-import ml_collections
 import numpy as np
 
-from ssn_jax import decision, files, overlay, runs
+from ssn_jax import decision, files, predictor as predictor_lib
 from ssn_jax.data import images
 from ssn_jax.errors import UserError
+from ssn_jax.report import overlays as overlays_lib
 
 # What is looked at in a folder; a file that is named itself may end in anything.
 SUFFIXES = images.SUFFIXES | frozenset(
@@ -66,7 +66,7 @@ def check_output(output: pathlib.Path) -> None:
 
 
 def predict(
-    run: runs.Run,
+    run: predictor_lib.Run,
     source: pathlib.Path,
     output: pathlib.Path,
     threshold: float | None = None,
@@ -104,7 +104,7 @@ def predict(
         raise UserError(f'{source} holds no images ({endings} and others): check --input.')
     root = source if source.is_dir() else source.parent
     batch_size = min(total, run.config.eval_batch_size)
-    compiled = runs.make_predictor(run, batch_size)
+    compiled = predictor_lib.make_predictor(run, batch_size)
 
     def predictor(batch):
         padding = batch_size - len(batch)
@@ -171,9 +171,9 @@ def _predict(run, predictor, named, threshold, folder, pool):
         )
     rows, drawn = [], []
     for (name, image, _), score, logits in zip(named, scores, maps, strict=True):
-        view = View(run.config, image.shape[:2])
+        view = predictor_lib.View(run.config, image.shape[:2])
         defective = bool(score >= threshold)
-        box, regions = strongest_region(logits)
+        box, regions = predictor_lib.strongest_region(logits)
         called = decision.CLASSES[int(defective)]
         rows.append([name, f'{decision.sigmoid(score):.6f}', called, *view.box(box)])
         if folder:
@@ -239,58 +239,16 @@ def _load(path, size, config, max_pixels):
         return e
 
 
-def strongest_region(logits: np.ndarray) -> tuple[tuple[int, int, int, int], np.ndarray]:
-    """The connected region around a map's highest value.
-
-    Args:
-      logits: (H, W).
-
-    Returns:
-      Its bounding box (x, y, width, height), and all regions (H, W), bool: wherever the probability
-      is at least half-way between its median and its highest value.
-    """
-    probability = decision.sigmoid(logits)
-    regions = probability >= (np.median(probability) + probability.max()) / 2
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(regions.astype(np.uint8))
-    # Of the logits: float32 probabilities are all 1 from a logit of 17 on.
-    strongest = labels.ravel()[logits.argmax()]
-    return tuple(int(v) for v in stats[strongest, :4]), regions
-
-
-class View:
-    """Where in an image a map lies, which covers its middle if the run cuts images.
-
-    Attributes:
-      part: slices of the image's rows and columns, whose part the map covers.
-      origin: (x, y), where the map begins in pixels of the image.
-      scale: (x, y), pixels of the image to one of the map.
-    """
-
-    def __init__(self, config: ml_collections.ConfigDict, size: tuple[int, int]):
-        cut = np.array(config.image_size)
-        whole = np.array(config.resize) if any(config.resize) else cut
-        offset = (whole - cut) // 2
-        low, high = offset * size / whole, (offset + cut) * size / whole
-        self.part = tuple(map(slice, np.floor(low).astype(int), np.ceil(high).astype(int)))
-        self.origin, self.scale = low[::-1], (np.array(size) / whole)[::-1]
-
-    def box(self, box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
-        """A box (x, y, width, height) of the map in pixels of the image, rounded outwards."""
-        low = np.floor(self.origin + np.array(box[:2]) * self.scale + 1e-6)
-        high = np.ceil(self.origin + (np.array(box[:2]) + box[2:]) * self.scale - 1e-6)
-        return tuple(int(x) for x in (*low, *(high - low)))
-
-
 def _draw(target, view, image, logits, regions):
     """Writes the overlay of an image: `target` with .jpg added, or .png where JPEG cannot hold it.
 
     Colours span probabilities 0..1 in every image, so they compare; `regions` are outlined.
     """
     height, width = image.shape[:2]
-    drawn = overlay.tint(image, decision.sigmoid(logits), part=view.part)
+    drawn = overlays_lib.tint(image, decision.sigmoid(logits), part=view.part)
     if regions is not None:
         line = max(1, round(max(height, width) / 400))
-        drawn[view.part] = overlay.outline(drawn[view.part], regions, line)
+        drawn[view.part] = overlays_lib.outline(drawn[view.part], regions, line)
     suffix = '.jpg' if max(height, width) < 2**16 - 1 else '.png'
     ok, encoded = cv2.imencode(suffix, cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
     if not ok:

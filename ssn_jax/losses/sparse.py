@@ -1,9 +1,9 @@
 """The training loss at the cost of what is new.
 
-Equal to `steps.make_loss` in value and gradients (a test compares them parameter by parameter),
+Equal to `direct.make_loss` in value and gradients (a test compares them parameter by parameter),
 with less work:
 
-- weights meet the frozen features at the backbone's own grids (`models/native.py`);
+- weights meet the frozen features at the backbone's own grids (`models/grid.py`);
 - both copies of the doubled batch share their clean part, which is computed once;
 - noise is drawn, generated and projected only where its mask is 1, about an eighth of the
   positions. The number of those is random and shapes are not, so there are a few programs for
@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ssn_jax import losses, synthesis
-from ssn_jax.models import native
-from ssn_jax.models.features import feature_grid, upscale_pool
+from ssn_jax import synthesis
+from ssn_jax.losses import terms as loss_terms
+from ssn_jax.models import grid as grid_lib
+from ssn_jax.models.grid import feature_grid, upscale_pool
 from ssn_jax.models.layers import EPSILON, MOMENTUM, SLOPE, conv2d, max_pool
 
 # By how many standard deviations of the share of noisy positions each program exceeds the mean.
@@ -33,7 +34,7 @@ def make_sparse_loss(
     noise_fn: Callable,
     seeds_axis: str | None = None,
 ) -> Callable:
-    """The loss of both players; arguments and result as of `steps.make_loss`.
+    """The loss of both players; arguments and result as of `direct.make_loss`.
 
     Args:
       config: the run's config.
@@ -144,7 +145,7 @@ def _loss(config, params, batch_stats, layers, placed, noise_fn, capacity, stop_
         projection = params['adaptor']['projection']
         seen = rows @ projection['kernel'] + projection['bias']
     noise = noise_fn(jax.lax.stop_gradient(seen)) * valid
-    power = losses.mean_where(noise**2, valid)
+    power = loss_terms.mean_where(noise**2, valid)
 
     for_map, for_score = _noise_scales(config, params, layers, base)
 
@@ -162,7 +163,7 @@ def _loss(config, params, batch_stats, layers, placed, noise_fn, capacity, stop_
         logits = jnp.tile(logits.reshape(-1), 2).at[where].set(noisy, mode='drop')
         logits = logits.reshape(2 * n, height, width, 1)
     loss, terms, more = _score(config, params, batch_stats, placed, logits, x, stop_map_gradient)
-    terms |= losses.generator_terms(loss, power, config.noise.penalty)
+    terms |= loss_terms.generator_terms(loss, power, config.noise.penalty)
     return (loss, terms['generator_loss']), (terms, stats | more)
 
 
@@ -193,9 +194,9 @@ def _base(config, params, batch_stats, layers):
       The features where the adaptor is linear, else the adapted ones; running averages.
     """
     if config.adaptor == 'linear':
-        return native.by_image(upscale_pool, layers), {}
+        return grid_lib.by_image(upscale_pool, layers), {}
     adaptor = params['adaptor']
-    x = native.convolve(layers, adaptor['conv']['kernel']) + adaptor['conv']['bias']
+    x = grid_lib.convolve(layers, adaptor['conv']['kernel']) + adaptor['conv']['bias']
     x, stats = _batch_norm(adaptor, batch_stats['adaptor'], x)
     return jax.nn.relu(x), {'adaptor': stats}
 
@@ -204,12 +205,12 @@ def _convolved(config, params, layers, base):
     """The classification head's convolution of the features: (N, H, W, D)."""
     kernel = _feature_kernel(config, params)
     if not (config.system == 'gap_cam' or config.adapt_cls_features):
-        return native.convolve(layers, kernel)
+        return grid_lib.convolve(layers, kernel)
     if config.adaptor != 'linear':
         return conv2d(base, kernel)
     weight, bias = (params['adaptor']['projection'][name] for name in ('kernel', 'bias'))
-    convolved = native.convolve(layers, jnp.einsum('ab,debo->deao', weight, kernel))
-    return convolved + native.convolve_constant(bias, kernel, feature_grid(layers))
+    convolved = grid_lib.convolve(layers, jnp.einsum('ab,debo->deao', weight, kernel))
+    return convolved + grid_lib.convolve_constant(bias, kernel, feature_grid(layers))
 
 
 def _segment(config, params, batch_stats, layers, base, clean, noisy):
@@ -270,14 +271,14 @@ def _segment(config, params, batch_stats, layers, base, clean, noisy):
     def logits_of(inputs):
         def add(logits, chunk):
             kernel, offset, out = chunk
-            x = native.project(inputs, kernel) if linear else inputs @ kernel
+            x = grid_lib.project(inputs, kernel) if linear else inputs @ kernel
             return logits + sum_leaky(x + offset, out), None
 
-        chunks = [native.split(x) for x in (kernel, offset, out)]
+        chunks = [grid_lib.split(x) for x in (kernel, offset, out)]
         zero = jnp.zeros(jax.tree.leaves(inputs)[0].shape[:1] + base.shape[1:3])
         return jax.lax.scan(add, zero, chunks)[0]
 
-    logits = native.by_image(logits_of, layers if linear else base)
+    logits = grid_lib.by_image(logits_of, layers if linear else base)
     return logits[..., None], of_noisy, stats
 
 
@@ -293,7 +294,7 @@ def _score(config, params, batch_stats, placed, logits, x, stop_map_gradient):
     if not gap_cam:
         seen = jax.lax.stop_gradient(logits) if stop_map_gradient else logits
         of_map = cls['conv']['kernel'][:, :, -1:]
-        x += native.by_image(lambda y: conv2d(y, of_map), seen)
+        x += grid_lib.by_image(lambda y: conv2d(y, of_map), seen)
     x, stats = _batch_norm(cls, batch_stats['cls_head'], x)
     x = jax.nn.relu(x)
     if gap_cam:
@@ -303,7 +304,7 @@ def _score(config, params, batch_stats, placed, logits, x, stop_map_gradient):
         pooled = [max_pool(x), x.mean((1, 2)), max_pool(seen), seen.mean((1, 2))]
         scores = (jnp.concatenate(pooled, -1) @ score['kernel'] + score['bias'])[:, 0]
     taught = placed.taught * (not gap_cam)
-    loss, terms = losses.discriminator_loss(
+    loss, terms = loss_terms.discriminator_loss(
         logits, scores, placed.target, placed.labels, placed.weight, taught
     )
     return loss, terms, {'cls_head': stats}

@@ -17,9 +17,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ssn_jax import files, torch_archives
+from ssn_jax import files
 from ssn_jax.errors import UserError
-from ssn_jax.models import backbones
+from ssn_jax.models import backbones, torch_archives
 
 # torchvision's IMAGENET1K_V1 weights under their state_dict names: (repository, revision, SHA-256
 # of model.safetensors). The digest is what is trusted, whatever the revision resolves to.

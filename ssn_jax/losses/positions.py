@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from ssn_jax import losses, synthesis
-from ssn_jax.models.features import feature_grid, sample_features
+from ssn_jax import synthesis
+from ssn_jax.losses import terms as loss_terms
+from ssn_jax.models.grid import feature_grid, sample_features
 
 
 def make_map_loss(
@@ -62,13 +63,18 @@ def make_map_loss(
         share = weight * _shares(kind, weight > 0)
         if config.map_loss == 'cross_entropy':
             # Beyond a margin the truncated L1 is content; this one goes on telling apart.
-            terms = {'map_cross_entropy': (share * losses.focal(logits, target, gamma=0.0)).sum()}
+            terms = {
+                'map_cross_entropy': (share * loss_terms.focal(logits, target, gamma=0.0)).sum()
+            }
         else:
-            beyond, focal = losses.beyond_margin(logits, target), losses.focal(logits, target)
+            beyond, focal = (
+                loss_terms.beyond_margin(logits, target),
+                loss_terms.focal(logits, target),
+            )
             terms = {'map_l1': (share * beyond).sum(), 'map_focal': (share * focal).sum() / 2}
         loss = sum(terms.values())
-        power = losses.mean_where(noise**2, noisy[:, None])
-        terms |= losses.generator_terms(loss, power, config.noise.penalty)
+        power = loss_terms.mean_where(noise**2, noisy[:, None])
+        terms |= loss_terms.generator_terms(loss, power, config.noise.penalty)
         return loss, (terms, batch_stats | of_adaptor | of_head)
 
     return loss_fn

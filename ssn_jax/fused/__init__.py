@@ -1,0 +1,1 @@
+"""Trained networks, folded for inference."""

@@ -1,0 +1,78 @@
+"""Results in words, for the terminal."""
+
+import pathlib
+
+from ssn_jax import decision, metrics
+
+
+def format_table(results: dict) -> str:
+    """The seven metrics, or several seeds' summary of them, as a table for the terminal."""
+    if 'seeds' in results:
+        return format_summary(results)
+    embedded = ', embedded data' if results['embedded'] else ''
+    head = f'{results["config"]} on {results["data"]} {results["category"]}{embedded}'
+    return '\n'.join(
+        [
+            f'{head}, {results["epochs"]} epochs, seed {results["seed"]}',
+            *metric_lines(results['metrics'], results['undefined']),
+            f'  {decision_line(results["decision"])}',
+        ]
+    )
+
+
+def summary(workdir: pathlib.Path) -> str:
+    """Where everything of a run is, in one line."""
+    parts = {
+        'results.json': 'metrics',
+        'summary.json': 'mean and deviation of the metrics over the runs seed-*/',
+        'decision.json': 'threshold',
+        'train.csv': 'losses',
+        'figures': 'pictures',
+        'checkpoints': 'trained states',
+        'tensorboard': 'event files',
+    }
+    there = [
+        f'{name}{"/" * (workdir / name).is_dir()} ({what})'
+        for name, what in parts.items()
+        if (workdir / name).exists()
+    ]
+    return f'Everything is in {workdir}: {", ".join(there)}.'
+
+
+def metric_lines(values: dict, undefined: dict, digits: int = 2) -> list[str]:
+    """A line for each metric, in percent, or why it is undefined."""
+    shown = {name: undefined.get(name) for name in metrics.METRICS}
+    for name, value in values.items():
+        if value is not None:
+            shown[name] = f'{100 * value:{digits + 4}.{digits}f} %'
+    return [f'  {name:12s} {text}' for name, text in shown.items()]
+
+
+def decision_line(chosen: dict) -> str:
+    """The decision and what it does on the test split, in words."""
+    if chosen['threshold'] is None:
+        return f'no threshold: {chosen["undefined"]}'
+    text = f'defective from probability {decision.sigmoid(chosen["threshold"]):.4g} on'
+    text += f' (logit {chosen["threshold"]:.4g}; {chosen["method"]}, chosen on: {chosen["split"]})'
+    for name in ('tpr', 'fpr'):
+        value = chosen[f'test_{name}']
+        text += f', test {name.upper()} {"unknown" if value is None else f"{100 * value:.1f} %"}'
+    return text
+
+
+def format_summary(summary: dict) -> str:
+    """Mean and standard deviation of the seven metrics as a table for the terminal."""
+    embedded = ', embedded data' if summary['embedded'] else ''
+    seeds = summary['seeds']
+    last = seeds[-1]
+    shown = f'{seeds[0]} to {last}' if last - seeds[0] < len(seeds) else ', '.join(map(str, seeds))
+    lines = [
+        f'{summary["config"]} on {summary["data"]} {summary["category"]}{embedded}, '
+        f'{summary["epochs"]} epochs, seeds {shown}, mean ± standard deviation'
+    ]
+    for name, value in summary['metrics'].items():
+        text = summary['undefined'].get(name)
+        if value is not None:
+            text = f'{100 * value["mean"]:6.2f} ± {100 * value["std"]:.2f} %'
+        lines.append(f'  {name:12s} {text}')
+    return '\n'.join(lines)

@@ -1,0 +1,1 @@
+"""Training: frozen features, steps, epochs, checkpoints."""

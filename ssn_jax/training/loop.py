@@ -1,0 +1,229 @@
+"""The epochs of one run, or of several that differ in their seed alone."""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import dataclasses
+import functools
+import pathlib
+import sys
+import time
+import traceback
+
+from absl import logging
+import jax
+import ml_collections
+import numpy as np
+import tqdm
+
+from ssn_jax import devices, signals
+from ssn_jax.data import augment, sampling
+from ssn_jax.errors import UserError
+from ssn_jax.fused import fold, forward
+from ssn_jax.models import backbones
+from ssn_jax.training import checkpoint, features, steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run that is to be trained.
+
+    Attributes:
+      config: the run's.
+      folder: where its checkpoints are.
+      open_log: from the number of epochs behind it to what its epochs are told (`append`).
+    """
+
+    config: ml_collections.ConfigDict
+    folder: pathlib.Path
+    open_log: Callable
+
+
+def train(jobs, split, network, backbone_variables, quiet=False):
+    """Runs the epochs that are missing; returns each run's final state and its log."""
+    config = jobs[0].config
+    labels = augment.shown_labels(config, split.labels)
+    mesh = devices.make_mesh(image_order(config, labels)(0).shape[1])
+    starts = [find_start(job, mesh) for job in jobs]
+    states = [start.state for start in starts]
+    missing = sorted({start.done for start in starts} - {config.epochs})
+    if missing:
+        split = augment.shown(config, split)
+        backbone = forward.prepare_backbone(fold.fuse_backbone(backbone_variables))
+        on_host = features.keep_on_host(config, split, network, backbone, mesh)
+        with naming_nans(config):
+            contents = features.training_data(config, split, network, backbone, mesh, on_host)
+    del split  # Its copies of the images take as much memory as a part of the features.
+    # A kill between two seeds' checkpoints leaves seeds at different epochs: those of the same
+    # go on together.
+    for done in missing:
+        members = [i for i, start in enumerate(starts) if start.done == done]
+        together = [starts[i] for i in members]
+        trained = train_together(together, labels, contents, mesh, on_host, quiet)
+        for i, state in zip(members, trained, strict=True):
+            states[i] = state
+    logs = [start.log for start in starts]
+    return list(zip(devices.take_local(mesh, states), logs, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a run goes on.
+
+    Attributes:
+      config: of the run.
+      done: epochs that it has behind it.
+      state: after them.
+      manager: of its checkpoints.
+      log: its train.csv.
+      key: the epochs' keys follow from it.
+    """
+
+    config: ml_collections.ConfigDict
+    done: int
+    state: steps.TrainState
+    manager: object
+    log: object
+    key: jax.Array
+
+
+def find_start(job, mesh) -> Start:
+    """A run's newest checkpoint, or its beginning."""
+    config = job.config
+    k_init, k_epochs = jax.random.split(jax.random.key(config.seed))
+    channels = backbones.feature_channels(config.backbone.name, config.features.layers)
+    # As one program: each of its operations would be compiled by itself.
+    state = jax.jit(lambda key: steps.init_state(config, key, channels))(k_init)
+    manager = checkpoint.open_manager(job.folder, config.checkpoint.keep, writes=True)
+    done, state = checkpoint.restore(manager, devices.put(mesh, state))
+    if done:
+        logging.info('Resuming %s after epoch %d', job.folder, done)
+        checkpoint.set_aside(manager, done)
+    return Start(config, done, state, manager, job.open_log(done), k_epochs)
+
+
+def train_together(starts, labels, contents, mesh, on_host, quiet):
+    """Trains runs that differ in their seed alone from the same epoch on; their last states."""
+    config, several = starts[0].config, len(starts)
+    orders = [image_order(start.config, labels) for start in starts]
+    per_epoch = len(orders[0](0))
+    run_epoch = steps.make_epoch(config, per_epoch, mesh, several > 1, on_host)
+    logging.info('%d images, %d steps per epoch', len(labels), per_epoch)
+    state = devices.put(mesh, steps.stack_states([start.state for start in starts]))
+    done = saved = starts[0].done
+
+    def train_epoch(epoch):
+        keys = steps.stack([jax.random.fold_in(start.key, epoch) for start in starts])
+        order = steps.stack([next_order(epoch - 1) for next_order in orders])
+        # Looking for a NaN goes through the epoch operation by operation, on the host.
+        guard = 'allow' if config.debug_nans else 'disallow'
+        keys, order = devices.put(mesh, keys), np.asarray(order)
+        with jax.transfer_guard(guard), naming_nans(config):
+            return run_epoch(state, contents, order, keys)
+
+    def save():
+        """Writes the checkpoints of the last epoch that is done, if they are not; its number."""
+        nonlocal saved
+        if saved < done:
+            for start, one in zip(starts, steps.unstack_states(state, several), strict=True):
+                checkpoint.save(start.manager, done, one)
+            saved = done
+        return saved
+
+    epochs = range(done + 1, config.epochs + 1)
+    shown, last = not quiet and devices.is_first(), config.epochs
+    # A bar is for a terminal; a log file gets a line an epoch.
+    bar = shown and sys.stderr.isatty()
+    progress = tqdm.tqdm(epochs, 'epoch', initial=done, total=last, disable=not bar)
+    with signals.held() as wait:
+        try:
+            for epoch in progress:
+                began = time.time()
+                following, values = wait(functools.partial(train_epoch, epoch))
+                each = steps.unstack(values, several)
+                for start, one in zip(starts, each, strict=True):
+                    check_finite(start, epoch, per_epoch, one.pop('bad'), save)
+                state, done = following, epoch
+                each = [{name: float(v) for name, v in sorted(one.items())} for one in each]
+                seconds = (time.time() - began) / several  # Of each: their sum is what it took.
+                for start, one in zip(starts, each, strict=True):
+                    start.log.append(epoch, one | {'seconds': seconds})
+                if epoch % config.checkpoint.every == 0 or epoch == config.epochs:
+                    save()
+                loss = f'{np.mean([one["loss"] for one in each]):.4f}'
+                progress.set_postfix(loss=loss)
+                if shown and not bar:
+                    logging.info('epoch %d of %d: loss %s', epoch, last, loss)
+        except KeyboardInterrupt as e:
+            problem = ''
+            try:
+                if devices.is_alone():  # Several processes can only write together.
+                    save()
+            except UserError as error:
+                problem = f'error: {error} '
+            raise type(e)(problem + how_to_go_on(starts, saved)) from None
+    return steps.unstack_states(state, several)
+
+
+def how_to_go_on(starts, epoch) -> str:
+    """What a training says that is stopped with checkpoints of this epoch, 0 for none."""
+    if not epoch:
+        return 'nothing is saved yet, the same command begins anew.'
+    folder = starts[0].manager.directory.parent
+    folder = folder if len(starts) == 1 else folder.parent
+    return f'epoch {epoch} is saved in {folder}, the same command goes on from there.'
+
+
+def check_finite(start, epoch, per_epoch, bad, save) -> None:
+    """Saves the state before an epoch and raises UserError if something of it was not finite."""
+    found = describe_bad(bad)
+    if not found:
+        return
+    step, what = found
+    saved = save()
+    last = f'the last good checkpoint is {start.manager.directory / str(saved)}'
+    if not saved:
+        last = 'no epoch before it was complete'
+    raise UserError(
+        f'epoch {epoch}, step {step + 1} of {per_epoch} (seed {start.config.seed}): {what} became '
+        f'NaN or infinite; {last}. The same command with --config.debug_nans=True finds the '
+        'operation.'
+    )
+
+
+@contextlib.contextmanager
+def naming_nans(config) -> Iterator[None]:
+    """With `config.debug_nans` a NaN or infinity is a UserError that names the operation."""
+    if not config.debug_nans:
+        yield
+        return
+    try:
+        with jax.debug_nans(True), jax.debug_infs(True):
+            yield
+    except FloatingPointError as e:
+        ours = str(pathlib.Path(__file__).parents[1])
+        places = [f for f in traceback.extract_tb(e.__traceback__) if f.filename.startswith(ours)]
+        where = f'{places[-1].filename}, line {places[-1].lineno}: {places[-1].line}'
+        raise UserError(f'{str(e).splitlines()[0]} ({where})') from None
+
+
+def image_order(config, labels):
+    """`order(epoch)`: indices (steps, batch) into the training images, flips included."""
+    total, defective = len(labels), int(labels.sum())
+    if not defective:
+        return lambda epoch: sampling.uniform_order(config.seed, epoch, total, config.batch_size)
+    return lambda epoch: sampling.balanced_order(
+        config.seed, epoch, total - defective, defective, config.batch_size
+    )
+
+
+def describe_bad(bad: dict[str, int]) -> tuple[int, str] | None:
+    """The first bad step, from an epoch's `metrics['bad']`, and what was bad; None for none."""
+    step = min(bad.values())
+    if step == steps.NEVER:
+        return None
+    names = [name for name, first in bad.items() if first == step]
+    # A bad term makes its sums and gradients bad too.
+    terms = [name for name in names if name not in ('loss', 'generator_loss', 'gradients')]
+    sums = [name for name in names if name != 'gradients']
+    named = terms or sums[:1]
+    return int(step), f'the loss ({", ".join(named)})' if named else 'a gradient of the loss'
