@@ -1,9 +1,11 @@
-"""Every field a config has, with the published values; configs/*.py set what differs.
+"""Every field a config has: its published value, what it may be, and what it is for.
 
-A config only sets values: the code branches on fields, never on a config's name.
+configs/*.py set what differs. A config only sets values: the code branches on fields, never on a
+config's name.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+import dataclasses
 import json
 import math
 import pathlib
@@ -18,276 +20,362 @@ VERSION = 1
 _GONE = {'noise': ('shuffle_groups', 'shuffle_strength')}
 
 
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """A field of a config.
+
+    Attributes:
+      default: its value where a config does not set it.
+      about: what it is for, one line.
+      allows: whether a value of its type can be used, whatever other fields are.
+      rule: in words, what `allows` allows.
+    """
+
+    default: object
+    about: str
+    allows: Callable[[object], bool] = lambda value: True
+    rule: str = ''
+
+
+def _one_of(*names: str) -> tuple:
+    return lambda value: value in names, f'it is one of {", ".join(names)}'
+
+
+def _whole(least: int, most: int | None = None) -> tuple:
+    if most is None:
+        return lambda value: value >= least, f'it must be at least {least}'
+    return lambda value: least <= value <= most, f'it is a number from {least} to {most}'
+
+
+def _numbers(value) -> bool:
+    return all(isinstance(v, int | float) for v in value)
+
+
+def _size(value) -> bool:
+    return len(value) == 2 and all(isinstance(v, int) and 0 <= v <= 4096 for v in value)
+
+
+_SEED = (lambda value: 0 <= value < 2**32, 'it must be in 0..2**32-1')
+_SHARE = (lambda value: 0 <= value <= 1, 'it is a share in 0..1')
+_BELOW_1 = (lambda value: 0 <= value < 1, 'it is a share below 1')
+_AMOUNT = (lambda value: 0 <= value < math.inf, 'it must be a number and not negative')
+
+FIELDS = {
+    'version': Field(VERSION, 'Of the fields.'),
+    'name': Field('mod1_a', 'The row of the results table.'),
+    'seed': Field(0, 'Initialisation, data order, masks and noise follow from it.', *_SEED),
+    'seeds': Field(
+        1,
+        'How many runs at once: seed, seed + 1, ..., each in its own folder.',
+        *_whole(1),
+    ),
+    'epochs': Field(300, 'How often all training images are shown.', *_whole(1)),
+    'batch_size': Field(32, 'Images per step, before they are doubled.', *_whole(1)),
+    'image_size': Field(
+        (256, 256),
+        'Height, width in pixels, as the backbone sees them.',
+        lambda value: _size(value) and min(value) >= 32,
+        'it is (height, width), each 32 to 4096 pixels',
+    ),
+    'resize': Field(
+        (0, 0),
+        'Resize to this, then cut image_size out of the middle; zeros: no cut.',
+        _size,
+        'it is (0, 0), or (height, width) up to 4096 pixels',
+    ),
+    # --- Data -------------------------------------------------------------------------------------
+    'data.name': Field('mvtec_ad', 'mvtec_ad, synthetic, ksdd2 or folder.'),
+    'data.root': Field('', "Folder of the real data set; '': the embedded set of the category."),
+    'data.category': Field('screw', 'Of MVTec AD, or of the embedded sets.'),
+    'data.cache': Field('', "Folder for prepared records; '': in the user's cache folder."),
+    'data.seed': Field(0, "Seed of the embedded set's images."),
+    # --- What is frozen ---------------------------------------------------------------------------
+    'backbone.name': Field(
+        'resnet18',
+        'resnet18, wide_resnet50_2 or efficientnet_lite0.',
+        *_one_of('resnet18', 'wide_resnet50_2', 'efficientnet_lite0'),
+    ),
+    'backbone.weights': Field(
+        '',
+        "A .safetensors or .pt file; '': EfficientNet-Lite0's installed one, a ResNet's from the "
+        'Hugging Face hub.',
+    ),
+    'features.layers': Field((2, 3), 'Of the backbone: (2, 3) (published), (1, 2, 3) or (1, 2).'),
+    'features.dtype': Field(
+        'float32',
+        'What frozen features are kept in: float32 or bfloat16.',
+        *_one_of('float32', 'bfloat16'),
+    ),
+    'features.place': Field(
+        'auto',
+        'Where: device, host (sent a few steps at a time), auto: what fits.',
+        *_one_of('auto', 'device', 'host'),
+    ),
+    # --- The network ------------------------------------------------------------------------------
+    'system': Field(
+        'supersimplenet',
+        'supersimplenet, gap_cam or simplenet.',
+        *_one_of('supersimplenet', 'gap_cam', 'simplenet'),
+    ),
+    'adaptor': Field(
+        'linear', 'linear (published) or conv (Scenario B).', *_one_of('linear', 'conv')
+    ),
+    'adapt_cls_features': Field(False, 'Does the classification head see adapted features?'),
+    'image_score': Field(
+        'head',
+        "An image's score: the classification head's (published), or, without it, the map's "
+        'maximum: map.',
+        *_one_of('head', 'map'),
+    ),
+    'positions': Field(
+        0, 'Of image_score=map: how many places an image a step; 0: all.', *_whole(0)
+    ),
+    'product_share': Field(
+        0.0,
+        "Of positions: share of a normal image's that lie on the product; 0: anywhere, all alike.",
+        *_SHARE,
+    ),
+    'map_loss': Field(
+        'l1_focal',
+        'Of image_score=map: l1_focal (published) or cross_entropy.',
+        *_one_of('l1_focal', 'cross_entropy'),
+    ),
+    'simplenet.embedding': Field(
+        1536, "Channels that a position's patches are averaged to.", *_whole(1)
+    ),
+    'simplenet.hidden': Field(1024, 'Width of the discriminator.', *_whole(1)),
+    # --- What teaches it --------------------------------------------------------------------------
+    'supervision.kind': Field(
+        'none', 'none (normal images alone), labels, or masks of some defects.'
+    ),
+    'supervision.mask_fraction': Field(
+        1.0,
+        'Masks: of how many defective training images, 0..1.',
+        lambda value: 0 <= value <= 1,
+        'it is a fraction of the defective training images, in 0..1',
+    ),
+    'supervision.mask_count': Field(
+        -1,
+        'Masks: their number instead; -1: the fraction counts.',
+        lambda value: value >= -1,
+        'it is a number of masks or -1',
+    ),
+    'supervision.dilation': Field(
+        7,
+        'Masks: they grow by a square of so many pixels.',
+        lambda value: value >= 1 and value % 2,
+        'it is an odd number of pixels',
+    ),
+    'supervision.distance_weight': Field(
+        3.0, "Masks: the loss's weight in the middle of a defect.", *_AMOUNT
+    ),
+    'supervision.distance_power': Field(
+        2.0, 'Masks: how steeply that weight falls to the edge.', *_AMOUNT
+    ),
+    'perlin.threshold': Field(
+        0.2,
+        'Noise above it is anomalous; 0.6 in supervised training.',
+        lambda value: -1 <= value < 1,
+        'it is in -1..1, and below 1',
+    ),
+    'perlin.empty': Field(0.5, 'Probability of an empty mask.', *_BELOW_1),
+    'turned_copies': Field(
+        0,
+        'Copies of each normal training image, turned by any angle: for products that lie at any '
+        'angle.',
+        *_whole(0, 100),
+    ),
+    'drawn.copies': Field(
+        0,
+        'Of each normal image, turned ones too, with a defect drawn into them.',
+        *_whole(0, 100),
+    ),
+    'drawn.seed': Field(
+        0, 'Where defects are drawn and how they look; and how copies are turned.', *_SEED
+    ),
+    'noise.kind': Field('static', 'static (Gaussian) or learned (a generator).'),
+    'noise.unit': Field(
+        'absolute',
+        "Of std, beta, shell: absolute (feature units) or feature_std (each channel's own).",
+        *_one_of('absolute', 'feature_std'),
+    ),
+    'noise.std': Field(0.015, 'Standard deviation of static noise.', *_AMOUNT),
+    'noise.bounded': Field(True, 'Learned: beta * tanh(raw); False: raw (v1).'),
+    'noise.beta': Field(0.1, 'Learned: the bound.', *_AMOUNT),
+    'noise.shell': Field(
+        (0.0, 0.0),
+        'Learned: least and largest root mean square instead of beta.',
+        lambda value: (
+            len(value) == 2
+            and _numbers(value)
+            and (not any(value) or 0 < value[0] <= value[1] < math.inf)
+        ),
+        'it is (0, 0), or (least, largest), both above 0 and rising',
+    ),
+    'noise.static_share': Field(
+        0.0, 'Learned: share of the positions that get static noise instead.', *_SHARE
+    ),
+    'noise.z_dim': Field(32, 'Learned: channels of the random input; 0 for none (v1).', *_AMOUNT),
+    'noise.penalty': Field(
+        10.0, "Learned: weight of mean(noise^2) in the generator's loss.", *_AMOUNT
+    ),
+    'noise.discriminator_steps': Field(
+        3, 'Learned: per generator step; 0: both players on every step.', *_whole(0)
+    ),
+    'noise.learning_rate': Field(
+        1e-4, "Learned: the generator's, AdamW without weight decay.", *_AMOUNT
+    ),
+    # --- How it learns ----------------------------------------------------------------------------
+    'optimizer.adaptor_learning_rate': Field(1e-4, 'AdamW.', *_AMOUNT),
+    'optimizer.adaptor_weight_decay': Field(1e-2, 'AdamW.', *_AMOUNT),
+    'optimizer.heads_learning_rate': Field(2e-4, 'AdamW.', *_AMOUNT),
+    'optimizer.heads_weight_decay': Field(1e-5, 'AdamW.', *_AMOUNT),
+    'optimizer.drops': Field(
+        (0.8, 0.9),
+        'Fractions of the epochs after which the rates drop.',
+        lambda value: (
+            _numbers(value) and all(0 < v <= 1 for v in value) and list(value) == sorted(value)
+        ),
+        'they are rising fractions of the epochs in 0..1',
+    ),
+    'optimizer.drop_factor': Field(0.4, 'By what they drop.', *_AMOUNT),
+    'optimizer.heads_decay_in_gradient': Field(False, 'Adam with L2 (SimpleNet) instead of AdamW.'),
+    'optimizer.clip_norm': Field(0.0, 'Largest norm of the whole gradient; 0: any.', *_AMOUNT),
+    'optimizer.average': Field(
+        0.0,
+        'Decay per step of the averaged weights that are kept; 0: the last.',
+        lambda value: 0 <= value < 1,
+        'it is a decay below 1',
+    ),
+    # --- The decision, and how a run goes ---------------------------------------------------------
+    'decision.holdout': Field(
+        0.0,
+        'Share of the training images kept aside to choose the threshold on.',
+        lambda value: 0 <= value < 1,
+        'it is a fraction below 1',
+    ),
+    'decision.fpr': Field(
+        0.05,
+        'Without defects in training: largest share of false alarms.',
+        lambda value: 0 <= value <= 1,
+        'it is a rate in 0..1',
+    ),
+    'checkpoint.every': Field(
+        10, 'Epochs between checkpoints; one is written at the end in any case.', *_whole(1)
+    ),
+    'checkpoint.keep': Field(2, 'How many are kept.', *_whole(1)),
+    'precision': Field(
+        'float32',
+        'Of products on GPUs and TPUs: float32, or what is faster there, tensorfloat32 or '
+        'bfloat16.',
+        *_one_of('float32', 'tensorfloat32', 'bfloat16'),
+    ),
+    'sparse': Field(
+        True,
+        'Train at the cost of what is new; False: the direct form, its equal (there is none of '
+        'image_score=map and of simplenet).',
+    ),
+    'eval_batch_size': Field(8, 'Test images per step and device.', *_whole(1)),
+    'debug_nans': Field(
+        False, 'Find the operation that makes a NaN or infinity; slow once it does.'
+    ),
+}
+
+
 def default_config() -> ml_collections.ConfigDict:
     """The published SuperSimpleNet, unsupervised, on ResNet18 (Scenario A)."""
     config = ml_collections.ConfigDict()
-    config.version = VERSION
-    config.name = 'mod1_a'  # The row of the results table.
-    config.seed = 0  # Initialisation, data order, masks and noise follow from it.
-    config.seeds = 1  # How many runs at once: seed, seed + 1, ..., each in its own folder.
-    config.epochs = 300
-    config.batch_size = 32  # Images per step, before they are doubled.
-    config.image_size = (256, 256)  # Height, width in pixels, as the backbone sees them.
-    config.resize = (0, 0)  # Resize to this, then cut image_size out of the middle; zeros: no cut.
-
-    config.data = data = ml_collections.ConfigDict()
-    data.name = 'mvtec_ad'  # mvtec_ad, synthetic, ksdd2 or folder.
-    data.root = ''  # Folder of the real data set; '' uses the embedded set of the category.
-    data.category = 'screw'
-    data.cache = ''  # Folder for prepared records; '' is the user's cache folder.
-    data.seed = 0  # Seed of the embedded set's images.
-
-    config.backbone = backbone = ml_collections.ConfigDict()
-    backbone.name = 'resnet18'  # resnet18, wide_resnet50_2 or efficientnet_lite0.
-    # A .safetensors or .pt file; '': EfficientNet-Lite0's installed one, a ResNet's from the hub.
-    backbone.weights = ''
-
-    config.features = features = ml_collections.ConfigDict()
-    features.layers = (2, 3)  # Of the backbone: (2, 3) (published), (1, 2, 3) or (1, 2).
-    features.dtype = 'float32'  # What frozen features are kept in: float32 or bfloat16.
-    features.place = 'auto'  # Where: device, host (sent a few steps at a time), auto: what fits.
-
-    config.system = 'supersimplenet'  # supersimplenet, gap_cam or simplenet.
-    config.adaptor = 'linear'  # linear (published) or conv (Scenario B).
-    config.adapt_cls_features = False  # Does the classification head see adapted features?
-    # What an image's score is: the classification head's, or the map's maximum, without that head.
-    config.image_score = 'head'  # head (published) or map.
-    config.positions = 0  # Of image_score=map: how many places an image a step; 0: all.
-    # Of positions: share of a normal image's that lie on the product; 0: anywhere, all alike.
-    config.product_share = 0.0
-    config.map_loss = 'l1_focal'  # Of image_score=map: l1_focal (published) or cross_entropy.
-
-    config.simplenet = simplenet = ml_collections.ConfigDict()
-    simplenet.embedding = 1536  # Channels that a position's patches are averaged to.
-    simplenet.hidden = 1024  # Width of the discriminator.
-
-    config.supervision = supervision = ml_collections.ConfigDict()
-    supervision.kind = 'none'  # none (normal images alone), labels, or masks of some defects.
-    supervision.mask_fraction = 1.0  # Masks: of how many defective training images, 0..1.
-    supervision.mask_count = -1  # Masks: their number instead; -1: the fraction counts.
-    supervision.dilation = 7  # Masks: they grow by a square of so many pixels.
-    supervision.distance_weight = 3.0  # Masks: the loss's weight in the middle of a defect,
-    supervision.distance_power = 2.0  # and how steeply it falls to the edge.
-
-    config.perlin = perlin = ml_collections.ConfigDict()
-    perlin.threshold = 0.2  # Noise above it is anomalous; 0.6 in supervised training.
-    perlin.empty = 0.5  # Probability of an empty mask.
-
-    # Copies of each normal training image, turned by any angle: for products that lie at any angle.
-    config.turned_copies = 0
-
-    config.drawn = drawn = ml_collections.ConfigDict()
-    drawn.copies = 0  # Of each normal image, turned ones too, with a defect drawn into them.
-    drawn.seed = 0  # Where defects are drawn and how they look; and how copies are turned.
-
-    config.noise = noise = ml_collections.ConfigDict()
-    noise.kind = 'static'  # static (Gaussian) or learned (a generator).
-    noise.unit = 'absolute'  # Of std, beta, shell: feature units; feature_std: each channel's own.
-    noise.std = 0.015  # Standard deviation of static noise.
-    noise.bounded = True  # Learned: beta * tanh(raw); False: raw (v1).
-    noise.beta = 0.1  # Learned: the bound.
-    noise.shell = (0.0, 0.0)  # Learned: least and largest root mean square instead of beta.
-    noise.static_share = 0.0  # Learned: share of the positions that get static noise instead.
-    noise.z_dim = 32  # Learned: channels of the random input; 0 for none (v1).
-    noise.penalty = 10.0  # Learned: weight of mean(noise^2) in the generator's loss.
-    noise.discriminator_steps = 3  # Learned: per generator step; 0: both players on every step.
-    noise.learning_rate = 1e-4  # Learned: the generator's, AdamW without weight decay.
-
-    config.optimizer = optimizer = ml_collections.ConfigDict()
-    optimizer.adaptor_learning_rate = 1e-4
-    optimizer.adaptor_weight_decay = 1e-2
-    optimizer.heads_learning_rate = 2e-4
-    optimizer.heads_weight_decay = 1e-5
-    optimizer.drops = (0.8, 0.9)  # Fractions of the epochs after which the rates drop
-    optimizer.drop_factor = 0.4  # by this factor.
-    optimizer.heads_decay_in_gradient = False  # Adam with L2 (SimpleNet) instead of AdamW.
-    optimizer.clip_norm = 0.0  # Largest norm of the whole gradient; 0: any.
-    optimizer.average = 0.0  # Decay per step of the averaged weights that are kept; 0: the last.
-
-    config.decision = decision = ml_collections.ConfigDict()
-    decision.holdout = 0.0  # Share of the training images kept aside to choose the threshold on.
-    decision.fpr = 0.05  # Without defects in training: largest share of false alarms.
-
-    config.checkpoint = checkpoint = ml_collections.ConfigDict()
-    checkpoint.every = 10  # Epochs between checkpoints; one is written at the end in any case.
-    checkpoint.keep = 2  # How many are kept.
-
-    # Of products on GPUs and TPUs: float32, or what is faster there, tensorfloat32 or bfloat16.
-    config.precision = 'float32'
-    # Train at the cost of what is new; False: the direct form, its equal (there is none of
-    # image_score=map and of simplenet).
-    config.sparse = True
-    config.eval_batch_size = 8  # Test images per step and device.
-    config.debug_nans = False  # Find the operation that makes a NaN or infinity; slow once it does.
+    for name, field in FIELDS.items():
+        group, _, last = name.rpartition('.')
+        if group and group not in config:
+            config[group] = ml_collections.ConfigDict()
+        (config[group] if group else config)[last] = field.default
     return config
 
 
-def validate(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError for values that no run can have."""
-
-    def require(ok: bool, flag: str, rule: str) -> None:
-        if not ok:
-            value = config
-            for part in flag.split('.'):
-                value = value[part]
-            raise UserError(f'--config.{flag}={value!r} cannot be used: {rule}.')
-
-    known = dict(fields(default_config()))
-    for name, _ in fields(config):
-        if name not in known:
-            raise UserError(f'{name} is no field of a config: ssn_jax/config.py lists them.')
-    for flag in ('epochs', 'batch_size', 'eval_batch_size'):
-        require(config[flag] >= 1, flag, 'it must be at least 1')
-    size = config.image_size
-    require(
-        len(size) == 2 and all(isinstance(s, int) and 32 <= s <= 4096 for s in size),
-        'image_size',
-        'it is (height, width), each 32 to 4096 pixels',
-    )
-    names = ('resnet18', 'wide_resnet50_2', 'efficientnet_lite0')
-    require(config.backbone.name in names, 'backbone.name', f'it is one of {", ".join(names)}')
-    resize = config.resize
-    require(
-        len(resize) == 2
-        and all(isinstance(r, int) for r in resize)
-        and (not any(resize) or all(s <= r <= 4096 for s, r in zip(size, resize, strict=True))),
+def _together(config: ml_collections.ConfigDict) -> Iterator[tuple[bool, str, str]]:
+    """What fields may be beside others: whether they are, a field to change, and the rule."""
+    system, supervision, of_map = config.system, config.supervision, config.image_score == 'map'
+    with_system = f'with --config.system={system} it is'
+    yield (
+        not any(config.resize)
+        or all(s <= r for s, r in zip(config.image_size, config.resize, strict=True)),
         'resize',
-        f'it is (0, 0), or (height, width) from image_size={tuple(size)} to 4096 pixels',
+        f'it is (0, 0), or (height, width) from image_size={tuple(config.image_size)} to 4096 '
+        'pixels',
     )
-    for flag, value, values in (
-        ('features.dtype', config.features.dtype, ('float32', 'bfloat16')),
-        ('features.place', config.features.place, ('auto', 'device', 'host')),
-        ('precision', config.precision, ('float32', 'tensorfloat32', 'bfloat16')),
-    ):
-        require(value in values, flag, f'it is one of {", ".join(values)}')
-    choices = ((2, 3),) if config.system == 'simplenet' else ((2, 3), (1, 2, 3), (1, 2))
-    rule = f'with --config.system={config.system} they are {" or ".join(map(str, choices))}'
-    require(tuple(config.features.layers) in choices, 'features.layers', rule)
-    systems = ('supersimplenet', 'gap_cam', 'simplenet')
-    require(config.system in systems, 'system', f'it is one of {", ".join(systems)}')
-    supervision = config.supervision
+    layers = ((2, 3),) if system == 'simplenet' else ((2, 3), (1, 2, 3), (1, 2))
+    yield (
+        tuple(config.features.layers) in layers,
+        'features.layers',
+        f'{with_system} {" or ".join(map(str, layers))}',
+    )
     kinds = {'supersimplenet': ('none', 'labels', 'masks'), 'gap_cam': ('none', 'labels')}
-    kinds = kinds.get(config.system, ('none',))
-    require(
-        supervision.kind in kinds,
-        'supervision.kind',
-        f'with --config.system={config.system} it is {" or ".join(kinds)}',
-    )
-    require(
-        0 <= supervision.mask_fraction <= 1,
-        'supervision.mask_fraction',
-        'it is a fraction of the defective training images, in 0..1',
-    )
-    require(supervision.mask_count >= -1, 'supervision.mask_count', 'it is a number of masks or -1')
-    require(
-        supervision.dilation >= 1 and supervision.dilation % 2,
-        'supervision.dilation',
-        'it is an odd number of pixels',
-    )
-    for field in ('distance_weight', 'distance_power'):
-        flag = f'supervision.{field}'
-        require(0 <= supervision[field] < math.inf, flag, 'it must be a number and not negative')
-    for field in ('embedding', 'hidden'):
-        require(config.simplenet[field] >= 1, f'simplenet.{field}', 'it must be at least 1')
-    require(0 <= config.decision.holdout < 1, 'decision.holdout', 'it is a fraction below 1')
-    require(0 <= config.decision.fpr <= 1, 'decision.fpr', 'it is a rate in 0..1')
-    require(config.adaptor in ('linear', 'conv'), 'adaptor', 'it is linear or conv')
-    noises = ('static',) if config.system == 'simplenet' else ('static', 'learned')
-    rule = f'with --config.system={config.system} it is {" or ".join(noises)}'
-    require(config.noise.kind in noises, 'noise.kind', rule)
-    require(config.image_score in ('head', 'map'), 'image_score', 'it is head or map')
-    require(
-        config.image_score == 'head'
-        or (config.system == 'supersimplenet' and config.adaptor == 'linear'),
+    kinds = kinds.get(system, ('none',))
+    yield supervision.kind in kinds, 'supervision.kind', f'{with_system} {" or ".join(kinds)}'
+    noises = ('static',) if system == 'simplenet' else ('static', 'learned')
+    yield config.noise.kind in noises, 'noise.kind', f'{with_system} {" or ".join(noises)}'
+    yield (
+        not of_map or (system == 'supersimplenet' and config.adaptor == 'linear'),
         'image_score',
         'map is for --config.system=supersimplenet with --config.adaptor=linear',
     )
-    kinds = ('l1_focal', 'cross_entropy')
-    require(config.map_loss in kinds, 'map_loss', f'it is {" or ".join(kinds)}')
-    require(
-        config.map_loss == 'l1_focal' or config.image_score == 'map',
+    yield (
+        config.map_loss == 'l1_focal' or of_map,
         'map_loss',
         'cross_entropy is for --config.image_score=map',
     )
-    require(config.positions >= 0, 'positions', 'it must not be negative')
-    require(
-        config.positions == 0 or config.image_score == 'map',
+    yield (
+        config.positions == 0 or of_map,
         'positions',
         'some of the positions only are for --config.image_score=map: a classification head needs '
         'all of them',
     )
-    share = config.product_share
-    require(0 <= share <= 1, 'product_share', 'it is a share in 0..1')
-    require(
-        share == 0 or config.positions > 0,
+    yield (
+        config.product_share == 0 or config.positions > 0,
         'product_share',
         'positions are chosen with --config.image_score=map and --config.positions above 0 only',
     )
-    require(0 <= config.turned_copies <= 100, 'turned_copies', 'it is a number from 0 to 100')
-    require(0 <= config.drawn.copies <= 100, 'drawn.copies', 'it is a number from 0 to 100')
-    require(
-        config.drawn.copies == 0 or config.system == 'supersimplenet',
+    yield (
+        config.drawn.copies == 0 or system == 'supersimplenet',
         'drawn.copies',
         'drawn defects are for --config.system=supersimplenet',
     )
-    require(
+    yield (
         config.drawn.copies == 0 or supervision.kind != 'labels',
         'drawn.copies',
         'the mask of a drawn defect is known, so with defects use --config.supervision.kind=masks',
     )
-    require(0 <= config.drawn.seed < 2**32, 'drawn.seed', 'it must be in 0..2**32-1')
-    units = ('absolute', 'feature_std')
-    require(config.noise.unit in units, 'noise.unit', f'it is {" or ".join(units)}')
-    shell = config.noise.shell
-    require(
-        len(shell) == 2
-        and all(isinstance(s, float | int) for s in shell)
-        and (not any(shell) or 0 < shell[0] <= shell[1] < math.inf),
-        'noise.shell',
-        'it is (0, 0), or (least, largest), both above 0 and rising',
-    )
-    require(0 <= config.noise.static_share <= 1, 'noise.static_share', 'it is a share in 0..1')
-    require(0 <= config.optimizer.average < 1, 'optimizer.average', 'it is a decay below 1')
-    for flag in ('std', 'beta', 'penalty', 'z_dim', 'learning_rate'):
-        flag = f'noise.{flag}'
-        group, field = flag.split('.')
-        value = config[group][field]
-        require(0 <= value < math.inf, flag, 'it must be a number and not negative')
-    for field, value in config.optimizer.items():
-        if field != 'drops':
-            flag = f'optimizer.{field}'
-            require(0 <= value < math.inf, flag, 'it must be a number and not negative')
-    require(0 <= config.seed < 2**32, 'seed', 'it must be in 0..2**32-1')
-    require(
-        1 <= config.seeds <= 2**32 - config.seed,
+    yield (
+        config.seeds <= 2**32 - config.seed,
         'seeds',
         'it is at least 1, and the last seed is at most 2**32-1',
     )
-    if config.seeds > 1:  # They share their images, and what is known of them.
-        require(
-            config.decision.holdout == 0,
-            'decision.holdout',
-            'each seed holds other images out, so give each its own command, with --config.seeds=1',
-        )
-        require(
-            supervision.kind != 'masks'
-            or (supervision.mask_count == -1 and supervision.mask_fraction == 1),
-            'seeds',
-            'each seed would use the masks of other images, so give each its own command, with '
-            '--config.seeds=1, or all of them --config.supervision.mask_fraction=1',
-        )
-    require(config.noise.discriminator_steps >= 0, 'noise.discriminator_steps', 'at least 0')
-    require(-1 <= config.perlin.threshold < 1, 'perlin.threshold', 'it is in -1..1, and below 1')
-    require(0 <= config.perlin.empty < 1, 'perlin.empty', 'it is a probability below 1')
-    drops = config.optimizer.drops
-    require(
-        all(isinstance(d, float | int) and 0 < d <= 1 for d in drops)
-        and list(drops) == sorted(drops),
-        'optimizer.drops',
-        'they are rising fractions of the epochs in 0..1',
+    # Several seeds share their images, and what is known of them.
+    yield (
+        config.seeds == 1 or config.decision.holdout == 0,
+        'decision.holdout',
+        'each seed holds other images out, so give each its own command, with --config.seeds=1',
     )
-    require(config.checkpoint.every >= 1, 'checkpoint.every', 'it must be at least 1')
-    require(config.checkpoint.keep >= 1, 'checkpoint.keep', 'it must be at least 1')
+    yield (
+        config.seeds == 1
+        or supervision.kind != 'masks'
+        or (supervision.mask_count == -1 and supervision.mask_fraction == 1),
+        'seeds',
+        'each seed would use the masks of other images, so give each its own command, with '
+        '--config.seeds=1, or all of them --config.supervision.mask_fraction=1',
+    )
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError for values that no run can have."""
+    values = dict(fields(config))
+    for name in values.keys() - FIELDS.keys():
+        raise UserError(f'{name} is no field of a config: ssn_jax/config.py lists them.')
+    alone = ((field.allows(values[name]), name, field.rule) for name, field in FIELDS.items())
+    for ok, name, rule in (*alone, *_together(config)):
+        if not ok:
+            raise UserError(f'--config.{name}={values[name]!r} cannot be used: {rule}.')
 
 
 def fields(config: ml_collections.ConfigDict, prefix: str = '') -> Iterator[tuple[str, object]]:

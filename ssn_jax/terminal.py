@@ -128,6 +128,10 @@ def set_up_log(quiet: bool = False) -> None:
     Args:
       quiet: warnings only.
     """
+    import cv2
+
+    # What is wrong with an image is told in one line of our own.
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     ours = str(pathlib.Path(__file__).parent) + os.sep
 
     def shown(record: py_logging.LogRecord) -> bool:

@@ -218,7 +218,7 @@ def test_products_are_as_exact_as_asked_for(precision):
     programs = [
         jax.jit(functools.partial(forward.predict, precision=precision)).lower(fused, images),
         jax.jit(functools.partial(forward.backbone, precision=precision)).lower(
-            fused['backbone'], images
+            fused.backbone, images
         ),
         steps.make_part(config, 1).lower(state, data, np.zeros((1, 2), int), KEY, 0, 1),
     ]

@@ -135,7 +135,7 @@ def test_bfloat16_computes_in_it_and_its_deviation_is_reported():
     backbone_variables, network, variables = models('resnet18', SuperSimpleNet())
     fused = fold.fuse(backbone_variables, variables, network)
     images = random_images(0, 3, (48, 40))
-    layers = forward.backbone(forward.cast(fused, jnp.bfloat16)['backbone'], images)
+    layers = forward.backbone(forward.cast(fused, jnp.bfloat16).backbone, images)
     assert {x.dtype for x in layers} == {jnp.dtype(jnp.bfloat16)}
     # Compiled, as `deviation` does it: how bfloat16 rounds depends on the program.
     predict = jax.jit(forward.predict)

@@ -1,9 +1,11 @@
 """Encoded images to arrays: reading, decoding, resizing."""
 
+import contextlib
 import io
 from pathlib import Path
 import re
 import struct
+import threading
 import warnings
 
 import cv2
@@ -14,12 +16,7 @@ from ssn_jax.errors import UserError
 
 SUFFIXES = frozenset({'.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp'})
 
-# `size` only reads headers, and its caller judges the size.
-Image.MAX_IMAGE_PIXELS = None
-# What is wrong with an image is told by the caller, in one line.
-warnings.filterwarnings('ignore', module='PIL')
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-
+_PILLOW = threading.Lock()
 MAX_PIXELS = 2**27  # Of an image that is decoded, unless more is asked for.
 _JPEG_MAGIC = b'\xff\xd8\xff'
 _PNG_MAGIC = b'\x89PNG\r\n\x1a\n'
@@ -125,8 +122,9 @@ def fit(
 def size(source: Path | bytes) -> tuple[int, int] | None:
     """The (height, width) of an image, a file or its bytes, from its header; None if unknown."""
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return image.height, image.width
+        with _pillow_unbounded():
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                return image.height, image.width
     except Exception:  # Pillow raises many kinds, and does not know all that OpenCV reads.
         pass
     try:
@@ -143,6 +141,22 @@ def size(source: Path | bytes) -> tuple[int, int] | None:
         sides = [re.search(rb'\n%s (\d{1,9})\n' % side, head) for side in (b'HEIGHT', b'WIDTH')]
         return (int(sides[0][1]), int(sides[1][1])) if all(sides) else None
     return None
+
+
+@contextlib.contextmanager
+def _pillow_unbounded():
+    """Within the block Pillow opens images of any size and warns of nothing.
+
+    Only headers are read there, and the caller judges the size; both settings are of the whole
+    process, so one thread at a time changes them, and sets them back.
+    """
+    with _PILLOW, warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
 
 
 def check_size(found: tuple[int, int] | None, file: Path | str, max_pixels: int) -> None:

@@ -7,46 +7,87 @@ deviation into the first convolution, and adaptor, embedding and projection into
 The direct form, the networks of `models/`, remains the reference that tests compare with.
 """
 
-import functools
-
-from flax import linen as nn
+from flax import linen as nn, struct
 import jax
 import numpy as np
 
-from ssn_jax.fused import forward
 from ssn_jax.models import efficientnet, grid as grid_lib, resnet, systems
 from ssn_jax.models.layers import EPSILON
 
 # Hidden channels of the segmentation head, or outputs of a convolutional adaptor, at a time, on a
 # CPU: at the feature grid, these of one image (64 * 64 * 64 * 4 B = 1 MiB) stay in the cache
 # between upscaling, LeakyReLU and product.
-_CHUNK = 64
+CHUNK = 64
 
 
-def fuse(backbone_variables: dict, variables: dict, network: nn.Module) -> dict:
-    """Trained variables to the arrays that `predict` takes.
+@struct.dataclass
+class ResNet:
+    """A ResNet, folded.
+
+    Attributes:
+      stem: a convolution: 'kernel' (k, k, C, D) and 'bias' (D,).
+      stages: lists of blocks: their 'convs' and, if the shortcut has one, its 'downsample'.
+    """
+
+    stem: dict
+    stages: list
+
+    def channels(self) -> list[int]:
+        """How many channels each of its outputs has."""
+        return [blocks[-1]['convs'][-1]['bias'].size for blocks in self.stages]
+
+
+@struct.dataclass
+class EfficientNet:
+    """An EfficientNet, folded.
+
+    Attributes:
+      stem: a convolution: 'kernel' (k, k, C, D) and 'bias' (D,).
+      blocks: of each the convolutions 'expand' (but in the first), 'depthwise', 'project'.
+    """
+
+    stem: dict
+    blocks: list
+
+    def channels(self) -> list[int]:
+        """How many channels each of its outputs has."""
+        outputs = efficientnet.BACKBONES['efficientnet_lite0'].outputs
+        return [self.blocks[i]['project']['bias'].size for i in outputs]
+
+
+@struct.dataclass
+class Fused:
+    """A backbone and a network on it, folded: a tree of arrays.
+
+    Attributes:
+      backbone: its convolutions.
+      heads: the network's arrays, by what they do in `forward.heads`. Kernels are (k, k, C, D),
+        biases (D,); those that meet the layers are arranged as `grid.convolve_arranged` takes them,
+        and the hidden channels of the segmentation head lie in chunks on a leading axis.
+      network: what the heads were; no array.
+    """
+
+    backbone: ResNet | EfficientNet
+    heads: dict
+    network: nn.Module = struct.field(pytree_node=False)
+
+
+def fuse(backbone_variables: dict, variables: dict, network: nn.Module) -> Fused:
+    """Trained variables, folded: what `forward.predict` takes, float32 arrays on the host.
 
     Args:
       backbone_variables: parameters and statistics of one of `backbones.BACKBONES`.
       variables: parameters and statistics of the network.
       network: a `SuperSimpleNet`, `GapCam` or `SimpleNet`.
-
-    Returns:
-      A tree of float32 arrays on the host; which keys it has says how `heads` goes on. Kernels are
-      (k, k, C, D), biases (D,); those that meet the layers are arranged as
-      `grid.convolve_arranged` takes them, and the hidden channels of the segmentation head lie in
-      chunks on a leading axis.
     """
     # Products of weights are formed in float64: folding adds no rounding to that of `predict`.
     variables = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(variables))
-    fused = {'backbone': fuse_backbone(backbone_variables)}
-    widths = backbone_channels(fused['backbone'])
-    outputs = tuple(np.zeros((1, 8 >> i, 8 >> i, width)) for i, width in enumerate(widths))
-    select = functools.partial(grid_lib.select_layers, layers=getattr(network, 'layers', (2, 3)))
-    channels = [x.shape[-1] for x in jax.eval_shape(select, outputs)]
-    fuse_heads = _fuse_simplenet if 'discriminator' in variables['params'] else _fuse_heads
-    fused |= fuse_heads(variables['params'], variables['batch_stats'], network, channels)
-    return jax.tree.map(np.float32, fused)
+    backbone = fuse_backbone(backbone_variables)
+    channels = grid_lib.selected_channels(backbone.channels(), network.layers)
+    simple = isinstance(network, systems.SimpleNet)
+    fuse_heads = _fuse_simplenet if simple else _fuse_heads
+    heads = fuse_heads(variables['params'], variables['batch_stats'], network, channels)
+    return Fused(backbone, jax.tree.map(np.float32, heads), network)
 
 
 def _fuse_heads(params, stats, network, channels):
@@ -101,14 +142,8 @@ def _fuse_simplenet(params, stats, network, channels):
     return {'patches': tuple(np.split(joined, count)), 'bias': bias, 'out': out}
 
 
-def fuse_backbone(variables: dict) -> dict:
-    """A backbone's variables with BatchNorm and the standard deviation of its input folded in.
-
-    Returns:
-      'stem', and of a ResNet 'stages', lists of blocks: their 'convs' and, if the shortcut has one,
-      its 'downsample'. Of an EfficientNet 'blocks': 'expand' but in the first, 'depthwise',
-      'project'.
-    """
+def fuse_backbone(variables: dict) -> ResNet | EfficientNet:
+    """A backbone's variables with BatchNorm and the standard deviation of its input folded in."""
     variables = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(variables))
     params, stats = variables['params'], variables['batch_stats']
     if 'conv_stem' in params:
@@ -125,7 +160,7 @@ def fuse_backbone(variables: dict) -> dict:
         if 'downsample_0' in of:
             block['downsample'] = _fold_named(of, statistics, 'downsample_0', 'downsample_1')
         stages[int(name[5]) - 1].append(block)
-    return jax.tree.map(np.float32, {'stem': stem, 'stages': stages})
+    return jax.tree.map(np.float32, ResNet(stem, stages))
 
 
 def _fuse_efficientnet(params, stats):
@@ -143,18 +178,12 @@ def _fuse_efficientnet(params, stats):
                 if f'{part}_conv' in params[name]
             }
         )
-    return jax.tree.map(np.float32, {'stem': stem, 'blocks': blocks})
-
-
-def backbone_channels(fused: dict) -> tuple[int, ...]:
-    """How many channels each output of a backbone has, by `fuse_backbone`'s arrays."""
-    images = jax.ShapeDtypeStruct((1, 32, 32, 3), np.uint8)
-    return tuple(x.shape[-1] for x in jax.eval_shape(forward._backbone, fused, images))
+    return jax.tree.map(np.float32, EfficientNet(stem, blocks))
 
 
 def _split(x):
     """(..., D) in chunks of its last axis: (D / chunk, ..., chunk)."""
-    return np.moveaxis(x.reshape(*x.shape[:-1], -1, _CHUNK), -2, 0)
+    return np.moveaxis(x.reshape(*x.shape[:-1], -1, CHUNK), -2, 0)
 
 
 def _fold_named(params, stats, conv, norm, epsilon=EPSILON):

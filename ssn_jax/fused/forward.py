@@ -19,6 +19,8 @@ _IMAGES = 4
 # Those of the classification head's convolution, which are upscaled from 25 projections each.
 _CLS_CHUNK = 32
 
+Backbone = fold.ResNet | fold.EfficientNet
+
 
 def _merge(x):
     """The chunks of `_split` as one."""
@@ -26,7 +28,7 @@ def _merge(x):
 
 
 def predict(
-    fused: dict,
+    fused: fold.Fused,
     images: jax.Array,
     for_cache: bool | None = None,
     precision: str = 'float32',
@@ -34,7 +36,7 @@ def predict(
     """Score and map of images, computed in the type of `fused`.
 
     Args:
-      fused: as `fuse` returns it.
+      fused: as `fold.fuse` returns it.
       images: RGB (N, H, W, 3) in 0..255, uint8 or float.
       for_cache: whether to go image by image and in chunks of hidden channels, so that what is
         computed is still in the cache where it is used; by default on a CPU.
@@ -46,34 +48,22 @@ def predict(
     for_cache = jax.default_backend() == 'cpu' if for_cache is None else for_cache
 
     def run(images):
-        stages = _backbone(fused['backbone'], images)
-        layers = grid_lib.select_layers(stages, _layers_read(fused, stages))
+        stages = _backbone(fused.backbone, images)
+        layers = grid_lib.select_layers(stages, fused.network.layers)
         scores, logits = heads(fused, layers, for_cache)
-        smooth = systems.full_size_map if 'patches' in fused else grid_lib.full_size_map
-        return scores, smooth(logits[..., None], images.shape[1:3])[..., 0]
+        return scores, fused.network.full_size_map(logits[..., None], images.shape[1:3])[..., 0]
 
     with jax.default_matmul_precision(precision):
         return grid_lib.by_image(run, images, _IMAGES, for_cache)
 
 
-def _layers_read(fused, stages):
-    """Which of the backbone's stages meet the first kernels: what their shapes say."""
-    if 'patches' in fused:
-        return (2, 3)
-    part = next(fused[name] for name in ('adaptor', 'cls', 'hidden') if name in fused)
-    kernels = jax.tree.leaves(part['kernel'] if isinstance(part, dict) else part)
-    channels = [kernel.shape[-2] for kernel in kernels]
-    first = (1, 2) if channels[0] > stages[1].shape[-1] else (2,)
-    return first + (3,) * (len(set(channels)) > 1)
-
-
 def make_predictor(
-    fused: dict, batch_size: int, image_size: tuple[int, int], precision: str = 'float32'
+    fused: fold.Fused, batch_size: int, image_size: tuple[int, int], precision: str = 'float32'
 ) -> Callable[[np.ndarray], tuple[jax.Array, jax.Array]]:
     """Compiles `predict` for one batch shape; the arrays of `fused` go to the device once.
 
     Args:
-      fused: as `fuse` returns it, or `cast` to another type.
+      fused: as `fold.fuse` returns it, or `cast` to another type.
       batch_size: images per call.
       image_size: their (height, width).
       precision: as of `predict`.
@@ -89,7 +79,7 @@ def make_predictor(
     return lambda images: compiled(fused, images)
 
 
-def cast(fused: dict, dtype: jax.typing.DTypeLike) -> dict:
+def cast(fused: fold.Fused, dtype: jax.typing.DTypeLike) -> fold.Fused:
     """The arrays of `fused` in another type; `predict` then computes in it."""
     return jax.tree.map(lambda x: x.astype(dtype), fused)
 
@@ -112,7 +102,7 @@ def deviation(
 
 
 def backbone(
-    fused: dict, images: jax.Array, precision: str = 'float32'
+    fused: Backbone, images: jax.Array, precision: str = 'float32'
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """A backbone's three outputs on images (N, H, W, 3) in 0..255, by `fuse_backbone`'s arrays.
 
@@ -123,17 +113,17 @@ def backbone(
 
 
 def _backbone(fused, images):
-    if 'blocks' in fused:
+    if isinstance(fused, fold.EfficientNet):
         return _efficientnet(fused, images)
     # The mean is subtracted before the zero padding; the standard deviation is in the kernel.
     x = images - 255.0 * np.array(resnet.IMAGENET_MEAN, np.float32)
-    x = jax.nn.relu(_conv(fused['stem'], x.astype(fused['stem']['kernel'].dtype), 2))
+    x = jax.nn.relu(_conv(fused.stem, x.astype(fused.stem['kernel'].dtype), 2))
     x = jax.lax.reduce_window(
         x, -np.array(np.inf, x.dtype), jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1),
         ((0, 0), (1, 1), (1, 1), (0, 0)),
     )  # fmt: skip
     outputs = []
-    for blocks in fused['stages']:
+    for blocks in fused.stages:
         for i, block in enumerate(blocks):
             stride = 2 if outputs and i == 0 else 1
             x = _block(block, x, stride)
@@ -143,7 +133,7 @@ def _backbone(fused, images):
 
 def _efficientnet(fused, images):
     # The mean is subtracted before the zero padding; the standard deviation is in the kernel.
-    stem = fused['stem']
+    stem = fused.stem
     x = (images - np.float32(efficientnet.MEAN)).astype(stem['kernel'].dtype)
     x = jax.lax.conv_general_dilated(
         x, stem['kernel'], (2, 2), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
@@ -151,7 +141,7 @@ def _efficientnet(fused, images):
     x = jax.nn.relu6(x + stem['bias'])
     network = efficientnet.BACKBONES['efficientnet_lite0']
     outputs = []
-    for i, (block, (*_, stride)) in enumerate(zip(fused['blocks'], network.blocks, strict=True)):
+    for i, (block, (*_, stride)) in enumerate(zip(fused.blocks, network.blocks, strict=True)):
         y = jax.nn.relu6(_conv(block['expand'], x)) if 'expand' in block else x
         y = depthwise(y, block['depthwise']['kernel'], stride) + block['depthwise']['bias']
         y = _conv(block['project'], jax.nn.relu6(y))
@@ -193,32 +183,31 @@ def _conv(conv, x, stride=1):
     return y + conv['bias']
 
 
-def prepare(fused: dict) -> dict:
+def prepare(fused: fold.Fused) -> fold.Fused:
     """Brings `fuse`'s arrays into the form that is fastest where they will be used.
 
     Matrices that are used one by one become arrays of their own: XLA copies a slice before it
     multiplies with it, which takes a fifth of the time of one image with WideResNet50-2. On a CPU
     convolutions of the layers go in chunks, which stay in the cache, one on each core.
     """
-    ready = fused | {'backbone': prepare_backbone(fused['backbone'])}
-    on_cpu = jax.default_backend() == 'cpu'
-    if 'cls' in fused:
-        ready['cls'] = grid_lib.in_chunks(fused['cls'], _CLS_CHUNK if on_cpu else None)
-    if 'adaptor' in fused:
-        kernel = grid_lib.in_chunks(fused['adaptor']['kernel'], fold._CHUNK if on_cpu else None)
-        ready['adaptor'] = fused['adaptor'] | {'kernel': kernel}
-    return ready
+    on_cpu, ready = jax.default_backend() == 'cpu', dict(fused.heads)
+    if 'cls' in ready:
+        ready['cls'] = grid_lib.in_chunks(ready['cls'], _CLS_CHUNK if on_cpu else None)
+    if 'adaptor' in ready:
+        kernel = grid_lib.in_chunks(ready['adaptor']['kernel'], fold.CHUNK if on_cpu else None)
+        ready['adaptor'] = ready['adaptor'] | {'kernel': kernel}
+    return fused.replace(backbone=prepare_backbone(fused.backbone), heads=ready)
 
 
-def prepare_backbone(fused: dict) -> dict:
+def prepare_backbone(fused: Backbone) -> Backbone:
     """Brings `fuse_backbone`'s arrays into the form that is fastest where they will be used.
 
     On a CPU, in float32, 3x3 convolutions of stride 1 become Winograd's: 16 products for 4 outputs
     instead of 36 (Lavin and Gray, "Fast algorithms for convolutional neural networks", CVPR 2016,
     F(2x2, 3x3)). Other devices choose such algorithms by themselves.
     """
-    is_float32 = fused['stem']['bias'].dtype == np.float32
-    if jax.default_backend() != 'cpu' or not is_float32 or 'stages' not in fused:
+    is_float32 = fused.stem['bias'].dtype == np.float32
+    if jax.default_backend() != 'cpu' or not is_float32 or isinstance(fused, fold.EfficientNet):
         return fused
 
     def transform(stage, block):
@@ -230,8 +219,8 @@ def prepare_backbone(fused: dict) -> dict:
         ]
         return block | {'convs': convs}
 
-    stages = [[transform(s, b) for b in stage] for s, stage in enumerate(fused['stages'])]
-    return fused | {'stages': stages}
+    stages = [[transform(s, b) for b in stage] for s, stage in enumerate(fused.stages)]
+    return fused.replace(stages=stages)
 
 
 def _winograd_kernel(kernel):
@@ -268,40 +257,43 @@ def _winograd(x, kernel):
 
 
 def heads(
-    fused: dict, layers: tuple[jax.Array, ...], in_chunks: bool = True
+    fused: fold.Fused, layers: tuple[jax.Array, ...], in_chunks: bool = True
 ) -> tuple[jax.Array, jax.Array]:
     """Scores (N,) and anomaly logits (N, H, W) on the feature grid, float32.
 
     Args:
-      fused: as `fuse` returns it.
+      fused: as `fold.fuse` returns it.
       layers: the backbone's that the network reads (N, H_i, W_i, C_i), finest first.
       in_chunks: whether the segmentation head goes in chunks of hidden channels.
     """
-    if 'patches' in fused:
-        return _simplenet(fused, layers)
-    if not in_chunks and 'hidden' in fused:  # All hidden channels are one chunk.
-        fused = fused | {'hidden': jax.tree.map(_merge, fused['hidden'])}
-    return _heads(fused, layers)
+    if isinstance(fused.network, systems.SimpleNet):
+        return _simplenet(fused.heads, layers)
+    of = fused.heads
+    if not in_chunks and 'hidden' in of:  # All hidden channels are one chunk.
+        of = of | {'hidden': jax.tree.map(_merge, of['hidden'])}
+    return _heads(fused.network, of, layers)
 
 
-def _heads(fused, layers):
+def _heads(network, fused, layers):
+    """`heads` of a SuperSimpleNet or of GAP+CAM."""
+    gap_cam, linear = isinstance(network, systems.GapCam), network.adaptor == 'linear'
     grid, layers = grid_lib.feature_grid(layers), grid_lib.columns_first(layers)
-    if 'adaptor' in fused:
+    if not linear:
         adapted = grid_lib.convolve_arranged(layers, fused['adaptor']['kernel'])
         adapted = jax.nn.relu(adapted + fused['adaptor']['bias'])
 
     # The segmentation head in chunks of hidden channels, added up.
     def add(logits, chunk):
         kernel = chunk['kernel']
-        y = adapted @ kernel if 'adaptor' in fused else grid_lib.convolve_arranged(layers, [kernel])
+        y = grid_lib.convolve_arranged(layers, [kernel]) if linear else adapted @ kernel
         y = jax.nn.leaky_relu(y + chunk['bias'], SLOPE)
         return logits + jnp.matmul(y, chunk['out'], preferred_element_type=jnp.float32), None
 
-    if 'hidden' in fused:
+    if not gap_cam:
         logits = jnp.zeros((layers[0].shape[1], *grid))
         # Two chunks at a time keep two cores busy: the products of one are too small for that.
         logits, _ = jax.lax.scan(add, logits, fused['hidden'], unroll=2)
-        if 'score' not in fused:  # No classification head.
+        if not network.classify:
             return logits.max((1, 2)), logits
 
     if 'cls_adapted' in fused:
@@ -311,7 +303,7 @@ def _heads(fused, layers):
     x += fused['cls_bias']
     if 'cls_constant' in fused:
         x += grid_lib.convolve_constant(jnp.ones(1, x.dtype), fused['cls_constant'], grid)
-    if 'hidden' not in fused:  # GAP+CAM: the score is linear in the map's average.
+    if gap_cam:  # The score is linear in the map's average.
         positions = jax.nn.relu(x).astype(jnp.float32) @ fused['score']['kernel']
         return positions.mean((1, 2))[:, 0] + fused['score']['bias'], positions[..., 0]
 

@@ -36,6 +36,12 @@ def select_layers(
     return (first, stages[-1]) if 3 in layers else (first,)
 
 
+def selected_channels(channels: Sequence[int], layers: tuple[int, ...]) -> list[int]:
+    """The channels of each of `select_layers`' arrays, by those of layer1, layer2 and layer3."""
+    first = channels[1] + (channels[0] if 1 in layers else 0)
+    return [first, channels[2]] if 3 in layers else [first]
+
+
 def _halve(x, axis):
     """Averages of three neighbours around every other place of an axis, of two at its ends.
 

@@ -204,6 +204,7 @@ class SimpleNet(nn.Module):
     embedding: int = 1536
     hidden: int = 1024
 
+    layers = (2, 3)
     full_size_map = staticmethod(full_size_map)
 
     def setup(self):

@@ -7,6 +7,7 @@ own `jax.grad` with the other's parameters held constant.
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
 import math
 
@@ -234,7 +235,8 @@ def make_part(
     def each(state, data, order, key, start, count):
         # One step for all seeds keeps the choice of the player a choice: mapped over, vmap would
         # update both players on every step and select.
-        state_axes = TrainState(None, *[0] * 6)
+        names = [field.name for field in dataclasses.fields(TrainState)]
+        state_axes = TrainState(**{name: None if name == 'step' else 0 for name in names})
         axes = {'in_axes': (state_axes, None, 0, 0), 'out_axes': (state_axes, 0, 0)}
         part = functools.partial(run, start=start, count=count)
         return jax.vmap(part, **axes, axis_name=seeds_axis)(state, data, order, key)
