@@ -27,7 +27,7 @@ test: $(STAMP)
 	[ $$quick = 0 ] && [ $$slow = 0 ]
 
 # What tells soonest that something is wrong: lint, and the tests that compile next to nothing.
-CHECKED := checkpoint data decision defects demo figures fuzz losses main metrics overlay predict
+CHECKED := checkpoint data decision defects demo figures fuzz losses main metrics overlays predict
 CHECKED += readme report runs sampling supervision sweep synthetic torch_archives trust weights
 check: lint
 	@$(QUICK) $(CHECKED:%=tests/test_%.py)

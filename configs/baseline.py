@@ -1,6 +1,6 @@
 """The published SuperSimpleNet: WideResNet50-2, linear adaptor, static noise.
 
-    python -m ssn_jax.main --config configs/baseline.py
+    ssn-jax train --config baseline
 
 Published after 300 epochs: bottle I-AUROC 100.0 / AUPRO 90.4, screw 92.9 / 95.3; 33.7 M parameters.
 """

@@ -1,6 +1,6 @@
 """Scenario A's map alone, taught by static noise in units of the features' own spread.
 
-    python -m ssn_jax.main --config configs/calibrated.py
+    ssn-jax train --config calibrated
 
 Noise of 0.5 standard deviations a channel, at a sample of the positions; the score is the map's
 maximum. No classification head: it learns to tell noise, and not defects.

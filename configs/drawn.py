@@ -1,6 +1,6 @@
 """Scenario A's network with layer1 and without a classification head, taught by drawn defects.
 
-    python -m ssn_jax.main --config configs/drawn.py
+    ssn-jax train --config drawn
 
 Five copies of every normal image are turned by any angle, and four copies of each of all these get
 a defect drawn into them (`ssn_jax/data/defects.py`); their features are frozen like all others.

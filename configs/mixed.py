@@ -1,6 +1,6 @@
 """Mixed supervision: labels for all training images, masks for a tenth of the defective ones.
 
-    python -m ssn_jax.main --config configs/mixed.py --config.data.root=/data/KolektorSDD2
+    ssn-jax train --config mixed --config.data.root=/data/KolektorSDD2
 
 --config.supervision.mask_fraction=0.5 or --config.supervision.mask_count=16 for others; with 0 the
 map learns from normal images and synthetic anomalies alone. Published AP-loc on KolektorSDD2 by

@@ -1,6 +1,6 @@
 """Scenario A: SuperSimpleNet on ResNet18 with its linear adaptor, static noise.
 
-    python -m ssn_jax.main --config configs/mod1_a.py
+    ssn-jax train --config mod1_a
 
 Published after 300 epochs: bottle I-AUROC 100.0 / AUPRO 86.8, screw 51.1 / 71.0; 4.5 M parameters.
 """

@@ -1,6 +1,6 @@
 """Scenario B: ResNet18 with a convolutional adaptor (3x3, BatchNorm, ReLU), static noise.
 
-    python -m ssn_jax.main --config configs/mod1_b.py
+    ssn-jax train --config mod1_b
 
 Published after 300 epochs: bottle I-AUROC 71.3 / AUPRO 29.7, screw 46.6 / 20.2; 5.7 M parameters.
 """

@@ -1,6 +1,6 @@
 """Learned noise v2: a generator bounded by beta * tanh plays against the discriminator.
 
-    python -m ssn_jax.main --config configs/mod2.py
+    ssn-jax train --config mod2
 
 Random z, magnitude penalty 10 * mean(noise^2), one generator step after three discriminator steps,
 each player by its own gradient. Published for screw after 300 epochs, where the two gradients

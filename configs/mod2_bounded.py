@@ -1,6 +1,6 @@
 """Learned noise with a bounded adversary: it chooses the direction, its size stays in a shell.
 
-    python -m ssn_jax.main --config configs/mod2_bounded.py
+    ssn-jax train --config mod2_bounded
 
 The root mean square of its noise lies between 0.25 and 0.75 of the features' own spread, so it can
 neither hide anomalies by making none nor blow them up; there is no penalty on its size. Half of the

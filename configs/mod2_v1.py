@@ -1,6 +1,6 @@
 """Learned noise v1: an unconstrained generator and a naive adversary.
 
-    python -m ssn_jax.main --config configs/mod2_v1.py
+    ssn-jax train --config mod2_v1
 
 No bound, no random input, no penalty; both players move on every step. Published for screw: the
 loss goes to about 82 and I-AUROC is 39.8, since the discriminator's gradient was zero throughout.

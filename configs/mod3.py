@@ -1,6 +1,6 @@
 """Weak supervision: GAP+CAM learns from image labels alone, no mask reaches the training.
 
-    python -m ssn_jax.main --config configs/mod3.py --config.data.root=/data/KolektorSDD2
+    ssn-jax train --config mod3 --config.data.root=/data/KolektorSDD2
 
 Published on KolektorSDD2 (where the masks still kept noise off the defects): I-AUROC 98.6,
 AP-det 94.5, P-AUROC 87.2, AUPRO 87.4, AP-loc 7.4; Youden threshold on the test split 0.2489 with

@@ -1,6 +1,6 @@
 """SimpleNet: one projection, noise on every position, one discriminator, hinge loss.
 
-    python -m ssn_jax.main --config configs/simplenet.py --config.data.root=/data/mvtec_ad
+    ssn-jax train --config simplenet --config.data.root=/data/mvtec_ad
 
 The published settings for MVTec AD. Published on KolektorSDD2: AP-det 88.4; for that set add
 --config.data.name=ksdd2 --config.image_size='(640, 232)' --config.resize='(0, 0)'.

@@ -1,6 +1,6 @@
 """Full supervision: SuperSimpleNet with the masks of all defective training images.
 
-    python -m ssn_jax.main --config configs/supervised.py --config.data.root=/data/KolektorSDD2
+    ssn-jax train --config supervised --config.data.root=/data/KolektorSDD2
 
 Published on KolektorSDD2: AP-det 97.8, AP-loc 81.3. Small hardware:
 --config.backbone.name=resnet18.

@@ -6,6 +6,9 @@ config's name.
 
 from collections.abc import Callable, Iterator
 import dataclasses
+import difflib
+import importlib.util
+import itertools
 import json
 import math
 import pathlib
@@ -282,6 +285,37 @@ FIELDS = {
 }
 
 
+def check_name(name: str) -> None:
+    """Raises UserError, with what may have been meant, unless a field has this name."""
+    if name in FIELDS:
+        return
+    near = [field for field in FIELDS if field.startswith(f'{name}.')]
+    near = near or difflib.get_close_matches(name, FIELDS, 3)
+    hint = f'did you mean {", ".join(near)}?' if near else 'ssn-jax train --help lists them.'
+    raise UserError(f'no config field --config.{name}: {hint}')
+
+
+def built_in() -> dict[str, pathlib.Path]:
+    """The configs of the package by name: configs/*.py of a checkout."""
+    here = pathlib.Path(__file__).parent
+    folder = next((f for f in (here / 'configs', here.parent / 'configs') if f.is_dir()), here)
+    return {file.stem: file for file in sorted(folder.glob('[!_]*.py')) if folder != here}
+
+
+def find(name: str) -> str:
+    """The path of a config that --config names: by its path, or by its name in the package."""
+    path = pathlib.Path(name).expanduser()
+    return str(path if path.exists() else built_in().get(name, path))
+
+
+def load(name: str) -> ml_collections.ConfigDict:
+    """A config of the package, by its name."""
+    spec = importlib.util.spec_from_file_location(name, built_in()[name])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
 def default_config() -> ml_collections.ConfigDict:
     """The published SuperSimpleNet, unsupervised, on ResNet18 (Scenario A)."""
     config = ml_collections.ConfigDict()
@@ -373,7 +407,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for name in values.keys() - FIELDS.keys():
         raise UserError(f'{name} is no field of a config: ssn_jax/config.py lists them.')
     alone = ((field.allows(values[name]), name, field.rule) for name, field in FIELDS.items())
-    for ok, name, rule in (*alone, *_together(config)):
+    for ok, name, rule in itertools.chain(alone, _together(config)):
         if not ok:
             raise UserError(f'--config.{name}={values[name]!r} cannot be used: {rule}.')
 
@@ -390,16 +424,20 @@ def fields(config: ml_collections.ConfigDict, prefix: str = '') -> Iterator[tupl
 def identity(config: ml_collections.ConfigDict) -> dict:
     """What makes a run itself, as field -> value: a rerun in its workdir must agree on it.
 
-    Where records are cached and features kept, how often checkpoints are written, how many images
-    are evaluated at a time and what is looked for changes no result; files may be spelled as one
-    likes.
+    Where files are and features kept, how often checkpoints are written, how many images are
+    evaluated at a time and what is looked for changes no result; data and weights are told by
+    their content (`run.check_origin`).
     """
     unimportant = ('checkpoint.every', 'checkpoint.keep', 'eval_batch_size', 'data.cache')
-    unimportant += ('debug_nans', 'features.place')
-    flat = {name: value for name, value in fields(config) if name not in unimportant}
-    for field in ('data.root', 'backbone.weights'):
-        flat[field] = flat[field] and str(pathlib.Path(flat[field]).expanduser().resolve())
-    return flat
+    unimportant += ('data.root', 'backbone.weights', 'debug_nans', 'features.place')
+    return {name: value for name, value in fields(config) if name not in unimportant}
+
+
+def with_found(config: ml_collections.ConfigDict, found: dict) -> ml_collections.ConfigDict:
+    """A config that was asked for, with the fields that its run has found for itself."""
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(found)
+    return config
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:

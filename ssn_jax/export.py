@@ -5,34 +5,34 @@ import io
 import json
 import logging
 import pathlib
-import subprocess
 import zipfile
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 
-from ssn_jax import data, decision, files, predictor
+from ssn_jax import data, decision, files, run as run_lib
 from ssn_jax.errors import UserError
-from ssn_jax.fused import fold, forward
+from ssn_jax.fused import forward
+from ssn_jax.predictor import Predictor
 
 _INPUT, _OUTPUTS = 'images', ('scores', 'maps')
 
 
-def make_function(run: predictor.Run) -> Callable:
-    """The run's predictor with its preprocessing, as a function of images of any size.
+def make_function(model: Predictor) -> Callable:
+    """A model with its preprocessing, as a function of images of any size.
 
     Args:
-      run: an opened run.
+      model: of an opened run.
 
     Returns:
       uint8 RGB images (N, H, W, 3) -> score logits (N,) and anomaly logits (N, *image_size), both
       float32. N, H and W may be symbolic.
     """
-    fused = fold.fuse(run.backbone_variables, run.variables, run.network)
+    config = model.config
 
     def predict(images):
-        return forward.predict(fused, preprocess(run.config, images), False, run.config.precision)
+        return forward.predict(model.fused, preprocess(config, images), False, config.precision)
 
     return predict
 
@@ -67,10 +67,9 @@ def _resize(x, axis, size):
     return jnp.take(x, low, axis=axis) * (1 - weight) + jnp.take(x, high, axis=axis) * weight
 
 
-def metadata(run: predictor.Run) -> dict:
+def metadata(model: Predictor) -> dict:
     """What a user of the file must know: the decision, the classes, sizes and origin."""
-    chosen = run.decision or {}
-    threshold = chosen.get('threshold')
+    config, threshold = model.config, model.threshold
     return {
         'format': 'ssn_jax predictor 1',
         'input': 'images: uint8 RGB (N, H, W, 3), any size',
@@ -78,47 +77,31 @@ def metadata(run: predictor.Run) -> dict:
         'threshold': threshold,  # A logit: defective from this score on.
         'threshold_probability': None if threshold is None else float(decision.sigmoid(threshold)),
         'classes': list(decision.CLASSES),
-        'image_size': list(run.config.image_size),
-        'resize': list(run.config.resize),
-        'config': run.config.name,
-        'category': data.category_of(run.config.data),
-        'epoch': run.epoch,
-        'commit': commit(),
+        'image_size': list(config.image_size),
+        'resize': list(config.resize),
+        'config': config.name,
+        'category': data.category_of(config.data),
+        'epoch': model.epoch,
+        **run_lib.versions(),
     }
 
 
-def commit() -> str:
-    """The commit of this code, with '-dirty' if files differ from it; 'unknown' without git."""
-    file = pathlib.Path(__file__)
-
-    def git(*arguments):
-        command = ['git', *arguments]
-        return subprocess.run(command, cwd=file.parent, check=True, capture_output=True, text=True)
-
-    try:
-        git('ls-files', '--error-unmatch', file.name)  # The checkout around it may be another's.
-        done = git('describe', '--always', '--dirty', '--abbrev=40', '--exclude=*')
-    except (OSError, subprocess.CalledProcessError):
-        return 'unknown'
-    return done.stdout.strip()
-
-
-def to_stablehlo(run: predictor.Run) -> bytes:
+def to_stablehlo(model: Predictor) -> bytes:
     """A zip archive of `predictor`, for `jax.export.deserialize`, and `metadata.json`.
 
     `predictor` holds StableHLO with symbolic N, H and W and all weights, for CPU, CUDA and TPU.
     """
     images = jax.ShapeDtypeStruct(jax.export.symbolic_shape('n, h, w, 3'), jnp.uint8)
-    function = jax.jit(make_function(run))
+    function = jax.jit(make_function(model))
     exported = jax.export.export(function, platforms=('cpu', 'cuda', 'tpu'))(images)
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, 'w') as f:
         f.writestr('predictor', exported.serialize())
-        f.writestr('metadata.json', json.dumps(metadata(run), indent=2) + '\n')
+        f.writestr('metadata.json', json.dumps(metadata(model), indent=2) + '\n')
     return archive.getvalue()
 
 
-def to_onnx(run: predictor.Run) -> bytes:
+def to_onnx(model: Predictor) -> bytes:
     """An ONNX model with symbolic N, H and W; the metadata are its properties, as JSON.
 
     Raises:
@@ -130,17 +113,17 @@ def to_onnx(run: predictor.Run) -> bytes:
         raise UserError("--format onnx needs jax2onnx: pip install -e '.[export]'.") from None
     logging.getLogger('onnx_ir').setLevel(logging.ERROR)  # It warns of shapes that stay symbolic.
     images = jax.ShapeDtypeStruct(jax.export.symbolic_shape('n, h, w, 3'), jnp.uint8)
-    model = jax2onnx.to_onnx(
-        make_function(run),
+    exported = jax2onnx.to_onnx(
+        make_function(model),
         [images],
         model_name='ssn_jax',
         input_names=[_INPUT],
         output_names=list(_OUTPUTS),
     )
-    _pool_images(model.graph)
-    for key, value in metadata(run).items():
-        model.metadata_props.add(key=key, value=json.dumps(value))
-    return model.SerializeToString()
+    _pool_images(exported.graph)
+    for key, value in metadata(model).items():
+        exported.metadata_props.add(key=key, value=json.dumps(value))
+    return exported.SerializeToString()
 
 
 def _pool_images(graph) -> None:
@@ -185,11 +168,11 @@ def _pool_images(graph) -> None:
 FORMATS = {'stablehlo': to_stablehlo, 'onnx': to_onnx}
 
 
-def write(run: predictor.Run, form: str, output: pathlib.Path) -> None:
-    """Writes a run's predictor to a file, whole or not at all.
+def write(model: Predictor, form: str, output: pathlib.Path) -> None:
+    """Writes a model to a file, whole or not at all.
 
     Args:
-      run: an opened run.
+      model: of an opened run.
       form: a key of `FORMATS`.
       output: the file.
 
@@ -197,4 +180,4 @@ def write(run: predictor.Run, form: str, output: pathlib.Path) -> None:
       UserError: the file cannot be written, or packages are missing.
     """
     files.check_output(output, '--output')
-    files.write_output(output, FORMATS[form](run), '--output')
+    files.write_output(output, FORMATS[form](model), '--output')

@@ -3,9 +3,9 @@
 Every config field is a flag: --config.noise.beta=0.05 --config.data.category=bottle.
 """
 
-import difflib
+from collections.abc import Callable, Sequence
+import inspect
 import os
-import pathlib
 import re
 import sys
 
@@ -17,7 +17,7 @@ from ssn_jax import config as config_lib, terminal
 from ssn_jax.errors import UserError
 
 try:
-    _CONFIG = config_flags.DEFINE_config_file('config', None, 'The config to train, configs/*.py.')
+    _CONFIG = config_flags.DEFINE_config_file('config', None, 'The config: its path, or its name.')
 except flags.Error as e:  # It reads the files of --flagfile at once.
     sys.exit(f'error: {" ".join(str(e).split()).removeprefix("ERROR:: ")}')
 _WORKDIR = flags.DEFINE_string(
@@ -34,7 +34,9 @@ _COORDINATOR = flags.DEFINE_string(
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes there are.')
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0 on.')
 
-_NO_CONFIG = 'no config: add --config configs/mod2.py (or another of configs/).'
+_NO_CONFIG = 'no config: add --config configs/mod2.py, or --config mod2 (--help lists them all).'
+_OWN = ('config', 'workdir', 'quiet', 'tensorboard')
+_PROCESSES = ('distributed', 'coordinator', 'num_processes', 'process_id')
 
 
 def run(argv: list[str]) -> None:
@@ -42,37 +44,68 @@ def run(argv: list[str]) -> None:
     del argv
     # After the flags, so that a wrong one is told at once.
     from ssn_jax import devices, pipeline, run as run_lib
-    from ssn_jax.report import text as text_lib
+    from ssn_jax.report import text
 
     devices.connect(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     config = _CONFIG.value
-    workdir = pathlib.Path(_WORKDIR.value or run_lib.default_workdir(config))
+    workdir = terminal.path(_WORKDIR.value) if _WORKDIR.value else run_lib.default_workdir(config)
     terminal.set_up_log(_QUIET.value)
     results = pipeline.train_and_evaluate(config, workdir, _TENSORBOARD.value, _QUIET.value)
     if not devices.is_first():
         return
     if not _QUIET.value:
-        print(text_lib.format_table(results))
-    print(text_lib.summary(workdir))
+        print(text.format_table(results))
+    print(text.summary(workdir))
 
 
 _INTERRUPTED = 'the same command goes on from the last checkpoint, if there is one.'
 
 
-def cli(run_fn=run, interrupted: str = _INTERRUPTED) -> None:
-    """Parses flags, runs, and turns a user's mistake into one line and exit status 1."""
+def cli(
+    argv: list[str] | None = None,
+    about: str = __doc__,
+    run_fn: Callable = run,
+    interrupted: str = _INTERRUPTED,
+    flags_of: Sequence[str] = (),
+) -> None:
+    """Parses flags, runs, and turns a user's mistake into one line and exit status 1.
+
+    Args:
+      argv: what follows the command; None: the process's.
+      about: what --help begins with.
+      run_fn: is called with what is no flag.
+      interrupted: what is said after a signal.
+      flags_of: the names of flags that are the command's own.
+    """
+    argv = [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]
+    if {'-h', '--help', '-help', '--helpfull', '--helpshort'} & set(argv[1:]):
+        print(help_text(about, flags_of))
+        return
     terminal.set_up_log()
-    terminal.guard(lambda: app.run(run_fn, flags_parser=_parse), interrupted)
+    terminal.guard(lambda: app.run(run_fn, argv=argv, flags_parser=_parse), interrupted)
+
+
+def help_text(about: str, flags_of: Sequence[str] = ()) -> str:
+    """What --help shows: what the command does, its flags, and the config's fields."""
+    names = (*flags_of, *_OWN, *(() if flags_of else _PROCESSES))
+    width = max(map(len, config_lib.FIELDS)) + 11
+    lines = [inspect.cleandoc(about), '', 'Flags:']
+    lines += [f'  {"--" + name:{width}s}{flags.FLAGS[name].help}' for name in names]
+    lines += ['', f'Configs of the package: {", ".join(config_lib.built_in())}.', '']
+    lines.append('Fields of a config, with what they are where it does not set them:')
+    for name, field in config_lib.FIELDS.items():
+        if name != 'version':
+            lines.append(f'  {"--config." + name:{width}s}{field.about} ({field.default!r})')
+    return '\n'.join(lines)
 
 
 def _parse(argv: list[str]) -> list[str]:
     """Parses the command line into absl's flags; UserError for whatever is wrong with it."""
     check_fields(argv)
+    argv = _with_path(argv)
     path = _config_path(argv)
     try:
         rest = flags.FLAGS(argv)
-    except SystemExit:  # --help, which absl ends like a failure.
-        sys.exit(0)
     except Exception as e:  # A config file is code: it can raise anything.
         raise UserError(_explain(e, path)) from None
     if len(rest) > 1:
@@ -82,6 +115,20 @@ def _parse(argv: list[str]) -> list[str]:
     if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
         raise UserError(_unusable(path, 'its get_config() returns no ConfigDict'))
     return rest
+
+
+def _with_path(argv: list[str]) -> list[str]:
+    """The command line with --config's path, where it names a config of the package."""
+    argv = list(argv)
+    for i, arg in enumerate(argv):
+        name, assigned, value = arg.partition('=')
+        if name not in ('-config', '--config'):
+            continue
+        if assigned:
+            argv[i] = f'{name}={config_lib.find(value)}'
+        elif i + 1 < len(argv):
+            argv[i + 1] = config_lib.find(argv[i + 1])
+    return argv
 
 
 def _config_path(argv: list[str]) -> str | None:
@@ -96,15 +143,9 @@ def _config_path(argv: list[str]) -> str | None:
 
 def check_fields(argv: list[str]) -> None:
     """Raises UserError for a --config.FIELD that no config has."""
-    known = [name for name, _ in config_lib.fields(config_lib.default_config())]
     for arg in argv:
-        match = re.match(r'--?(?:no)?config\.([^=]*)', arg)
-        if match and match[1] not in known:
-            field = match[1]
-            near = [name for name in known if name.startswith(f'{field}.')]
-            near = near or difflib.get_close_matches(field, known, 3)
-            hint = f'did you mean {", ".join(near)}?' if near else 'ssn_jax/config.py lists them.'
-            raise UserError(f'no config field --config.{field}: {hint}')
+        if match := re.match(r'--?(?:no)?config\.([^=]*)', arg):
+            config_lib.check_name(match[1])
 
 
 def _explain(error: Exception, path: str | None) -> str:
@@ -124,7 +165,8 @@ def _explain(error: Exception, path: str | None) -> str:
 def _unusable(path: str | None, reason: str) -> str:
     file = (path or '').split(':')[0]
     if not os.path.isfile(file):
-        return f'no config file at {file!r}: configs/ holds them.'
+        known = ', '.join(config_lib.built_in())
+        return f'no config file at {file!r}: name one of your own, or one of the package: {known}.'
     return f'{file} cannot be used as a config ({reason}): configs/mod2.py shows how one looks.'
 
 

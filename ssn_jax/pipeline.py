@@ -1,6 +1,7 @@
 """The main job: `train_and_evaluate(config, workdir)`, from records to results."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import pathlib
@@ -17,7 +18,9 @@ from ssn_jax import (
     devices,
     evaluate,
     metrics,
+    predictor,
     run as run_lib,
+    seeds,
     supervision,
 )
 from ssn_jax.models import systems, weights
@@ -47,13 +50,61 @@ def train_and_evaluate(
         became NaN or infinite.
     """
     config_lib.validate(config)
-    if data.is_embedded(config.data):
-        config = weights.with_trained_backbone(config)
-    runs = run_lib.runs_of(config, workdir)
-    for run in runs:
+    workdir = pathlib.Path(workdir).expanduser()
+    asked = seeds.runs_of(config, workdir)
+    for run in asked:
         run_lib.check_workdir(*run)
     if events:
         run_lib.require_tensorboard()
+    folders = [folder for _, folder in asked]
+    found = find_fields(config, folders)
+    config = config_lib.with_found(config, found)
+    material = gather(config, folders)
+
+    devices.wait_for_all('workdir checked')  # Before the first one writes there.
+    network = systems.build_network(config)
+    with contextlib.ExitStack() as running:
+        jobs = []
+        for one, folder in asked:
+            begun = run_lib.begin(one, found, folder, material.origin, material.backbone)
+            running.enter_context(begun)
+            if one.supervision.kind == 'masks':
+                masked = json.dumps(supervision.masked_files(material.split), indent=2) + '\n'
+                run_lib.write(folder / 'masked_images.json', masked)
+            open_log = functools.partial(run_lib.open_log, folder, events=events)
+            keep = functools.partial(keep_model, folder, material.backbone)
+            jobs.append(loop.Job(config_lib.with_found(one, found), folder, open_log, keep))
+        logging.info('Backbone %s, weights: %s', config.backbone.name, material.origin.weights)
+        trained = loop.train(jobs, material.split, network, material.backbone, quiet)
+        results = [measure(job, *end, material) for job, end in zip(jobs, trained, strict=True)]
+        if config.seeds == 1:
+            return results[0]
+        summary = seeds.summarise(results + seeds.other_results(asked, workdir))
+        run_lib.write(workdir / 'summary.json', json.dumps(summary, indent=2) + '\n')
+        return summary
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """What runs that differ in their seed alone are made from.
+
+    Attributes:
+      dataset: as `data.load` returns it.
+      split: the training images with what the runs may know of them.
+      held_out: those that are kept aside to choose the threshold on.
+      backbone: the frozen variables.
+      origin: what data and backbone are told by.
+    """
+
+    dataset: data.Dataset
+    split: data.Split
+    held_out: data.Split
+    backbone: dict
+    origin: run_lib.Origin
+
+
+def gather(config: ml_collections.ConfigDict, folders: list[pathlib.Path]) -> Material:
+    """Loads data and backbone, and checks that runs that have begun did so with the same."""
     dataset = data.load(config.data, config.image_size, config.resize)
     rest, held_out = supervision.hold_out(config, dataset.train)
     split = supervision.training_split(config, rest)
@@ -69,45 +120,59 @@ def train_and_evaluate(
             'Its figures say nothing about a real data set.',
             dataset.category,
         )
-    backbone_variables, origin = weights.load_backbone(
-        config.backbone.name, config.backbone.weights, allow_random=dataset.embedded
-    )
-    logging.info('Backbone %s, weights: %s', config.backbone.name, origin)
-
-    devices.wait_for_all('workdir checked')  # Before the first one writes there.
-    network = systems.build_network(config)
-    with contextlib.ExitStack() as locks:
-        for run in runs:
-            run_lib.begin_workdir(*run, split, locks)
-        jobs = [
-            loop.Job(*one, functools.partial(run_lib.open_log, one[1], events=events))
-            for one in runs
-        ]
-        trained = loop.train(jobs, split, network, backbone_variables, quiet)
-        predict = evaluate.make_predictor(network, config.eval_batch_size, config.precision)
-
-        def measure_run(run, state, log):
-            variables = backbone_variables, state.variables()
-            return measure(*run, dataset, split, held_out, predict, variables, origin, log)
-
-        results = [measure_run(run, *after) for run, after in zip(runs, trained, strict=True)]
-        if config.seeds == 1:
-            return results[0]
-        summary = run_lib.summarise(results + run_lib.other_results(runs, workdir))
-        run_lib.write(workdir / 'summary.json', json.dumps(summary, indent=2) + '\n')
-        return summary
+    backbone, weights_from = load_backbone(config, folders, dataset.embedded)
+    origin = run_lib.Origin(dataset.fingerprints, weights.digest(backbone), weights_from)
+    for folder in folders:
+        run_lib.check_origin(folder, origin)
+    return Material(dataset, split, held_out, backbone, origin)
 
 
-def measure(config, workdir, dataset, split, held_out, predict, variables, origin, log) -> dict:
+def find_fields(config: ml_collections.ConfigDict, folders: list[pathlib.Path]) -> dict:
+    """The config's fields that a run finds for itself, as it found them when it began.
+
+    For now they are the backbone of a run on embedded data, which must begin without network.
+    """
+    for folder in folders:
+        found = run_lib.read_found(folder)
+        if found is not None:
+            return found
+    if not data.is_embedded(config.data):
+        return {}
+    name = weights.with_trained_backbone(config).backbone.name
+    return {} if name == config.backbone.name else {'backbone.name': name}
+
+
+def load_backbone(
+    config: ml_collections.ConfigDict, folders: list[pathlib.Path], embedded: bool
+) -> tuple[dict, str]:
+    """The backbone's variables, and one line on where they come from.
+
+    A run that has begun holds its own, which are taken where none are named, or where those that
+    are named are not there any more.
+    """
+    named = config.backbone.weights
+    if not (named and pathlib.Path(named).expanduser().exists()):
+        for folder in filter(run_lib.has_model, folders):
+            return run_lib.read_model(folder).backbone, run_lib.weights_origin(folder)
+    return weights.load_backbone(config.backbone.name, named, allow_random=embedded)
+
+
+def keep_model(folder: pathlib.Path, backbone: dict, epoch: int, network: dict) -> None:
+    """Writes what inference needs of a run after an epoch."""
+    run_lib.write_model(folder, run_lib.Model(backbone, network, epoch))
+
+
+def measure(job, state, log, material) -> dict:
     """Evaluates a trained run, chooses its threshold and writes both with figures; its results."""
-    maps, scores = predict(*variables, dataset.test.images)
-    values, reasons = evaluate.evaluate(maps, scores, dataset.test)
+    config, workdir, network = job.config, job.folder, state.variables()
+    dataset, split, backbone = material.dataset, material.split, material.backbone
+    model = predictor.from_variables(config, backbone, network, config.epochs, workdir)
+    scores, maps = evaluate.predict(model, dataset.test.images)
+    values, reasons = evaluate.evaluate(scores, maps, dataset.test)
     log.close(config.epochs, values)
-
-    def scores_of(images):
-        return evaluate.predict_scores(predict, *variables, images=images)
-
-    chosen = decision.decide(config, scores_of, split, held_out)
+    chosen = decision.decide(
+        config, lambda images: evaluate.predict_scores(model, images), split, material.held_out
+    )
     if chosen['threshold'] is not None:
         on_test = decision.rates(scores, dataset.test.labels, chosen['threshold'])
         chosen |= {f'test_{name}': value for name, value in on_test.items()}
@@ -122,7 +187,7 @@ def measure(config, workdir, dataset, split, held_out, predict, variables, origi
         'seed': config.seed,
         'epochs': config.epochs,
         'backbone': config.backbone.name,
-        'weights': origin,
+        'weights': material.origin.weights,
         'metrics': values,
         'undefined': reasons,
         'decision': chosen,
@@ -131,17 +196,22 @@ def measure(config, workdir, dataset, split, held_out, predict, variables, origi
         'train_defects': int(split.labels.sum()),
         'train_masks': len(supervision.masked_files(split)),
         'test_images': len(dataset.test.labels),
-        'parameters': sum(count(v['params']) for v in variables),
+        'parameters': sum(count(v['params']) for v in (backbone, network)),
         'train_seconds': round(sum(seconds), 1) if seconds else None,
         'loss_grew': loss_grew(history),
         # The first epoch after a start compiles: the median leaves it out.
         'seconds_per_epoch': round(float(np.median(seconds)), 2) if seconds else None,
         'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+        'data_sha256': material.origin.data,
+        'backbone_sha256': material.origin.backbone,
+        'versions': run_lib.versions(),
     }
     if values['I-AUROC'] is not None:
         # As the publication chose it: on the images that it is then measured on.
         results['youden_on_test'] = metrics.youden(scores, dataset.test.labels)
+    job.keep_model(config.epochs, network)
     if devices.is_first():
+        results['model_sha256'] = run_lib.model_digest(workdir)
         draw_figures(workdir / 'figures', results, dataset.test, maps, scores, log)
     run_lib.write(workdir / 'decision.json', json.dumps(chosen, indent=2) + '\n')
     run_lib.write(workdir / 'results.json', json.dumps(results, indent=2) + '\n')
@@ -167,9 +237,8 @@ def count(params: dict) -> int:
 
 def draw_figures(folder, results, split, maps, scores, log) -> None:
     """Overlays of the best and worst test images, loss curves, ROC, PR and histogram."""
-    from ssn_jax.report import (
-        figures,  # Matplotlib takes a second to import; only here is it needed.
-    )
+    # Matplotlib takes a second to import; only here is it needed.
+    from ssn_jax.report import figures
 
     data_name = 'embedded data' if results['embedded'] else results['data']
     title = f'{results["config"]} · {results["category"]} ({data_name})'

@@ -15,9 +15,10 @@ from absl import logging
 import cv2
 import numpy as np
 
-from ssn_jax import decision, files, predictor as predictor_lib
+from ssn_jax import decision, files
 from ssn_jax.data import images
 from ssn_jax.errors import UserError
+from ssn_jax.predictor import Predictor, find_regions
 from ssn_jax.report import overlays as overlays_lib
 
 # What is looked at in a folder; a file that is named itself may end in anything.
@@ -25,7 +26,7 @@ SUFFIXES = images.SUFFIXES | frozenset(
     {'.avif', '.dib', '.exr', '.gif', '.hdr', '.j2k', '.jp2', '.jpe', '.pam', '.pbm', '.pfm'}
     | {'.pgm', '.pic', '.pnm', '.ppm', '.pxm', '.ras', '.sr'}
 )
-COLUMNS = ('file', 'score', 'decision', 'x', 'y', 'width', 'height')
+COLUMNS = ('file', 'score', 'probability', 'decision', 'x', 'y', 'width', 'height')
 
 # Pixels of the images that are held at a time; a single image may have more.
 _CHUNK_PIXELS = 2**25
@@ -66,10 +67,9 @@ def check_output(output: pathlib.Path) -> None:
 
 
 def predict(
-    run: predictor_lib.Run,
+    model: Predictor,
     source: pathlib.Path,
     output: pathlib.Path,
-    threshold: float | None = None,
     max_pixels: int = images.MAX_PIXELS,
     overlays: bool = True,
     progress: Callable = lambda paths, total: paths,
@@ -77,12 +77,12 @@ def predict(
     """Predicts an image or all images below a folder.
 
     Args:
-      run: an opened run.
+      model: a trained network with its threshold.
       source: an image file, or a folder.
-      output: receives predictions.csv (`COLUMNS`: path relative to `source`, probability, decision,
-        and `strongest_region` in pixels of the image), overlays/, and unreadable.csv if there is
-        one (file, reason). An interrupted call leaves predictions.partial.csv instead.
-      threshold: from which score logit on an image is defective; None: as the run decided.
+      output: receives predictions.csv (`COLUMNS`: path relative to `source`, score logit,
+        probability, decision, and the box of the region with the highest peak in pixels of the
+        image), overlays/, and unreadable.csv if there is one (file, reason). An interrupted call
+        leaves predictions.partial.csv instead.
       max_pixels: an image of more is refused before it is decoded.
       overlays: whether to draw them.
       progress: wraps the iterator of paths; it is told their number.
@@ -93,8 +93,7 @@ def predict(
     Raises:
       UserError: there is no image, no threshold, or `output` cannot be written.
     """
-    if threshold is None:
-        threshold = _threshold(run)
+    model.require_threshold()
     check_output(output)
     if not source.exists():
         raise UserError(f'{source} does not exist: --input names an image or a folder of images.')
@@ -103,13 +102,7 @@ def predict(
         endings = ' '.join(sorted(images.SUFFIXES))
         raise UserError(f'{source} holds no images ({endings} and others): check --input.')
     root = source if source.is_dir() else source.parent
-    batch_size = min(total, run.config.eval_batch_size)
-    compiled = predictor_lib.make_predictor(run, batch_size)
-
-    def predictor(batch):
-        padding = batch_size - len(batch)
-        return compiled(np.pad(batch, ((0, padding), (0, 0), (0, 0), (0, 0))))
-
+    batch_size = min(total, model.batch_size)
     done, failures = 0, []
     paths = iter(progress(find(source, output.resolve()), total))
     try:
@@ -121,7 +114,7 @@ def predict(
         ):
             rows = csv.writer(table, lineterminator='\n')
             rows.writerow(COLUMNS)
-            for loaded in _loaded(paths, pool, run.config, batch_size, max_pixels):
+            for loaded in _loaded(paths, pool, model, batch_size, max_pixels):
                 for path, image in loaded:
                     if isinstance(image, UserError):
                         failures.append((path.relative_to(root).as_posix(), str(image)))
@@ -133,7 +126,7 @@ def predict(
                 ]
                 if named:
                     folder = output / 'overlays' if overlays else None
-                    rows.writerows(_predict(run, predictor, named, threshold, folder, pool))
+                    rows.writerows(_predict(model, named, folder, pool))
                 done += len(named)
                 named = path = image = None  # Not to be held while others are loaded.
         if failures:
@@ -160,45 +153,30 @@ def _kept(draft, partial):
         raise
 
 
-def _predict(run, predictor, named, threshold, folder, pool):
+def _predict(model, named, folder, pool):
     """The table's rows of a chunk's (name, image, fitted image); draws overlays into `folder`."""
-    batch = np.stack([fitted for _, _, fitted in named])
-    scores, maps = (np.asarray(x)[: len(named)] for x in predictor(batch))
+    scores, maps = model.logits(np.stack([fitted for _, _, fitted in named]))
     if not (np.isfinite(scores).all() and np.isfinite(maps).all()):
         raise UserError(
-            f'{run.workdir} gives scores that are no numbers: its training has diverged, see '
+            f'{model.workdir} gives scores that are no numbers: its training has diverged, see '
             'train.csv.'
         )
     rows, drawn = [], []
     for (name, image, _), score, logits in zip(named, scores, maps, strict=True):
-        view = predictor_lib.View(run.config, image.shape[:2])
-        defective = bool(score >= threshold)
-        box, regions = predictor_lib.strongest_region(logits)
-        called = decision.CLASSES[int(defective)]
-        rows.append([name, f'{decision.sigmoid(score):.6f}', called, *view.box(box)])
+        result = model.result(score, logits, image.shape[:2])
+        regions, marked = find_regions(logits, result.view)
+        called = decision.CLASSES[int(result.defective)]
+        numbers = f'{result.score:.6g}', f'{result.probability:.6f}'
+        rows.append([name, *numbers, called, *regions[0][:4]])
         if folder:
-            outlined = regions if defective else None
-            drawn.append(pool.submit(_draw, folder / name, view, image, logits, outlined))
+            outlined = marked if result.defective else None
+            drawn.append(pool.submit(_draw, folder / name, result, image, outlined))
     for future in drawn:
         future.result()
     return rows
 
 
-def _threshold(run):
-    """The threshold that the run decided on, a logit."""
-    if run.decision is None:
-        raise UserError(
-            f'{run.workdir} holds no decision on epoch {run.epoch}: set --threshold=PROBABILITY.'
-        )
-    if run.decision['threshold'] is None:
-        raise UserError(
-            f'{run.workdir} has no threshold ({run.decision["undefined"]}): set '
-            '--threshold=PROBABILITY.'
-        )
-    return run.decision['threshold']
-
-
-def _loaded(paths, pool, config, batch_size, max_pixels):
+def _loaded(paths, pool, model, batch_size, max_pixels):
     """Yields chunks of (path, (image, fitted image) or UserError), decoding one chunk ahead."""
 
     def start():
@@ -214,7 +192,7 @@ def _loaded(paths, pool, config, batch_size, max_pixels):
                 waiting.append(path)
                 break
             held += min(pixels, max_pixels)
-            chunk.append((path, pool.submit(_load, path, size, config, max_pixels)))
+            chunk.append((path, pool.submit(_load, path, size, model, max_pixels)))
         return chunk
 
     waiting = []
@@ -227,28 +205,29 @@ def _loaded(paths, pool, config, batch_size, max_pixels):
         loaded.clear()
 
 
-def _load(path, size, config, max_pixels):
+def _load(path, size, model, max_pixels):
     """An image as it is and as the model sees it, uint8 RGB; or the UserError that it raised."""
     try:
         if path.is_dir():
             return UserError(f'{path}: cannot be listed; check the folder')
         images.check_size(size, path, max_pixels)
         image = images.decode(images.read(path), path, max_pixels)
-        return image, images.fit(image, tuple(config.image_size), tuple(config.resize))
+        return image, model.fit(image)
     except UserError as e:
         return e
 
 
-def _draw(target, view, image, logits, regions):
+def _draw(target, result, image, regions):
     """Writes the overlay of an image: `target` with .jpg added, or .png where JPEG cannot hold it.
 
     Colours span probabilities 0..1 in every image, so they compare; `regions` are outlined.
     """
     height, width = image.shape[:2]
-    drawn = overlays_lib.tint(image, decision.sigmoid(logits), part=view.part)
+    drawn = overlays_lib.tint(image, decision.sigmoid(result.map), part=result.view.part)
     if regions is not None:
         line = max(1, round(max(height, width) / 400))
-        drawn[view.part] = overlays_lib.outline(drawn[view.part], regions, line)
+        part = result.view.part
+        drawn[part] = overlays_lib.outline(drawn[part], regions, line)
     suffix = '.jpg' if max(height, width) < 2**16 - 1 else '.png'
     ok, encoded = cv2.imencode(suffix, cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
     if not ok:

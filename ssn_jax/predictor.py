@@ -1,155 +1,304 @@
-"""A finished run, opened from its workdir alone: what it was, and what it has learned."""
+"""A run as a function of images: `model = ssn_jax.load('runs/bottle')`, `result = model(frame)`.
 
-from collections.abc import Callable
+It needs the run's folder and nothing else, and none of the libraries that train.
+"""
+
+from collections.abc import Sequence
 import dataclasses
+import functools
+import math
 import pathlib
+from typing import NamedTuple
 
 import cv2
-from flax import linen as nn
 import jax
 import ml_collections
 import numpy as np
 
-from ssn_jax import config as config_lib, data, decision as decision_lib, evaluate, run as run_lib
+from ssn_jax import config as config_lib, decision as decision_lib, run as run_lib
+from ssn_jax.data import images as images_lib
 from ssn_jax.errors import UserError
 from ssn_jax.fused import fold, forward
-from ssn_jax.models import backbones, systems, weights
-from ssn_jax.training import checkpoint, steps
+from ssn_jax.models import systems
+
+
+class Region(NamedTuple):
+    """A region of a frame that looks anomalous, in the frame's own pixels.
+
+    Attributes:
+      x: the left edge of its bounding box.
+      y: the upper edge.
+      width: of the box.
+      height: of the box.
+      area: how many pixels it covers.
+      peak: the map's highest logit in it.
+    """
+
+    x: int
+    y: int
+    width: int
+    height: int
+    area: int
+    peak: float
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """What a workdir holds.
+class Result:
+    """What a model says of a frame.
 
     Attributes:
-      workdir: the run's folder.
-      config: what config.json says, with the overrides it was opened with.
-      epoch: the checkpoint's, the number of epochs that had been trained.
-      network: the trained network.
-      backbone_variables: the backbone's parameters and statistics.
-      variables: the network's parameters and statistics, on the device.
-      origin: where the backbone's weights come from, one line.
-      decision: what decision.json says (see `decision.decide`); None if the run has not written
-        it yet, or if this is not its last epoch, on which it was chosen.
+      score: the logit that ranks frames: the higher, the more anomalous.
+      probability: its sigmoid.
+      defective: whether the score reaches the model's threshold.
+      map: anomaly logits (height, width) of `config.image_size`, float32.
+      view: where in the frame the map lies.
     """
 
-    workdir: pathlib.Path
-    config: ml_collections.ConfigDict
-    epoch: int
-    network: nn.Module
-    backbone_variables: dict
-    variables: dict
-    origin: str
-    decision: dict | None
+    score: float
+    probability: float
+    defective: bool
+    map: np.ndarray
+    view: 'View'
+
+    @functools.cached_property
+    def regions(self) -> list[Region]:
+        """The regions of a defective frame, the one with the highest peak first; else none."""
+        return find_regions(self.map, self.view)[0] if self.defective else []
+
+    def full_map(self) -> np.ndarray:
+        """The map at the frame's size: logits (H, W), float32; NaN where the run cuts."""
+        full = np.full(self.view.size, np.nan, np.float32)
+        part = full[self.view.part]
+        part[:] = cv2.resize(self.map, part.shape[::-1], interpolation=cv2.INTER_LINEAR)
+        return full
 
 
-def open_run(workdir: pathlib.Path, epoch: int | None = None, overrides: dict | None = None) -> Run:
-    """Opens a run; reads no images, so what it learned from may be gone.
+class Predictor:
+    """A trained network, compiled for single frames and for batches.
+
+    Programs are compiled when they are first needed, or by `compile`; a batch is padded to what
+    was compiled, and spread over all local devices. Predicting changes nothing of it, so threads
+    may share it.
+
+    Attributes:
+      config: the run's.
+      fused: backbone and network, folded.
+      epoch: how many epochs it had been trained.
+      decision: what decision.json says, {} if it says nothing of this epoch.
+      threshold: the score logit from which on a frame is defective; None if there is none.
+      workdir: the run's folder.
+    """
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        fused: fold.Fused,
+        epoch: int = 0,
+        decision: dict | None = None,
+        workdir: pathlib.Path | None = None,
+    ):
+        self.config, self.fused, self.epoch, self.workdir = config, fused, epoch, workdir
+        self.decision = decision or {}
+        self.threshold = self.decision.get('threshold')
+
+    def __call__(self, frames, white: float | None = None) -> Result | list[Result]:
+        """Judges a frame, or several.
+
+        Args:
+          frames: grey (H, W) or (H, W, 1), RGB (H, W, 3), or RGBA (H, W, 4), whose alpha is
+            ignored; uint8, or uint16, of which the high byte is read. Of any size. A list of
+            frames, or a batch (N, H, W, C), gives a list of results.
+          white: the value of white, for floats in 0..white, and for integers whose white is none of
+            their type's, such as 4095.
+
+        Returns:
+          The same numbers as the command `predict` writes.
+
+        Raises:
+          ValueError: a frame is none of these.
+          UserError: the run has no threshold.
+        """
+        self.require_threshold()
+        several = isinstance(frames, list | tuple) or np.ndim(frames) == 4
+        rgb = [to_rgb(frame, white) for frame in (frames if several else [frames])]
+        if not rgb:
+            return []
+        scores, maps = self.logits(np.stack([self.fit(frame) for frame in rgb]))
+        found = [
+            self.result(score, logits, frame.shape[:2])
+            for score, logits, frame in zip(scores, maps, rgb, strict=True)
+        ]
+        return found if several else found[0]
+
+    def require_threshold(self) -> None:
+        """Raises UserError if nothing says from which score on a frame is defective."""
+        if self.threshold is None:
+            why = self.decision.get('undefined', f'no decision on epoch {self.epoch}')
+            raise UserError(
+                f'{self.workdir} has no threshold ({why}): set --threshold=PROBABILITY, in Python '
+                'load(..., threshold=PROBABILITY).'
+            )
+
+    @property
+    def batch_size(self) -> int:
+        """How many images are predicted at once."""
+        return self.config.eval_batch_size * jax.local_device_count()
+
+    def fit(self, frame: np.ndarray) -> np.ndarray:
+        """A frame, uint8 RGB (H, W, 3), as the network sees it: (*image_size, 3)."""
+        config = self.config
+        return images_lib.fit(frame, tuple(config.image_size), tuple(config.resize))
+
+    def result(self, score: np.float32, logits: np.ndarray, size: tuple[int, int]) -> Result:
+        """The result for a frame of `size`, (height, width), from its score and map."""
+        view = View(self.config, size)
+        defective = bool(score >= self.threshold)
+        return Result(float(score), float(decision_lib.sigmoid(score)), defective, logits, view)
+
+    def logits(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Score logits (N,) and anomaly logits (N, *image_size) of fitted images, float32.
+
+        Args:
+          images: uint8 RGB (N, *image_size, 3), as `fit` makes them.
+
+        Raises:
+          ValueError: they are of another shape or type.
+        """
+        size = tuple(self.config.image_size)
+        if images.dtype != np.uint8 or images.shape[1:] != (*size, 3):
+            raise ValueError(
+                f'images of shape {images.shape} and type {images.dtype}: the network sees uint8 '
+                f'images (N, {size[0]}, {size[1]}, 3).'
+            )
+        if len(images) == 1:
+            return jax.device_get(_single(self.config.precision)(self._arrays, images))
+        local, chunk, parts = jax.local_device_count(), self.batch_size, []
+        for start in range(0, len(images), chunk):
+            part = images[start : start + chunk]
+            padded = np.zeros((chunk, *part.shape[1:]), np.uint8)
+            padded[: len(part)] = part
+            spread = padded.reshape(local, -1, *part.shape[1:])
+            found = jax.device_get(_parallel(self.config.precision)(self._replicas, spread))
+            parts.append([x.reshape(chunk, *x.shape[2:])[: len(part)] for x in found])
+        scores, maps = (np.concatenate(x) for x in zip(*parts, strict=True))
+        return scores, maps
+
+    def compile(self) -> None:
+        """Compiles what frames and batches need, so that the first ones take no longer."""
+        for count in (1, 2):
+            self.logits(np.zeros((count, *self.config.image_size, 3), np.uint8))
+
+    @functools.cached_property
+    def _arrays(self):
+        return jax.device_put(forward.prepare(self.fused), jax.local_devices()[0])
+
+    @functools.cached_property
+    def _replicas(self):
+        replicate = jax.pmap(lambda tree, _: tree, in_axes=(None, 0), axis_name='devices')
+        return replicate(forward.prepare(self.fused), np.arange(jax.local_device_count()))
+
+
+# One program for all runs of the same network. An axis without a name is named by an address in
+# memory, and its program would not be found in the compilation cache.
+@functools.cache
+def _single(precision):
+    return jax.jit(functools.partial(forward.predict, precision=precision))
+
+
+@functools.cache
+def _parallel(precision):
+    return jax.pmap(functools.partial(forward.predict, precision=precision), axis_name='devices')
+
+
+def load(workdir: str | pathlib.Path, threshold: float | None = None) -> Predictor:
+    """Opens a run, and compiles it for single frames and for batches.
+
+    Args:
+      workdir: the run's folder, which may have been moved from where it was trained.
+      threshold: the probability from which on a frame is defective; None: as the run decided.
+
+    Raises:
+      UserError: the folder is no run, or holds no trained network yet.
+    """
+    model = open_run(workdir, threshold)
+    model.compile()
+    return model
+
+
+def open_run(
+    workdir: str | pathlib.Path, threshold: float | None = None, overrides: dict | None = None
+) -> Predictor:
+    """A run's newest trained network; compiles nothing.
 
     Args:
       workdir: the run's folder.
-      epoch: which checkpoint; None: the newest.
+      threshold: the probability from which on a frame is defective; None: as the run decided.
       overrides: values of config fields, by 'group.field', instead of the run's own.
 
     Raises:
-      UserError: the folder is no run, has no such checkpoint, or the weights are missing.
+      UserError: the folder is no run, holds no trained network yet, or it is damaged.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = pathlib.Path(workdir).expanduser()
     config = run_lib.read_config(workdir)
     config.update_from_flattened_dict(overrides or {})
     config_lib.validate(config)
-    epoch, state = _restore(workdir, config, epoch)
-    backbone_variables, origin = _load_backbone(workdir, config)
-    return Run(
-        workdir=workdir,
-        config=config,
-        epoch=epoch,
-        network=systems.build_network(config),
-        backbone_variables=backbone_variables,
-        variables=state.variables(),
-        origin=origin,
-        decision=run_lib._read(workdir / 'decision.json') if epoch == config.epochs else None,
-    )
-
-
-def _restore(workdir, config, epoch):
-    """The epoch and the state of a checkpoint."""
-    known = [p.name for p in (workdir / 'checkpoints').glob('*') if p.name.isdigit()]
-    if not known:
+    stored = run_lib.read_model(workdir)
+    if stored.network is None:
         raise UserError(f'{workdir} holds no checkpoint yet: let the run get to its first one.')
-    if epoch is not None and str(epoch) not in known:
-        known = ', '.join(sorted(known, key=int))
-        raise UserError(f'{workdir} holds no checkpoint of epoch {epoch}: it has {known}.')
-    channels = backbones.feature_channels(config.backbone.name, config.features.layers)
-    # Shapes are enough for a template.
-    template = jax.eval_shape(
-        lambda: steps.init_state(config, jax.random.key(config.seed), channels)
-    )
-    manager = checkpoint.open_manager(workdir, config.checkpoint.keep)
-    return checkpoint.restore(manager, template, epoch)
+    return from_variables(config, stored.backbone, stored.network, stored.epoch, workdir, threshold)
 
 
-def _load_backbone(workdir, config):
-    """The backbone's variables as the run had them, and where they come from."""
-    results = run_lib._read(workdir / 'results.json') or {}
-    # What the run says it used is what it gets, whatever the hub answers today.
-    if results.get('weights') == weights.RANDOM and not config.backbone.weights:
-        return weights.random_backbone(config.backbone.name), weights.RANDOM
-    unknown = 'weights' not in results
-    return weights.load_backbone(
-        config.backbone.name, config.backbone.weights, unknown and data.is_embedded(config.data)
-    )
+def from_variables(
+    config: ml_collections.ConfigDict,
+    backbone: dict,
+    network: dict,
+    epoch: int,
+    workdir: pathlib.Path,
+    threshold: float | None = None,
+) -> Predictor:
+    """A predictor of a run's variables after some epoch; the decision is of its last one."""
+    fused = fold.fuse(backbone, network, systems.build_network(config))
+    decided = run_lib.read_json(workdir / 'decision.json') if epoch == config.epochs else None
+    model = Predictor(config, fused, epoch, decided, workdir)
+    if threshold is not None:
+        if not 0 < threshold < 1:
+            raise UserError(f'a threshold of {threshold} is no probability above 0 and below 1.')
+        model.threshold = math.log(threshold / (1 - threshold))
+    return model
 
 
-def predict(run: Run, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Anomaly logits (N, H, W) and score logits (N,) of uint8 RGB images (N, H, W, 3).
-
-    `config.eval_batch_size` images a device at a time, over all local devices.
-    """
-    config = run.config
-    predictor = evaluate.make_predictor(run.network, config.eval_batch_size, config.precision)
-    return predictor(run.backbone_variables, run.variables, images)
-
-
-def make_predictor(
-    run: Run, batch_size: int
-) -> Callable[[np.ndarray], tuple[jax.Array, jax.Array]]:
-    """The run's predictor compiled for one device and batch size, arrays on the device.
-
-    Returns:
-      uint8 RGB images (batch_size, *image_size, 3) -> score logits (batch_size,), anomaly logits
-      (batch_size, *image_size).
-    """
-    fused = fold.fuse(run.backbone_variables, run.variables, run.network)
-    size = tuple(run.config.image_size)
-    return forward.make_predictor(fused, batch_size, size, run.config.precision)
-
-
-def strongest_region(logits: np.ndarray) -> tuple[tuple[int, int, int, int], np.ndarray]:
-    """The connected region around a map's highest value.
-
-    Args:
-      logits: (H, W).
-
-    Returns:
-      Its bounding box (x, y, width, height), and all regions (H, W), bool: wherever the probability
-      is at least half-way between its median and its highest value.
-    """
-    probability = decision_lib.sigmoid(logits)
-    regions = probability >= (np.median(probability) + probability.max()) / 2
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(regions.astype(np.uint8))
-    # Of the logits: float32 probabilities are all 1 from a logit of 17 on.
-    strongest = labels.ravel()[logits.argmax()]
-    return tuple(int(v) for v in stats[strongest, :4]), regions
+def to_rgb(frame, white: float | None = None) -> np.ndarray:
+    """A frame as uint8 RGB (H, W, 3); arguments and errors as of `Predictor.__call__`."""
+    x = np.asarray(frame)
+    channels = x.shape[2] if x.ndim == 3 else 1
+    if x.ndim not in (2, 3) or channels not in (1, 3, 4) or not x.size:
+        raise ValueError(
+            f'a frame of shape {x.shape} and type {x.dtype}: frames are grey (H, W) or (H, W, 1), '
+            'RGB (H, W, 3) or RGBA (H, W, 4), and batches (N, H, W, C).'
+        )
+    if white is None and x.dtype not in (np.uint8, np.uint16):
+        raise ValueError(
+            f'a frame of shape {x.shape} and type {x.dtype}: uint8 and uint16 are read as they '
+            'are; of others say what white is, such as white=1.0.'
+        )
+    if white is not None:
+        if not (np.isfinite(x).all() and x.min() >= 0 and x.max() <= white):
+            raise ValueError(f'a frame with values from {x.min()} to {x.max()}, not in 0..{white}.')
+        x = np.round(x * (255.0 / white)).astype(np.uint8)
+    elif x.dtype == np.uint16:
+        x = (x >> 8).astype(np.uint8)
+    x = x.reshape(*x.shape[:2], channels)[:, :, :3]
+    return np.ascontiguousarray(np.broadcast_to(x, (*x.shape[:2], 3)))
 
 
 class View:
-    """Where in an image a map lies, which covers its middle if the run cuts images.
+    """Where in a frame a map lies, which covers its middle if the run cuts frames.
 
     Attributes:
-      part: slices of the image's rows and columns, whose part the map covers.
-      origin: (x, y), where the map begins in pixels of the image.
-      scale: (x, y), pixels of the image to one of the map.
+      size: the frame's (height, width).
+      part: slices of the frame's rows and columns, whose part the map covers.
+      origin: (x, y), where the map begins in pixels of the frame.
+      scale: (x, y), pixels of the frame to one of the map.
     """
 
     def __init__(self, config: ml_collections.ConfigDict, size: tuple[int, int]):
@@ -157,11 +306,38 @@ class View:
         whole = np.array(config.resize) if any(config.resize) else cut
         offset = (whole - cut) // 2
         low, high = offset * size / whole, (offset + cut) * size / whole
+        self.size = tuple(size)
         self.part = tuple(map(slice, np.floor(low).astype(int), np.ceil(high).astype(int)))
         self.origin, self.scale = low[::-1], (np.array(size) / whole)[::-1]
 
-    def box(self, box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
-        """A box (x, y, width, height) of the map in pixels of the image, rounded outwards."""
+    def box(self, box: Sequence[int]) -> tuple[int, int, int, int]:
+        """A box (x, y, width, height) of the map in pixels of the frame, rounded outwards."""
         low = np.floor(self.origin + np.array(box[:2]) * self.scale + 1e-6)
         high = np.ceil(self.origin + (np.array(box[:2]) + box[2:]) * self.scale - 1e-6)
         return tuple(int(x) for x in (*low, *(high - low)))
+
+
+def find_regions(logits: np.ndarray, view: View) -> tuple[list[Region], np.ndarray]:
+    """The connected regions of a map, the one with the highest peak first.
+
+    Args:
+      logits: (h, w).
+      view: where in its frame the map lies.
+
+    Returns:
+      The regions, and where they are (h, w), bool: wherever the probability is at least half-way
+      between its median and its highest value.
+    """
+    probability = decision_lib.sigmoid(logits)
+    marked = probability >= (np.median(probability) + probability.max()) / 2
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(marked.astype(np.uint8))
+    # Of the logits: float32 probabilities are all 1 from a logit of 17 on.
+    peaks = np.full(count, -np.inf)
+    np.maximum.at(peaks, labels[marked], logits[marked])
+    pixel = view.scale.prod()
+    regions = [
+        Region(*view.box(stats[i, :4]), max(1, round(stats[i, 4] * pixel)), float(peaks[i]))
+        for i in np.argsort(-peaks, kind='stable')
+        if i  # 0 is what is not marked.
+    ]
+    return regions, marked

@@ -1,19 +1,42 @@
-"""A run's folder: what is in it, and who may write there."""
+"""A run's folder: what is in it, who may write there, and whether a command fits what it holds.
 
+| file | content |
+|---|---|
+| config.json | what was asked for |
+| found.json | what the run found for itself, in fields of the config |
+| origin.json | fingerprints of data and weights, and the versions it began with |
+| log.txt | what it said |
+| train.csv | the losses, a row an epoch |
+| checkpoints/ | what training goes on from |
+| model.safetensors | what inference needs: the backbone, and the network of the last checkpoint |
+| decision.json, results.json, figures/ | of the finished run |
+"""
+
+from collections.abc import Iterator
+import contextlib
 import csv
 import dataclasses
 import importlib.util
 import io
 import json
+import logging as py_logging
+import os
 import pathlib
-import re
-import statistics
+import subprocess
 
 from absl import logging
+from flax import traverse_util
+import jax
 import ml_collections
+import numpy as np
+import safetensors
+import safetensors.numpy
 
-from ssn_jax import config as config_lib, data, devices, files, metrics, supervision
+from ssn_jax import __version__, config as config_lib, data, devices, files, metrics
 from ssn_jax.errors import UserError
+
+_MODEL = 'model.safetensors'
+_PACKAGE = str(pathlib.Path(__file__).parent) + os.sep
 
 
 def default_workdir(config: ml_collections.ConfigDict) -> pathlib.Path:
@@ -46,10 +69,216 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> N
         raise UserError(f'{workdir} is not empty and holds no run: choose another --workdir.')
 
 
+def single_runs(workdir: pathlib.Path) -> list[pathlib.Path]:
+    """The workdirs of each seed's run in a folder that `runs_of` made; else the folder itself.
+
+    Of a sweep those that have results: results.md beside them says what failed.
+    """
+    if (workdir / 'config.json').exists():
+        return [workdir]
+    swept = [path.parent for path in workdir.glob('*/seed-*/results.json')]
+    return sorted(workdir.glob('seed-*')) or sorted(swept) or [workdir]
+
+
+def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
+    """A run's config, with what it has found for itself.
+
+    Raises:
+      UserError: the folder is no run, or one of a newer ssn_jax.
+    """
+    if not workdir.is_dir():
+        raise UserError(f'{workdir} is no folder: --workdir names that of a run.')
+    several = single_runs(workdir)
+    if several != [workdir]:
+        raise UserError(f'{workdir} holds several runs: name one, such as {several[0]}.')
+    config = config_lib.from_json(workdir / 'config.json')
+    config = config_lib.with_found(config, read_found(workdir) or {})
+    config_lib.validate(config)
+    return config
+
+
+def read_found(workdir: pathlib.Path) -> dict | None:
+    """The fields that a run has found for itself; None if it has not begun."""
+    if not (workdir / 'config.json').exists():
+        return None
+    return read_json(workdir / 'found.json') or {}
+
+
+def read_json(path: pathlib.Path) -> dict | None:
+    """A JSON file of a run; None where it is not there yet."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as e:
+        raise UserError(f'{path} cannot be read ({e}): repeat the command of the run.') from None
+
+
 def write(path: pathlib.Path, text: str) -> None:
     """Writes a file of the run, whole or not at all; of several processes the first one does."""
     if devices.is_first():
         files.write(path, text)
+
+
+# --- What it is made from -------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What a run is made from besides its config, told by content and not by place.
+
+    Attributes:
+      data: SHA-256 of the data set's images and masks by split, 'train' and 'test'.
+      backbone: of the frozen weights.
+      weights: where those come from, one line.
+    """
+
+    data: dict[str, str]
+    backbone: str
+    weights: str
+
+
+def read_origin(workdir: pathlib.Path) -> Origin | None:
+    """What a run was made from; None if it has not begun."""
+    written = read_json(workdir / 'origin.json')
+    try:
+        return written and Origin(written['data'], written['backbone'], written['weights'])
+    except (KeyError, TypeError):
+        raise UserError(f'{workdir / "origin.json"} is damaged: restore it.') from None
+
+
+def weights_origin(workdir: pathlib.Path) -> str:
+    """Where the backbone's weights of a run come from, one line."""
+    if origin := read_origin(workdir):
+        return origin.weights
+    return (read_json(workdir / 'imported.json') or {}).get('weights', str(workdir / _MODEL))
+
+
+def check_origin(workdir: pathlib.Path, origin: Origin) -> None:
+    """Raises UserError if a run has begun with other training images or weights.
+
+    Other test images are a warning: they change what is measured, and not what was learned.
+    """
+    began = read_origin(workdir)
+    if began is None:
+        return
+    again = f'restore them, or give this run its own --workdir ({workdir} stays as it is).'
+    if began.data['train'] != origin.data['train']:
+        raise UserError(
+            f'{workdir} holds a run of other training images or masks than those that '
+            f'--config.data names now: {again}'
+        )
+    if began.backbone != origin.backbone:
+        raise UserError(
+            f'{workdir} holds a run on other backbone weights ({began.weights}) than '
+            f'{origin.weights}: {again}'
+        )
+    if began.data['test'] != origin.data['test']:
+        logging.warning(
+            '%s was begun with other test images or masks: its results are of those that are there '
+            'now.',
+            workdir,
+        )
+
+
+def has_model(workdir: pathlib.Path) -> bool:
+    """Whether there is a model.safetensors."""
+    return (workdir / _MODEL).exists()
+
+
+def model_digest(workdir: pathlib.Path) -> str:
+    """The SHA-256 of a run's model.safetensors."""
+    return files.digest(workdir / _MODEL)
+
+
+def versions() -> dict[str, str]:
+    """What computes: the versions of this package and of jax, and the commit of this code."""
+    return {'ssn_jax': __version__, 'jax': jax.__version__, 'commit': commit()}
+
+
+def commit() -> str:
+    """The commit of this code, with '-dirty' if files differ from it; 'unknown' without git."""
+    file = pathlib.Path(__file__)
+
+    def git(*arguments):
+        command = ['git', *arguments]
+        return subprocess.run(command, cwd=file.parent, check=True, capture_output=True, text=True)
+
+    try:
+        git('ls-files', '--error-unmatch', file.name)  # The checkout around it may be another's.
+        done = git('describe', '--always', '--dirty', '--abbrev=40', '--exclude=*')
+    except (OSError, subprocess.CalledProcessError):
+        return 'unknown'
+    return done.stdout.strip()
+
+
+# --- While it trains ------------------------------------------------------------------------------
+
+
+def begin(
+    config: ml_collections.ConfigDict,
+    found: dict,
+    workdir: pathlib.Path,
+    origin: Origin,
+    backbone: dict,
+) -> contextlib.ExitStack:
+    """Locks a run's folder, writes what it holds before the run trains, and begins its log.
+
+    Args:
+      config: what was asked for.
+      found: fields that the run has found for itself.
+      workdir: the folder.
+      origin: what the run is made from.
+      backbone: the backbone's variables.
+
+    Returns:
+      What ends the lock and the log.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            if devices.is_first():
+                stack.enter_context(files.locked(workdir))
+                for path in filter(files.is_draft, workdir.rglob('*')):
+                    path.unlink()  # Of a process that was killed: whoever writes has the lock.
+            write(workdir / 'config.json', config_lib.to_json(config))
+            if found:
+                write(workdir / 'found.json', json.dumps(found, indent=2) + '\n')
+            if not (workdir / 'origin.json').exists():
+                values = dataclasses.asdict(origin) | versions()
+                write(workdir / 'origin.json', json.dumps(values, indent=2) + '\n')
+            if not has_model(workdir):
+                write_model(workdir, Model(backbone))
+            if devices.is_first():
+                stack.enter_context(_logged(workdir / 'log.txt'))
+        except OSError as e:
+            raise UserError(
+                f'{workdir} cannot be written ({e.strerror}): choose another --workdir.'
+            ) from None
+        return stack.pop_all()
+
+
+@contextlib.contextmanager
+def _logged(path: pathlib.Path) -> Iterator[None]:
+    """Within the block what is logged is appended to a file too."""
+    handler = py_logging.FileHandler(path)
+    handler.setFormatter(py_logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
+    handler.addFilter(_is_told)
+    handler.handleError = lambda record: None  # A full disk is told by what must be written.
+    logger = logging.get_absl_logger()
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def _is_told(record: py_logging.LogRecord) -> bool:
+    """Whether a message is this package's, or a library's warning."""
+    # What orbax finds wrong with a checkpoint, `checkpoint.restore` tells.
+    ours = record.pathname.startswith(_PACKAGE)
+    return ours or (record.levelno >= py_logging.WARNING and 'orbax' not in record.pathname)
 
 
 class Log:
@@ -145,144 +374,75 @@ def _add_events(writer, epoch: int, group: str, values: dict[str, float | None])
     writer.flush()
 
 
-def begin_workdir(config, workdir, split, locks) -> None:
-    """Locks a run's folder, and writes what it holds before the run trains."""
+# --- What it has learned, and its results ---------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What inference needs, as model.safetensors holds it.
+
+    Attributes:
+      backbone: the backbone's parameters and statistics.
+      network: the trained network's; None before the first checkpoint.
+      epoch: how many epochs it had been trained.
+    """
+
+    backbone: dict
+    network: dict | None = None
+    epoch: int = 0
+
+
+def write_model(workdir: pathlib.Path, model: Model) -> None:
+    """Writes model.safetensors; of several processes the first one does.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    parts = {'backbone': model.backbone} | ({'network': model.network} if model.network else {})
+    flat = traverse_util.flatten_dict(parts, sep='/')
+    arrays = {
+        # Of an array that is on several devices any one holds all of it. What is not contiguous
+        # (ported weights are transposed) safetensors would write in the order of its memory.
+        name: np.ascontiguousarray(x.addressable_data(0) if isinstance(x, jax.Array) else x)
+        for name, x in flat.items()
+    }
+    if not devices.is_first():
+        return
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if devices.is_first():
-            locks.enter_context(files.locked(workdir))
-            for path in filter(files.is_draft, workdir.rglob('*')):
-                path.unlink()  # Of a process that was killed: whoever writes here has the lock.
-        write(workdir / 'config.json', config_lib.to_json(config))
-        if config.supervision.kind == 'masks':
-            masked = json.dumps(supervision.masked_files(split), indent=2) + '\n'
-            write(workdir / 'masked_images.json', masked)
+        about = {'epoch': str(model.epoch)}
+        files.write(workdir / _MODEL, safetensors.numpy.save(arrays, about))
     except OSError as e:
         raise UserError(
-            f'{workdir} cannot be written ({e.strerror}): choose another --workdir.'
+            f'{workdir / _MODEL} cannot be written ({e.strerror}): see to it, then the same '
+            'command goes on from the last checkpoint.'
         ) from None
 
 
-def runs_of(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path
-) -> list[tuple[ml_collections.ConfigDict, pathlib.Path]]:
-    """The config and workdir of each seed's run, as if it were the only one.
-
-    Args:
-      config: the user's; `seeds` runs from `seed` on.
-      workdir: of the one run, or the folder of their workdirs, seed-N.
+def read_model(workdir: pathlib.Path) -> Model:
+    """Reads model.safetensors; of a finished run its SHA-256 is that of results.json.
 
     Raises:
-      UserError: there are several, and the folder holds something else.
+      UserError: there is none, or it is damaged.
     """
-    if config.seeds == 1:
-        return [(config, workdir)]
-    _check_folder(workdir)
-    runs = []
-    for seed in range(config.seed, config.seed + config.seeds):
-        single = config.copy_and_resolve_references()
-        single.seed, single.seeds = seed, 1
-        runs.append((single, workdir / f'seed-{seed}'))
-    return runs
-
-
-def single_runs(workdir: pathlib.Path) -> list[pathlib.Path]:
-    """The workdirs of each seed's run in a folder that `runs_of` made; else the folder itself.
-
-    Of a sweep those that have results: results.md beside them says what failed.
-    """
-    if (workdir / 'config.json').exists():
-        return [workdir]
-    swept = [path.parent for path in workdir.glob('*/seed-*/results.json')]
-    return sorted(workdir.glob('seed-*')) or sorted(swept) or [workdir]
-
-
-def _check_folder(workdir: pathlib.Path) -> None:
-    if (workdir / 'config.json').exists():
-        raise UserError(
-            f'{workdir} holds a single run, and --config.seeds makes a folder for each of '
-            'several: choose another --workdir.'
-        )
-    paths = workdir.iterdir() if workdir.is_dir() else []
-    names = [p.name for p in paths if not files.is_draft(p)]
-    other = [name for name in names if not re.fullmatch(r'seed-\d+|summary\.json', name)]
-    if other:
-        raise UserError(
-            f'{workdir} holds something else than runs of several seeds ({min(other)}): choose '
-            'another --workdir.'
-        )
-
-
-def other_results(
-    runs: list[tuple[ml_collections.ConfigDict, pathlib.Path]], workdir: pathlib.Path
-) -> list[dict]:
-    """Results of complete runs in a folder beside those of `runs_of`, but for the seed the same."""
-    config, own = config_lib.identity(runs[0][0]) | {'seed': None}, [path for _, path in runs]
-    found = []
-    for file in workdir.glob('seed-*/results.json'):
-        if file.parent in own or not (file.parent / 'config.json').exists():
-            continue
-        try:
-            theirs = config_lib.identity(config_lib.from_json(file.parent / 'config.json'))
-            if theirs | {'seed': None} == config:
-                results = json.loads(file.read_text())
-                summarise([results, results])  # Has it everything?
-                found.append(results)
-        except (UserError, OSError, ValueError, KeyError, TypeError) as e:
-            logging.warning(
-                '%s cannot be read (%s): summary.json is without it; its own command, given again, '
-                'writes it anew.',
-                file,
-                ' '.join(str(e).split()),
-            )
-    return found
-
-
-def summarise(results: list[dict]) -> dict:
-    """What summary.json holds, of several runs' results.
-
-    Returns:
-      config, data, category, embedded and epochs of all, `seeds`, and under `metrics` each
-      metric's `mean`, `std` (of a sample) and `values` by seed; None where it is undefined.
-    """
-    results = sorted(results, key=lambda r: r['seed'])
-    summary = {k: results[0][k] for k in ('config', 'data', 'category', 'embedded', 'epochs')}
-    summary |= {'seeds': [r['seed'] for r in results], 'metrics': {}, 'undefined': {}}
-    for name in metrics.METRICS:
-        values = [r['metrics'][name] for r in results]
-        if None in values:  # What is undefined follows from the test split, for all alike.
-            summary['metrics'][name] = None
-            summary['undefined'][name] = results[0]['undefined'][name]
-            continue
-        mean, std = statistics.fmean(values), statistics.stdev(values)
-        summary['metrics'][name] = {'mean': mean, 'std': std, 'values': values}
-    return summary
-
-
-def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
-    """A run's config.
-
-    Raises:
-      UserError: the folder is no run, or one of a newer ssn_jax.
-    """
-    if not workdir.is_dir():
-        raise UserError(f'{workdir} is no folder: --workdir names that of a run.')
-    several = single_runs(workdir)
-    if several != [workdir]:
-        raise UserError(f'{workdir} holds several runs: name one, such as {several[0]}.')
-    config = config_lib.from_json(workdir / 'config.json')
-    config_lib.validate(config)
-    return config
-
-
-def _read(path):
-    """A JSON file that may not be there yet."""
+    path = workdir / _MODEL
+    expected = (read_json(workdir / 'results.json') or {}).get('model_sha256')
     try:
-        return json.loads(path.read_text())
+        if expected and files.digest(path) != expected:
+            raise ValueError('its SHA-256 is not that of results.json')
+        with safetensors.safe_open(path, 'numpy') as file:
+            epoch = int(file.metadata()['epoch'])
+            flat = {tuple(name.split('/')): file.get_tensor(name) for name in file.keys()}
+        parts = traverse_util.unflatten_dict(flat)
+        return Model(parts['backbone'], parts.get('network'), epoch)
     except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as e:
-        raise UserError(f'{path} cannot be read ({e}): repeat the command of the run.') from None
+        raise UserError(
+            f'{path} does not exist: the command that trained this run writes it anew.'
+        ) from None
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(
+            f'{path} is damaged ({str(e).splitlines()[0]}): delete it, and the command that '
+            'trained this run writes it anew.'
+        ) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,7 +464,9 @@ class Run:
 
 def read_run(workdir: pathlib.Path) -> Run:
     """Opens a run's folder; UserError if it is none, or has no results yet."""
-    config = config_lib.from_json(workdir / 'config.json')
+    config = config_lib.with_found(
+        config_lib.from_json(workdir / 'config.json'), read_found(workdir) or {}
+    )
     path = workdir / 'results.json'
     try:
         results = json.loads(path.read_text())

@@ -24,15 +24,15 @@ from absl import flags, logging
 import ml_collections
 from ml_collections import config_flags
 
-from ssn_jax import config as config_lib, files, main, metrics, run as run_lib, terminal
+from ssn_jax import config as config_lib, files, metrics, run as run_lib, terminal
 from ssn_jax.errors import UserError
-from ssn_jax.report import page, published
+from ssn_jax.report import markup, page, published
 
 # --- What is to be run ----------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Setting:
     """Runs that differ in their seed alone.
 
     Attributes:
@@ -87,7 +87,7 @@ def parse_axes(
         field, assigned, text = axis.partition('=')
         if not assigned:
             raise UserError(f'--sweep {axis} has no values: it takes FIELD=VALUE,VALUE,....')
-        main.check_fields([f'--config.{field}'])
+        config_lib.check_name(field)
         if field == 'seeds':
             raise UserError('--sweep seeds says how many run at once: --sweep seed=0,1,2 does too.')
         if field in parsed:
@@ -122,7 +122,7 @@ def _parse(base, field, text):
 
 def plan(
     base: ml_collections.ConfigDict, axes: Mapping[str, Mapping[str, object]], workdir: pathlib.Path
-) -> list[Row]:
+) -> list[Setting]:
     """The rows of a sweep, the last axis varying first.
 
     Args:
@@ -144,7 +144,7 @@ def plan(
             values = {field: others[field][text] for field, text in setting.items()}
             config.update_from_flattened_dict(values | {'seed': seed, 'seeds': 1})
             config_lib.validate(config)
-        row = Row(setting, configs, workdir)
+        row = Setting(setting, configs, workdir)
         label = ','.join(f'{field}={text}' for field, text in setting.items()) or row.label
         name = urllib.parse.quote(label, safe='=,()')
         if len(name) > 255:
@@ -178,11 +178,13 @@ def _check_folder(rows, workdir):
 # --- Running it -----------------------------------------------------------------------------------
 
 
-def run(rows: Sequence[Row], arguments: Sequence[str], finish_row: Callable[[dict], None]) -> dict:
+def run(
+    settings: Sequence[Setting], arguments: Sequence[str], finish_row: Callable[[dict], None]
+) -> dict:
     """Runs what is not finished.
 
     Args:
-      rows: of the sweep.
+      settings: of the sweep.
       arguments: of every run's command line.
       finish_row: is called with what has failed so far, after each row.
 
@@ -190,9 +192,11 @@ def run(rows: Sequence[Row], arguments: Sequence[str], finish_row: Callable[[dic
       Why runs failed, in a line each, by label and seed.
     """
     failed: dict[tuple[str, int], str] = {}
-    for i, row in enumerate(rows, 1):
+    for i, row in enumerate(settings, 1):
         missing = sorted(row.configs.keys() - row.finished())
-        logging.info('Row %d of %d: %s, %d runs missing', i, len(rows), row.label, len(missing))
+        logging.info(
+            'Setting %d of %d: %s, %d runs missing', i, len(settings), row.label, len(missing)
+        )
         for group in groups(row.configs, missing):
             reason = _run_process(row, group, arguments)
             # Several may lack memory, or one of them end all: then each gets its own turn, from the
@@ -279,7 +283,7 @@ def explain(status: int, told: str) -> str | None:
 # --- The table ------------------------------------------------------------------------------------
 
 
-def write_tables(workdir: pathlib.Path, rows: Sequence[Row], failed: Mapping) -> str:
+def write_tables(workdir: pathlib.Path, rows: Sequence[Setting], failed: Mapping) -> str:
     """Writes results.csv (metrics in 0..1) and results.md (in percent); returns the latter."""
     finished = [(row, list(row.finished().values())) for row in rows]
     table = io.StringIO()
@@ -316,7 +320,7 @@ def write_tables(workdir: pathlib.Path, rows: Sequence[Row], failed: Mapping) ->
         blocks += [*(('text', note) for note in page.notes(shown))]
         blocks.append(('table', page.metrics_table(shown)))
     blocks += [('text', f'{label}, seed {seed}: {why}') for (label, seed), why in failed.items()]
-    text = page.markdown(blocks, '.')
+    text = markup.markdown(blocks, '.')
     files.write_output(workdir / 'results.md', text, '--workdir')
     return text
 
@@ -326,3 +330,28 @@ def _mean_and_std(values):
     known = [v for v in values if v is not None]
     std = statistics.stdev(known) if len(known) > 1 else ''
     return statistics.fmean(known) if known else '', std
+
+
+# --- The command ----------------------------------------------------------------------------------
+
+
+def main(values: flags.FlagValues) -> int:
+    """Runs the sweep of the parsed flags; the exit status."""
+    for name in ('distributed', 'coordinator', 'num_processes', 'process_id'):
+        if values[name].present:
+            raise UserError(f'--{name} is for a single run: a sweep has one process at a time.')
+    if not values.workdir:
+        raise UserError('no folder for the results: add --workdir sweeps/NAME.')
+    terminal.set_up_log(values.quiet)
+    workdir = terminal.path(values.workdir)
+    given = config_flags.get_override_values(values['config'])
+    settings = plan(values.config, parse_axes(values.config, values.sweep, given), workdir)
+    arguments = [f'--config={config_flags.get_config_filename(values["config"])}']
+    arguments += [f'--config.{field}={value}' for field, value in given.items() if field != 'seeds']
+    arguments += [f'--{name}' for name in ('quiet', 'tensorboard') if values[name].value]
+    failed = run(settings, arguments, lambda failed: write_tables(workdir, settings, failed))
+    if not values.quiet:
+        print(write_tables(workdir, settings, failed))
+    lost = f'; {len(failed)} of its runs failed' if failed else ''
+    print(f'The tables are in {workdir}: results.csv, results.md{lost}.')
+    return 2 if failed else 0

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable
 import errno
+import inspect
 import logging as py_logging
 import os
 import pathlib
@@ -14,18 +15,11 @@ from absl import flags, logging
 from ssn_jax import config as config_lib, signals
 from ssn_jax.errors import UserError
 
-# The config fields that a finished run may be opened with other values of.
-OVERRIDES = (
-    'data.name',
-    'data.root',
-    'data.category',
-    'data.cache',
-    'data.seed',
-    'eval_batch_size',
-    'precision',
-    'backbone.weights',
-)
-
+if sys.platform == 'win32':  # Every command comes by here before it imports what Windows lacks.
+    sys.exit(
+        'error: ssn_jax does not run on Windows (array_record and fcntl are not made for it): use '
+        'Linux, or WSL 2.'
+    )
 
 # What the machine can refuse at any time, whatever the code does.
 _REFUSALS = (
@@ -49,6 +43,9 @@ def guard(command: Callable[[], object], interrupted: str = '') -> None:
     except UserError as e:
         print(f'error: {e}', file=sys.stderr)
         sys.exit(1)
+    except BrokenPipeError:  # Whoever reads what is printed has enough, as `head` does.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as e:
         if e.errno not in _REFUSALS:
             raise
@@ -67,9 +64,10 @@ def guard(command: Callable[[], object], interrupted: str = '') -> None:
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are UserErrors."""
 
-    def __init__(self, description: str):
+    def __init__(self, command: str, description: str):
         super().__init__(
-            description=description,
+            prog=f'ssn-jax {command}',
+            description=inspect.cleandoc(description),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -78,21 +76,23 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f'{message} (--help lists what there is).')
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, fields: tuple[str, ...] = OVERRIDES) -> None:
+def path(text: str) -> pathlib.Path:
+    """What a flag names, a leading ~ read as the home folder."""
+    return pathlib.Path(text).expanduser()
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, fields: tuple[str, ...]) -> None:
     """Adds --workdir, --checkpoint, --quiet and a --config.FIELD for every one of `fields`."""
     parser.add_argument(
-        '--workdir', type=pathlib.Path, required=True, metavar='RUN', help="the run's folder"
+        '--workdir', type=path, required=True, metavar='RUN', help="the run's folder"
     )
     parser.add_argument(
         '--checkpoint', type=int, metavar='EPOCH', help='a checkpoint; the newest if not given'
     )
     parser.add_argument('--quiet', action='store_true', help='warnings and errors only')
-    for name, default in config_lib.fields(config_lib.default_config()):
-        if name in fields:
-            flag = f'--config.{name}'
-            parser.add_argument(
-                flag, type=type(default), metavar='VALUE', help="instead of the run's own"
-            )
+    for name in fields:
+        kind, flag = type(config_lib.FIELDS[name].default), f'--config.{name}'
+        parser.add_argument(flag, type=kind, metavar='VALUE', help="instead of the run's own")
 
 
 def parse(
@@ -107,11 +107,10 @@ def parse(
       UserError: the command line is wrong.
     """
     arguments, rest = parser.parse_known_args(argv)
-    known = dict(config_lib.fields(config_lib.default_config()))
+    known = config_lib.FIELDS
     values = {name: getattr(arguments, f'config.{name}', None) for name in known}
-    allowed = ', '.join(
-        f'--config.{name}' for name in known if hasattr(arguments, f'config.{name}')
-    )
+    allowed = [f'--config.{name}' for name in known if hasattr(arguments, f'config.{name}')]
+    allowed = ', '.join(allowed) or 'no config field'
     for word in rest:
         name = word.removeprefix('--config.').partition('=')[0]
         if word.startswith('--config.'):

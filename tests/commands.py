@@ -66,7 +66,7 @@ class Command:
 
 
 def start(program: str, *arguments, cwd: pathlib.Path, **environment: str | None) -> Command:
-    """Starts 'main', a script of scripts/ by its name, or another without its .py.
+    """Starts 'main', a command of `ssn-jax` by its name, or a program without its .py.
 
     Of the environment, None takes a variable away; XLA_FLAGS are added to those of the tests.
     """
@@ -105,14 +105,15 @@ def _run(program, arguments, cwd, folder, environment):
     for name, value in SMALL.items():
         setattr(*name, value)
     try:
-        if program == 'main':
-            sys.argv = ['main.py', *arguments]
-            from ssn_jax import main
+        from ssn_jax import cli, main
 
+        file = ROOT / 'scripts' / f'{program}.py'
+        sys.argv = [str(file), *arguments]
+        if program == 'main':
             main.cli()
+        elif program in cli.COMMANDS:
+            cli.main(program)
         else:
-            file = ROOT / 'scripts' / f'{program}.py'
-            sys.argv = [str(file), *arguments]
             runpy.run_path(str(file), run_name='__main__')
         code = 0
     except SystemExit as e:

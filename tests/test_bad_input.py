@@ -26,7 +26,7 @@ COMMANDS = {
         '--config.backbone.weights=resnet18.safetensors --config.batch_size=4'
     ),
     'import': (
-        'import_torch --config {mod2} --quiet --workdir=new --checkpoint=heads.safetensors '
+        'import-torch --config {mod2} --quiet --workdir=new --weights=heads.safetensors '
         '--config.backbone.weights=resnet18.safetensors'
     ),
     'evaluate': 'evaluate --quiet --workdir=run --config.data.cache=cache',
@@ -80,7 +80,8 @@ def loop(name):
 
 
 def cut_checkpoint(world):
-    for path in (world / 'run/checkpoints/1').rglob('*'):
+    (world / 'run/checkpoints/1').rename(world / 'run/checkpoints/2')
+    for path in (world / 'run/checkpoints/2').rglob('*'):
         if path.is_file():
             cut(path.relative_to(world))(world)
 
@@ -161,7 +162,7 @@ CASES = {
         ('--config=c.py', 'no way', write('c.py', b'def get_config(): raise OSError("no way")')),
         ('--config=c.py', 'way', write('c.py', b'def get_config(): raise ValueError("no\\nway")')),
         ('--config c.py', ('c.py', 'no_such_module'), write('c.py', b'import no_such_module')),
-        ('--config.qqq 1', ('no config field --config.qqq', 'ssn_jax/config.py')),
+        ('--config.qqq 1', ('no config field --config.qqq', 'ssn-jax train --help')),
         ('--config.noise.bta=1', 'did you mean noise.beta'),
         ('--config.noise=3', ('no config field --config.noise:', 'noise.beta')),
         ('--config.epochs=0', '--config.epochs=0 cannot be used'),
@@ -247,14 +248,14 @@ CASES = {
         ('', 'nut/train/good: holds no images', no_images),
     ],
     'import': [
-        ('--checkpoint=', 'no checkpoint: add --checkpoint'),
+        ('--weights=', 'no checkpoint: add --weights'),
         ('--workdir=', 'no folder for the run: add --workdir'),
-        ('--checkpoint=missing.safetensors', 'no weights file at missing.safetensors'),
-        ('--checkpoint=missing.pt', 'no weights file at missing.pt'),
-        (f'--checkpoint={IMAGE}', 'no readable safetensors or PyTorch file'),
-        ('--checkpoint=resnet18.safetensors', 'it is no checkpoint of SuperSimpleNet'),
-        ('--checkpoint=p.safetensors', 'as tensors alone', write('p.safetensors', PICKLE)),
-        ('--checkpoint=p.pt', 'p.pt cannot be read as tensors alone', write('p.pt', PICKLE)),
+        ('--weights=missing.safetensors', 'no weights file at missing.safetensors'),
+        ('--weights=missing.pt', 'no weights file at missing.pt'),
+        (f'--weights={IMAGE}', 'no readable safetensors or PyTorch file'),
+        ('--weights=resnet18.safetensors', 'it is no checkpoint of SuperSimpleNet'),
+        ('--weights=p.safetensors', 'as tensors alone', write('p.safetensors', PICKLE)),
+        ('--weights=p.pt', 'p.pt cannot be read as tensors alone', write('p.pt', PICKLE)),
         ('--workdir=run', 'run holds a run already'),
         ('--workdir=data', ('data is not empty', '--workdir')),
         ('--workdir=resnet18.safetensors/run', ('resnet18.safetensors', '--workdir')),
@@ -269,8 +270,9 @@ CASES = {
         ('', 'run/config.json is no config', write('run/config.json', b'[1]')),
         ('', '--config.epochs=0 cannot be used', with_config('run/config.json', epochs=0)),
         ('', 'is no config of ssn_jax', with_config('run/config.json', epochs='many')),
-        ('', 'run holds no checkpoint yet', gone('run/checkpoints')),
-        ('', 'cannot be restored', cut_checkpoint),
+        ('', 'model.safetensors does not exist', lambda w: (w / 'run/model.safetensors').unlink()),
+        ('', 'model.safetensors is damaged', cut('run/model.safetensors')),
+        ('--checkpoint=2', 'cannot be restored', cut_checkpoint),
         ('', 'run/decision.json cannot be read', write('run/decision.json', b'{')),
         ('--checkpoint=99', 'no checkpoint of epoch 99: it has 1'),
         ('--checkpoint=x', "invalid int value: 'x'"),
@@ -282,9 +284,9 @@ CASES = {
         ('--config.eval_batch_size=0', '--config.eval_batch_size=0'),
         ('--config.eval_batch_size=x', 'eval_batch_size'),
         ('--config.data.root=nowhere', ('nowhere: no such folder', '--config.data.root')),
-        ('--config.backbone.weights=missing', 'no weights file at missing'),
-        ('--csv=data', 'data is a folder: --csv names a file'),
-        ('--csv=resnet18.safetensors/x.csv', 'cannot be written to: choose another --csv'),
+        ('--config.backbone.weights=missing', 'backbone.weights belongs to training'),
+        ('--output=data', 'data is a folder: --output names a file'),
+        ('--output=resnet18.safetensors/x.csv', 'cannot be written to: choose another --output'),
     ],
     'predict': [
         ('=predict --workdir=run', 'required: --input'),
@@ -344,8 +346,7 @@ CASES = {
         ('--train --batch=0', '--batch=0'),
         ('--train --configs=drawn', 'with both heads: drawn is none'),
         ('--qqq', 'qqq'),
-        ('--flagfile=missing', 'Unable to open flagfile'),
-        ('mod1_a', "unexpected argument 'mod1_a'"),
+        ('mod1_a', 'unrecognized arguments: mod1_a'),
     ],
 }
 

@@ -1,15 +1,13 @@
 """The demo: its two commands, in small, and what it says of their result."""
 
 import pathlib
-import runpy
 import shlex
 
 import commands
 import pytest
 
+from ssn_jax import demo
 from ssn_jax.data import synthetic
-
-DEMO = runpy.run_path(str(commands.ROOT / 'scripts' / 'demo.py'))
 
 
 def test_what_is_counted(tmp_path):
@@ -20,7 +18,7 @@ def test_what_is_counted(tmp_path):
         f'{kind}/{i}.png,0.5,{words[c]}' for kind, cs in called.items() for i, c in enumerate(cs)
     ]
     table.write_text('\n'.join(['file,score,decision', *rows]) + '\n')
-    found = [' '.join(line.split()) for line in DEMO['count'](table).splitlines()]
+    found = [' '.join(line.split()) for line in demo.count(table).splitlines()]
     assert found == [
         'chip found 2 of 2',
         'scratch found 2 of 3',
@@ -38,25 +36,22 @@ def test_the_demo_in_small(tmp_path, monkeypatch, capsys):
         path = tmp_path / 'data' / record.file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(record.image)
-    (tmp_path / 'configs').symlink_to(commands.ROOT / 'configs')
     short = '--config.image_size=(64,64) --config.epochs=1 --config.data.name=folder'
     short += f' --config.data.root={tmp_path / "data/bearing"} --config.batch_size=8'
     said = []
 
     def run(command):
         said.append(command)
-        program, *words = shlex.split(command)[1:]
-        if program == '-m':
-            program, words = 'main', [*words[1:], *short.split()]
-        started = commands.start(pathlib.Path(program).stem, *words, cwd=tmp_path)
+        _, name, *words = shlex.split(command)
+        words += short.split() * (name == 'train')
+        started = commands.start(name, *words, cwd=tmp_path)
         assert started.end() == 0, started.err[-2000:]
 
-    demo = DEMO['demo']
-    monkeypatch.setitem(demo.__globals__, 'run', run)
-    monkeypatch.setitem(demo.__globals__, 'ROOT', tmp_path)
-    demo(pathlib.Path('runs/demo'))
+    monkeypatch.setattr(demo, 'run', run)
+    monkeypatch.chdir(tmp_path)
+    demo.demo(pathlib.Path('runs/demo'))
     out = capsys.readouterr().out
-    assert [command.split()[1] for command in said] == ['-m', 'scripts/predict.py']
+    assert [command.split()[1] for command in said] == ['train', 'predict']
     assert 'of 2' in out and 'of 1' in out and 'of 3 good images' in out
     for line in out.splitlines():
         if line.startswith('  runs/'):

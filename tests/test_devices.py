@@ -15,8 +15,11 @@ from ssn_jax import devices
 PROGRAM = """
 import json
 import jax, numpy as np
-from ssn_jax import devices, sampling, sparse_loss, steps
+from ssn_jax import devices
 from ssn_jax.config import default_config
+from ssn_jax.data import sampling
+from ssn_jax.losses import sparse
+from ssn_jax.training import steps
 
 def history(config, mesh):
     rng = np.random.default_rng(0)
@@ -37,7 +40,7 @@ def history(config, mesh):
 mesh = devices.make_mesh(4)
 assert mesh.size == 4
 # Two programs for two numbers of noisy positions instead of four: half the time to compile.
-sparse_loss._SURPLUS = np.array([0.5, np.inf])
+sparse._SURPLUS = np.array([0.5, np.inf])
 config = default_config()
 config.epochs, config.batch_size, config.noise.std = 3, 4, 0.3
 config.noise.kind, config.noise.discriminator_steps = 'learned', 1

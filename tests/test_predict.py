@@ -5,7 +5,6 @@ import gc
 import os
 import pathlib
 import struct
-import types
 import weakref
 import zlib
 
@@ -16,30 +15,26 @@ from PIL import Image
 import pytest
 import tiny
 
-from ssn_jax import config as config_lib, predict_folder, predictor as predictor_lib
+from ssn_jax import config as config_lib, predict_folder, predictor
 from ssn_jax.data import images
 from ssn_jax.errors import UserError
 
 
+class Brightness(predictor.Predictor):
+    """A model whose map is the image's brightness, and whose score is its maximum."""
+
+    def logits(self, images):
+        assert images.shape[1:] == (*self.config.image_size, 3) and len(images) <= self.batch_size
+        maps = images.astype(np.float32).mean(-1) / 16 - 8
+        return maps.max((1, 2)), maps
+
+
 @pytest.fixture
-def run(monkeypatch):
-    """A run whose map is the image's brightness, and whose score is its maximum."""
+def run():
+    """Such a model of an opened run."""
     config = config_lib.default_config()
     config.update(image_size=(64, 64), eval_batch_size=4)
-    decision = {'threshold': 0.0}
-
-    def make_predictor(run, batch_size):
-        def predictor(batch):
-            assert batch.shape == (batch_size, *run.config.image_size, 3)
-            maps = batch.astype(np.float32).mean(-1) / 16 - 8
-            return maps.max((1, 2)), maps
-
-        return predictor
-
-    monkeypatch.setattr(predictor_lib, 'make_predictor', make_predictor)
-    return types.SimpleNamespace(
-        config=config, decision=decision, workdir=pathlib.Path('run'), epoch=300
-    )
+    return Brightness(config, None, 300, {'threshold': 0.0}, pathlib.Path('run'))
 
 
 def spot(height, width, box, channels=3):
@@ -190,18 +185,15 @@ def test_no_name_leads_out_of_the_output(run, tmp_path):
 def test_interrupted_predictions_are_kept_and_called_partial(run, tmp_path, monkeypatch, caplog):
     for i in range(12):
         write(tmp_path / f'in/{i:02d}.png', spot(40, 40, (10, 10, 9, 9)))
-    seen, make = [], predictor_lib.make_predictor
+    seen, logits = [], run.logits
 
-    def make_predictor(run, batch_size):
-        def predictor(batch):
-            seen.append(batch)
-            if len(seen) == 3:
-                raise KeyboardInterrupt
-            return make(run, batch_size)(batch)
+    def interrupted(images):
+        seen.append(images)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return logits(images)
 
-        return predictor
-
-    monkeypatch.setattr(predictor_lib, 'make_predictor', make_predictor)
+    monkeypatch.setattr(run, 'logits', interrupted)
     with pytest.raises(KeyboardInterrupt):
         predict_folder.predict(run, tmp_path / 'in', tmp_path / 'out', overlays=False)
     assert os.listdir(tmp_path / 'out') == ['predictions.partial.csv']
@@ -313,25 +305,30 @@ def test_the_strongest_region_is_that_of_the_highest_logit():
     """Where float32 probabilities are all 1."""
     logits = np.full((20, 30), -9.0, np.float32)
     logits[2:5, 3:6], logits[10:14, 20:25] = 17.0, 25.0
-    box, regions = predictor_lib.strongest_region(logits)
-    assert box == (20, 10, 5, 4) and regions.sum() == 9 + 20
+    config = config_lib.default_config()
+    config.image_size = (20, 30)
+    view = predictor.View(config, (40, 30))
+    regions, marked = predictor.find_regions(logits, view)
+    assert regions == [(20, 20, 5, 8, 40, 25.0), (3, 4, 3, 6, 18, 17.0)]
+    assert marked.sum() == 9 + 20
 
 
 def test_predictions_inside_the_input_are_not_predicted(run, tmp_path):
     write(tmp_path / 'a.png', spot(40, 40, (10, 10, 9, 9)))
     assert predict_folder.predict(run, tmp_path, tmp_path / 'out') == (1, 0)
-    assert predict_folder.predict(run, tmp_path, tmp_path / 'out2', threshold=9.0) == (2, 0)
+    run.threshold = 9.0
+    assert predict_folder.predict(run, tmp_path, tmp_path / 'out2') == (2, 0)
     assert table(tmp_path / 'out2/predictions.csv')['a.png']['decision'] == 'normal'
 
 
 def no_threshold(run):
-    run.decision = {'threshold': None, 'undefined': 'scores are not finite'}
+    run.decision, run.threshold = {'undefined': 'scores are not finite'}, None
     return 'scores are not finite'
 
 
 def diverged(run):
     nothing = np.full((1, 64, 64), np.nan, np.float32)
-    predictor_lib.make_predictor = lambda run, n: lambda batch: (nothing[:, 0, 0], nothing)
+    run.logits = lambda images: (nothing[:, 0, 0], nothing)
     return 'diverged'
 
 
@@ -373,5 +370,5 @@ def test_the_command(tmp_path):
     assert 'Traceback' not in second.err
     assert {p.name for p in (tmp_path / 'home/ssn_jax/compiled').glob('*-cache')} == kept
     rows = [table(tmp_path / x / 'predictions.csv') for x in ('first', 'second')]
-    assert len(rows[0].pop('good/000.png')) == 7 and rows[0] == rows[1]
+    assert len(rows[0].pop('good/000.png')) == 8 and rows[0] == rows[1]
     assert {row['decision'] for row in rows[0].values()} <= {'normal', 'defective'}

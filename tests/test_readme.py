@@ -27,24 +27,22 @@ SHORT = (
 REAL = '--config.data.root={data}/mvtec_ad --config.data.category=bottle'
 # Beginnings of commands, and what is added to them. A new command needs an entry here.
 ADDED = {
-    'python -m ssn_jax.main --config configs/drawn.py': (
-        f'{SHORT} --config.turned_copies=1 --config.drawn.copies=2'
-    ),
-    'python scripts/predict.py --workdir runs/mine': '',
-    'python -m ssn_jax.main --config configs/mod2.py --config.seeds': f'{SHORT} {REAL}',
-    'python -m ssn_jax.main --config configs/mod2.py --config.noise': f'{SHORT} {REAL}',
-    'python -m ssn_jax.main --config configs/mod2.py --config.data': SHORT,
+    'ssn-jax train --config drawn': f'{SHORT} --config.turned_copies=1 --config.drawn.copies=2',
+    'ssn-jax predict --workdir runs/mine': '',
+    'ssn-jax train --config mod2 --config.seeds': f'{SHORT} {REAL}',
+    'ssn-jax train --config mod2 --config.noise': f'{SHORT} {REAL}',
+    'ssn-jax train --config mod2 --config.data': SHORT,
     'python -m ssn_jax.main --config configs/mod2.py': f'{SHORT} {REAL}',
-    'python scripts/sweep.py --config configs/mod2.py': f'{SHORT} {REAL}',
-    'python -m ssn_jax.main --config configs/': SHORT,
-    'python scripts/import_torch.py --checkpoint weights.safetensors': SHORT,
-    'python scripts/compare.py': '',
-    'python scripts/evaluate.py --workdir runs/mod2': '',
-    'python scripts/predict.py --workdir runs/mod2': '',
-    'python scripts/export.py --workdir runs/mod2 --format onnx': '',
-    'python scripts/export.py --workdir runs/mod2 --format stablehlo': '',
-    'python scripts/report.py': '',
-    'python scripts/benchmark.py --json': '--configs=drawn --turns=7 --nodirect',
+    'ssn-jax sweep --config mod2': f'{SHORT} {REAL}',
+    'ssn-jax train --config': SHORT,
+    'ssn-jax import-torch --weights weights.safetensors': SHORT,
+    'ssn-jax compare': '',
+    'ssn-jax evaluate --workdir runs/mod2': '',
+    'ssn-jax predict --workdir runs/mod2': '',
+    'ssn-jax export --workdir runs/mod2 --format onnx': '',
+    'ssn-jax export --workdir runs/mod2 --format stablehlo': '',
+    'ssn-jax report': '',
+    'ssn-jax benchmark --json': '--configs=drawn --turns=7 --no_direct',
 }
 # Not run here: the environment's own commands, and what tests/test_devices.py runs.
 LEFT_OUT = re.compile(r'(make|\. \.venv|pip install)\b|.*--coordinator')
@@ -127,10 +125,9 @@ def prepare(folder: pathlib.Path) -> pathlib.Path:
 def start(line: str, folder: pathlib.Path) -> None:
     """Runs a line as a shell in this folder does; it must end well."""
     typed, _, target = line.partition(' > ')
-    python, *words = shlex.split(typed)
-    assert python == 'python'
-    program = 'main' if words[:2] == ['-m', 'ssn_jax.main'] else pathlib.Path(words[0]).stem
-    words = words[2 if program == 'main' else 1 :]
+    typed = typed.replace('python -m ssn_jax.main ', 'ssn-jax main ')
+    ssn_jax, program, *words = shlex.split(typed)
+    assert ssn_jax == 'ssn-jax'
     words = [name for word in words for name in sorted(glob.glob(word, root_dir=folder)) or [word]]
     command = commands.start(
         *(program, *words),
@@ -146,8 +143,8 @@ def start(line: str, folder: pathlib.Path) -> None:
 # Commands that follow from each other, by what tells them; the last group is all the others.
 GROUPS = {
     'own': ('runs/mine',),
-    'defects': ('KolektorSDD2', 'mixed', 'compare.py', 'import_torch.py'),
-    'several': ('beta-0.05', 'config.seeds', 'sweep.py'),
+    'defects': ('KolektorSDD2', 'mixed', 'compare', 'import-torch'),
+    'several': ('beta-0.05', 'config.seeds', 'sweep'),
     'one': ('',),
 }
 

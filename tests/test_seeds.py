@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from ssn_jax import config as config_lib, metrics, pipeline, run as run_lib
+from ssn_jax import config as config_lib, metrics, pipeline, run as run_lib, seeds
 from ssn_jax.data import sampling
 from ssn_jax.errors import UserError
 from ssn_jax.report import text as text_lib
@@ -154,15 +154,15 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     config.seeds = 2
     (tmp_path / 'seed-0').mkdir()
     (tmp_path / 'summary.json').write_text('')
-    runs = run_lib.runs_of(config, tmp_path)
+    runs = seeds.runs_of(config, tmp_path)
     assert [(c.seed, c.seeds, w.name) for c, w in runs] == [(0, 1, 'seed-0'), (1, 1, 'seed-1')]
     assert config.seeds == 2
     (tmp_path / 'thesis.tex').write_text('')
     with pytest.raises(UserError, match=r'thesis\.tex.*--workdir'):
-        run_lib.runs_of(config, tmp_path)
+        seeds.runs_of(config, tmp_path)
     (tmp_path / 'config.json').write_text('')
     with pytest.raises(UserError, match=r'a single run.*--workdir'):
-        run_lib.runs_of(config, tmp_path)
+        seeds.runs_of(config, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_summary_of_an_undefined_metric():
     results = [
         base | {'seed': s, 'metrics': values, 'undefined': {'AUPRO': 'no masks'}} for s in (0, 1)
     ]
-    summary = run_lib.summarise(results)
+    summary = seeds.summarise(results)
     assert summary['metrics']['AUPRO'] is None
     assert isinstance(text_lib.format_summary(summary), str)
     lines = text_lib.format_summary(summary).splitlines()
@@ -216,9 +216,9 @@ def test_a_summary_is_of_all_seeds_that_are_there(tmp_path):
         (tmp_path / f'seed-{seed}' / 'results.json').write_text(text)
     config.seed, config.seeds = 3, 2
     config.features.place = 'host'  # Where features lie changes no result.
-    others = run_lib.other_results(run_lib.runs_of(config, tmp_path), tmp_path)
+    others = seeds.other_results(seeds.runs_of(config, tmp_path), tmp_path)
     assert sorted(r['seed'] for r in others) == [0, 1]
-    summary = run_lib.summarise([fields | {'seed': seed} for seed in (4, 0, 3)])
+    summary = seeds.summarise([fields | {'seed': seed} for seed in (4, 0, 3)])
     assert summary['seeds'] == [0, 3, 4]
     assert 'seeds 0, 3, 4,' in text_lib.format_summary(summary)
 
@@ -272,7 +272,7 @@ def test_a_damaged_result_of_another_seed_is_left_out(tmp_path, caplog):
         (tmp_path / f'seed-{seed}').mkdir()
         (tmp_path / f'seed-{seed}' / 'config.json').write_text(config_lib.to_json(single))
         (tmp_path / f'seed-{seed}' / 'results.json').write_text(text)
-    found = run_lib.other_results([(config, tmp_path / 'seed-0')], tmp_path)
+    found = seeds.other_results([(config, tmp_path / 'seed-0')], tmp_path)
     assert [results['seed'] for results in found] == [3]
     for seed in (1, 2, 4):
         assert f'seed-{seed}' in caplog.text

@@ -217,7 +217,7 @@ def compiled_step(kind, sparse=False, penalty=None):
 def test_generator_gradient_is_minus_the_discriminators_loss():
     """A generator step follows -dL_D + penalty * d(mean noise^2), its only terms.
 
-    Of the sparse loss only each player's own can be differentiated; tests/test_sparse_loss.py says
+    Of the sparse loss only each player's own can be differentiated; tests/test_sparse.py says
     that both are the direct form's.
     """
     config = game('v2', penalty=10.0)

@@ -11,8 +11,8 @@ import numpy as np
 import rule
 import safetensors.numpy
 
-from ssn_jax import config as config_lib, files, pipeline
-from ssn_jax.models import backbones
+from ssn_jax import config as config_lib, files, pipeline, run as run_lib
+from ssn_jax.models import backbones, weights
 from ssn_jax.training import checkpoint, steps
 
 
@@ -65,6 +65,8 @@ def fake_run(
     decision = {'threshold': threshold, 'undefined': 'made up', 'split': 'train (normal)'}
     files.write(workdir / 'decision.json', json.dumps(decision))
     checkpoint.save(checkpoint.open_manager(workdir, 2), epoch, state)
+    backbone, _ = weights.load_backbone(run.backbone.name, run.backbone.weights, False)
+    run_lib.write_model(workdir, run_lib.Model(backbone, state.variables(), epoch))
     files.write(workdir / 'train.csv', f'epoch,loss,seconds\n{epoch},1,1\n')
     return workdir
 

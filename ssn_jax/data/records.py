@@ -64,12 +64,15 @@ def load(
     """
     source = _source(data_config)
     prepared = _prepare(source, cache_folder(data_config.cache))
+    train, of_train = _read(prepared, 'train', image_size, resize)
+    test, of_test = _read(prepared, 'test', image_size, resize)
     return splits.Dataset(
-        train=_read(prepared, 'train', image_size, resize),
-        test=_read(prepared, 'test', image_size, resize),
+        train=train,
+        test=test,
         name=source.name,
         category=source.category,
         embedded=source.name == 'synthetic',
+        fingerprints={'train': of_train, 'test': of_test},
     )
 
 
@@ -229,8 +232,8 @@ def _builder(folder: Path, records: Iterable[Record] = ()):
 
 def _read(
     prepared: Path, split: str, image_size: tuple[int, int], resize: tuple[int, int]
-) -> splits.Split:
-    """Decodes and resizes one split of a prepared set."""
+) -> tuple[splits.Split, str]:
+    """Decodes and resizes one split of a prepared set; returns it and its fingerprint."""
     from tensorflow_datasets import decode
 
     skip = {'image': decode.SkipDecoding(), 'mask': decode.SkipDecoding()}
@@ -239,20 +242,25 @@ def _read(
 
     size = resize if any(resize) else image_size
 
-    def arrays(example: dict) -> tuple[np.ndarray, np.ndarray]:
+    def arrays(example: dict) -> tuple[np.ndarray, np.ndarray, bytes]:
         file = example['file'].decode()
         image = images.fit(images.decode(example['image'], file), image_size, resize)
-        mask = images.resize_mask(images.decode_mask(example['mask'], file), size)
-        return image, images.centre(mask, image_size)
+        mask = images.decode_mask(example['mask'], file)
+        # The mask as pixels, since it was encoded here, by whatever version of OpenCV.
+        parts = example['image'], np.packbits(mask).tobytes(), bytes([example['has_mask']])
+        names = f'{file}\0{example["defect"].decode()}\0'.encode()
+        content = b''.join(hashlib.sha256(part).digest() for part in (names, *parts))
+        return image, images.centre(images.resize_mask(mask, size), image_size), content
 
-    with ThreadPoolExecutor() as pool:  # OpenCV releases the interpreter's lock
-        pairs = list(pool.map(arrays, examples))
+    with ThreadPoolExecutor() as pool:  # OpenCV and hashlib release the interpreter's lock.
+        found = list(pool.map(arrays, examples))
     defects = tuple(example['defect'].decode() for example in examples)
-    return splits.Split(
-        images=np.stack([image for image, _ in pairs]),
-        masks=np.stack([mask for _, mask in pairs]),
+    split = splits.Split(
+        images=np.stack([image for image, _, _ in found]),
+        masks=np.stack([mask for _, mask, _ in found]),
         has_mask=np.array([example['has_mask'] for example in examples], bool),
         labels=np.array([defect != GOOD for defect in defects], np.int32),
         defects=defects,
         files=tuple(example['file'].decode() for example in examples),
     )
+    return split, hashlib.sha256(b''.join(content for _, _, content in found)).hexdigest()

@@ -38,6 +38,8 @@ class Dataset:
         embedded set, whatever name it was asked for under.
       category: the category's name.
       embedded: whether this is the embedded procedural set instead of real data.
+      fingerprints: by split, 'train' and 'test', the SHA-256 of what it holds: of names, encoded
+        images and masks, wherever they lie.
     """
 
     train: Split
@@ -45,6 +47,7 @@ class Dataset:
     name: str
     category: str
     embedded: bool
+    fingerprints: dict[str, str]
 
 
 def take(split: Split, indices: np.ndarray) -> Split:

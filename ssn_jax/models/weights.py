@@ -4,6 +4,7 @@ They are read from safetensors files or from torch's own; nothing in a file is e
 """
 
 from collections.abc import Callable, Mapping
+import hashlib
 import importlib.util
 import pathlib
 import re
@@ -317,6 +318,15 @@ def load_backbone(name: str, weights: str, allow_random: bool) -> tuple[dict, st
             logging.warning('%s Going on with seeded random weights.', e)
             return random_backbone(name), RANDOM
     return port(read(weights), backbone_template(name), backbone_name, str(weights)), origin
+
+
+def digest(variables: dict) -> str:
+    """The SHA-256 of a backbone's variables, whatever file they came from."""
+    found = hashlib.sha256()
+    for path, x in sorted(traverse_util.flatten_dict(variables).items()):
+        found.update(f'{path} {x.dtype} {x.shape};'.encode())
+        found.update(np.ascontiguousarray(x).data)
+    return found.hexdigest()
 
 
 def random_backbone(name: str) -> dict:

@@ -4,10 +4,8 @@ A page is a list of blocks (heading, paragraph, table, figures); `markdown` and 
 ways of writing the same blocks.
 """
 
-import base64
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import html as html_lib
 import json
 import os
 import pathlib
@@ -20,13 +18,12 @@ import cv2
 
 from ssn_jax import config as config_lib, decision, metrics, run as run_lib
 from ssn_jax.errors import UserError
-from ssn_jax.report import figures, published
+from ssn_jax.report import figures, markup, published
 
-NOTHING = '–'
 EXPLANATION = (
     'Metrics are of the last epoch and in percent; with several seeds they are mean ± standard '
-    'deviation. Published results are those of 300 epochs of batch 32 (SimpleNet: 160 of batch 8); '
-    'differences are own minus published, in percentage points.'
+    'deviation. Published results stand beside runs of the same config; differences are own minus '
+    'published, in percentage points, where both have as many epochs.'
 )
 
 
@@ -70,8 +67,10 @@ def make_rows(runs: Sequence[run_lib.Run]) -> list[Row]:
     for run in runs:
         identity = config_lib.identity(run.config)
         del identity['seed']
-        key = json.dumps(identity, sort_keys=True)
-        fields[key] = identity
+        content = [run.results.get(name) for name in ('data_sha256', 'backbone_sha256')]
+        key = json.dumps([identity, content], sort_keys=True)
+        # Data are told by their content, but people know them by their folder.
+        fields.setdefault(key, identity | {'data.root': run.config.data.root})
         for other in groups.setdefault(key, []):
             if other.config.seed == run.config.seed:
                 raise UserError(
@@ -113,7 +112,7 @@ def read_benchmark(path: pathlib.Path) -> tuple[str, dict[str, dict]]:
         raise UserError(f'no file at {path}: --benchmark takes one.') from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
-            f'{path} is no output of scripts/benchmark.py --json: redirect that into a file.'
+            f'{path} is no output of ssn-jax benchmark --json: redirect that into a file.'
         ) from None
 
 
@@ -133,35 +132,6 @@ def speed_of(row: Row, benchmark: tuple[str, dict] | None) -> Mapping:
 # --- Tables ---------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """A table of text.
-
-    Attributes:
-      head: the columns' names.
-      lines: their cells; the first is the line's name.
-      quiet: the lines' numbers that stand back: what is published, and differences to it.
-    """
-
-    head: list[str]
-    lines: list[list[str]]
-    quiet: set[int] = dataclasses.field(default_factory=set)
-
-    def add(self, *cells: str, quiet: bool = False) -> None:
-        """Appends a line."""
-        if quiet:
-            self.quiet.add(len(self.lines))
-        self.lines.append(list(cells))
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """A figure: its file's name in the report's folder, and what is seen on it."""
-
-    name: str
-    caption: str
-
-
 def mean_and_spread(values: Sequence[float | None], scale: float = 1.0, digits: int = 1) -> str:
     """The mean, from two values on with the sample standard deviation, as text.
 
@@ -169,16 +139,16 @@ def mean_and_spread(values: Sequence[float | None], scale: float = 1.0, digits: 
     """
     known = [scale * v for v in values if v is not None]
     if not known:
-        return NOTHING
+        return markup.NOTHING
     text = f'{statistics.fmean(known):.{digits}f}'
     if len(known) > 1:
         text += f' ± {statistics.stdev(known):.{digits}f}'
     return text if len(known) == len(values) else f'{text} ({len(known)} of {len(values)})'
 
 
-def metrics_table(rows: Sequence[Row]) -> Table:
+def metrics_table(rows: Sequence[Row]) -> markup.Table:
     """The seven metrics in percent, each row with the published ones and the differences."""
-    table = Table(['system', 'epochs', 'seeds', *metrics.METRICS, 'seconds of training'], [])
+    table = markup.Table(['system', 'epochs', 'seeds', *metrics.METRICS, 'seconds of training'], [])
     for row in rows:
         values = {name: row.each(lambda r, n=name: r['metrics'][n]) for name in metrics.METRICS}
         table.add(
@@ -190,21 +160,23 @@ def metrics_table(rows: Sequence[Row]) -> Table:
         )
         if row.beside is None:
             continue
-        theirs, differences = [], []
+        theirs, differences, epochs = [], [], published.epochs(row.beside)
+        alike = row.runs[0].config.epochs == epochs
         for name in metrics.METRICS:
             value, known = row.beside.metrics.get(name), [v for v in values[name] if v is not None]
-            both = value is not None and known
-            theirs.append(NOTHING if value is None else f'{100 * value:.1f}')
+            both = value is not None and known and alike
+            theirs.append(markup.NOTHING if value is None else f'{100 * value:.1f}')
             difference = 100 * (statistics.fmean(known) - value) if both else None
-            differences.append(NOTHING if difference is None else f'{difference:+.1f}')
-        table.add('published', '', '', *theirs, '', quiet=True)
-        table.add('difference', '', '', *differences, '', quiet=True)
+            differences.append(markup.NOTHING if difference is None else f'{difference:+.1f}')
+        table.add('published', str(epochs), '', *theirs, '', quiet=True)
+        if alike:
+            table.add('difference', '', '', *differences, '', quiet=True)
     return table
 
 
-def decision_table(rows: Sequence[Row]) -> Table:
+def decision_table(rows: Sequence[Row]) -> markup.Table:
     """The thresholds and what they do on the test split, in percent."""
-    table = Table(['system', 'category', 'threshold (probability)', 'chosen on'], [])
+    table = markup.Table(['system', 'category', 'threshold (probability)', 'chosen on'], [])
     table.head.extend(['test TPR', 'test FPR', 'Youden on test: threshold', 'TPR', 'FPR'])
     for row in rows:
         chosen = [run.results['decision'] for run in row.runs]
@@ -223,18 +195,20 @@ def decision_table(rows: Sequence[Row]) -> Table:
         if row.beside and row.beside.decision:
             d = row.beside.decision
             point = f'{d["probability"]:.4f}', f'{100 * d["tpr"]:.1f}', f'{100 * d["fpr"]:.1f}'
-            table.add('published', '', *[NOTHING] * 4, *point, quiet=True)
+            table.add('published', '', *[markup.NOTHING] * 4, *point, quiet=True)
     return table
 
 
-def efficiency_table(rows: Sequence[Row], benchmark: tuple[str, dict] | None) -> Table:
+def efficiency_table(rows: Sequence[Row], benchmark: tuple[str, dict] | None) -> markup.Table:
     """Size and speed of every row; without a benchmark, of training alone."""
     inference = {'ms': 'ms, batch 1', 'images_per_s': 'images/s, batch 16', 'mb': 'MB, batch 1'}
-    table = Table(['system', 'category', 'M parameters', 'seconds an epoch', 'trained on'], [])
+    table = markup.Table(
+        ['system', 'category', 'M parameters', 'seconds an epoch', 'trained on'], []
+    )
     table.head.extend(inference.values())
 
     def speed(of: Mapping) -> list[str]:
-        return [NOTHING if of.get(k) is None else f'{of[k]:.2f}' for k in inference]
+        return [markup.NOTHING if of.get(k) is None else f'{of[k]:.2f}' for k in inference]
 
     for row in rows:
         table.add(
@@ -242,20 +216,27 @@ def efficiency_table(rows: Sequence[Row], benchmark: tuple[str, dict] | None) ->
             row.where[1],
             f'{row.runs[0].results["parameters"] / 1e6:.1f}',
             mean_and_spread(row.each(lambda r: r.get('seconds_per_epoch')), digits=2),
-            row.runs[0].results['devices'] if row.runs[0].history else NOTHING,
+            row.runs[0].results['devices'] if row.runs[0].history else markup.NOTHING,
             *speed(speed_of(row, benchmark)),
         )
         theirs = published.efficiency(row.runs[0].config)
         if theirs:
             size = f'{theirs["params"] / 1e6:.1f}'
-            cells = f'published ({published.DEVICE})', '', size, NOTHING, NOTHING, *speed(theirs)
+            cells = (
+                f'published ({published.DEVICE})',
+                '',
+                size,
+                markup.NOTHING,
+                markup.NOTHING,
+                *speed(theirs),
+            )
             table.add(*cells, quiet=True)
     return table
 
 
-def runs_table(rows: Sequence[Row]) -> Table:
+def runs_table(rows: Sequence[Row]) -> markup.Table:
     """Where everything comes from: a line for every run."""
-    table = Table(['run', 'system', 'seed', 'data', 'test images', "backbone's weights"], [])
+    table = markup.Table(['run', 'system', 'seed', 'data', 'test images', "backbone's weights"], [])
     for row in rows:
         for run in row.runs:
             r = run.results
@@ -274,7 +255,7 @@ def place(where: tuple[str, str]) -> str:
 
 def section_figures(
     folder: pathlib.Path, number: int, rows: Sequence[Row], benchmark: tuple[str, dict] | None
-) -> list[tuple[str, list[Picture]]]:
+) -> list[tuple[str, list[markup.Picture]]]:
     """Draws and copies the figures of one category into `folder`: groups with their headings."""
     title = place(rows[0].where)
     groups = []
@@ -292,7 +273,9 @@ def section_figures(
             file = f'trade-off-{number}.png'
             devices = benchmark[0], published.DEVICE
             figures.trade_off(folder / file, ours, theirs, f'{title} · trade-off', devices)
-            groups.append(('Trade-off', [Picture(file, f'I-AUROC against latency, {title}')]))
+            groups.append(
+                ('Trade-off', [markup.Picture(file, f'I-AUROC against latency, {title}')])
+            )
 
     numbers = {f for row in rows for f, v in row.setting.items() if type(v) in (int, float)}
     pictures = []
@@ -301,7 +284,7 @@ def section_figures(
         if any(len(points) > 1 for points in ours.values()):
             file = f'setting-{number}-{i}.png'
             figures.over_setting(folder / file, ours, theirs, f'{title} · {field}', field)
-            pictures.append(Picture(file, f'I-AUROC over {field}, {title}'))
+            pictures.append(markup.Picture(file, f'I-AUROC over {field}, {title}'))
     if pictures:
         groups.append(('Settings', pictures))
 
@@ -309,7 +292,9 @@ def section_figures(
     if histories:
         file = f'losses-{number}.png'
         figures.compare_losses(folder / file, histories, f'{title} · loss, first seed')
-        groups.append(('Loss', [Picture(file, f'Loss of the first seed of each system, {title}')]))
+        groups.append(
+            ('Loss', [markup.Picture(file, f'Loss of the first seed of each system, {title}')])
+        )
 
     for kind, heading in {
         'pixel_pr': 'Precision and recall of the pixels',
@@ -328,7 +313,7 @@ def section_figures(
                 )
             file = f'{kind}-{number}-{i}.png'
             shutil.copyfile(source, folder / file)
-            pictures.append(Picture(file, f'{row.label}, seed {run.config.seed}'))
+            pictures.append(markup.Picture(file, f'{row.label}, seed {run.config.seed}'))
         if pictures:
             groups.append((heading, pictures))
     return groups
@@ -422,99 +407,6 @@ def notes(rows: Sequence[Row]) -> list[str]:
     return found
 
 
-def markdown(blocks: Sequence[tuple], folder: str) -> str:
-    """The page as Markdown; `folder` is where the figures are, from the page."""
-
-    def clean(text: str) -> str:
-        return re.sub(r'([\\`*\[\]<|])', r'\\\1', text)
-
-    lines = []
-    for kind, *content in blocks:
-        match kind:
-            case 'heading':
-                lines += ['#' * content[0] + ' ' + clean(content[1]), '']
-            case 'text':
-                lines += [clean(content[0]), '']
-            case 'table':
-                (table,) = content
-                lines += [f'| {" | ".join(table.head)} |', '|---' * len(table.head) + '|']
-                for i, cells in enumerate(table.lines):
-                    marked = [clean(c) for c in cells]
-                    if i in table.quiet:
-                        marked = [f'*{c}*' if c else '' for c in marked]
-                    lines.append(f'| {" | ".join(marked)} |')
-                lines.append('')
-            case 'pictures':
-                for picture in content[0]:
-                    caption = clean(picture.caption)
-                    lines += [f'![{caption}]({folder}/{picture.name})', '', caption, '']
-    return '\n'.join(lines)
-
-
-# Wide tables and rows of figures scroll by themselves, so that a page fits any screen.
-STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 0 1rem 3rem;
-  max-width: 75rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.3rem; margin-top: 2.5rem; } h3 { font-size: 1.05rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-thead th { border-bottom: 2px solid; vertical-align: bottom; }
-tbody tr { border-top: 1px solid #8884; }
-tbody tr.quiet { border-top: 0; opacity: .7; font-style: italic; }
-.figures { display: flex; flex-wrap: wrap; gap: 1rem; }
-figure { margin: 0; flex: 1 1 20rem; max-width: 45rem; min-width: 0; }
-img { max-width: 100%; height: auto; background: white; }
-figcaption { font-size: .85rem; overflow-wrap: anywhere; }
-"""
-
-
-def html(blocks: Sequence[tuple], folder: pathlib.Path) -> str:
-    """The page as HTML with its figures, read from `folder`, inside; it runs and loads nothing."""
-    clean = html_lib.escape
-    parts = []
-    for kind, *content in blocks:
-        match kind:
-            case 'heading':
-                parts.append(f'<h{content[0]}>{clean(content[1])}</h{content[0]}>')
-            case 'text':
-                parts.append(f'<p>{clean(content[0])}</p>')
-            case 'table':
-                (table,) = content
-                head = ''.join(f'<th scope="col">{clean(c)}</th>' for c in table.head)
-                parts.append(f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>')
-                for i, cells in enumerate(table.lines):
-                    quiet = ' class="quiet"' if i in table.quiet else ''
-                    parts.append(
-                        f'<tr{quiet}>{"".join(f"<td>{clean(c)}</td>" for c in cells)}</tr>'
-                    )
-                parts.append('</tbody></table></div>')
-            case 'pictures':
-                parts.append('<div class="figures">')
-                for picture in content[0]:
-                    encoded = base64.b64encode((folder / picture.name).read_bytes()).decode()
-                    caption = clean(picture.caption)
-                    parts.append(
-                        f'<figure><img alt="{caption}" src="data:image/png;base64,{encoded}">'
-                        f'<figcaption>{caption}</figcaption></figure>'
-                    )
-                parts.append('</div>')
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    return '\n'.join(
-        [
-            '<!doctype html>',
-            '<html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-            f'<title>{clean(blocks[0][2])}</title><style>{STYLE}</style></head><body>',
-            *parts,
-            '</body></html>\n',
-        ]
-    )
-
-
 def check_output(output: pathlib.Path) -> None:
     """Raises UserError unless a report can be written: a new folder, or one that holds a report."""
     if not output.exists():
@@ -560,8 +452,8 @@ def write_report(
         shutil.rmtree(draft, ignore_errors=True)
         (draft / 'figures').mkdir(parents=True)
         blocks = make_blocks(draft / 'figures', rows, measured)
-        (draft / 'report.md').write_text(markdown(blocks, 'figures'), encoding='utf-8')
-        (draft / 'report.html').write_text(html(blocks, draft / 'figures'), encoding='utf-8')
+        (draft / 'report.md').write_text(markup.markdown(blocks, 'figures'), encoding='utf-8')
+        (draft / 'report.html').write_text(markup.html(blocks, draft / 'figures'), encoding='utf-8')
         if output.exists():
             shutil.rmtree(output)
         draft.replace(output)

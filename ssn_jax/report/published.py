@@ -8,6 +8,8 @@ import dataclasses
 
 import ml_collections
 
+from ssn_jax import config as config_lib
+
 DEVICE = 'P100'
 
 
@@ -81,45 +83,69 @@ RESULTS = (
     _ksdd2('supervised', {'AP-det': 0.978, 'AP-loc': _AP_LOC[246]}),
 )
 
-# With which backbone; parameters; ms at batch 1, images per second and MB on DEVICE.
+# Parameters; ms at batch 1, images per second and MB on DEVICE.
 EFFICIENCY = {
     'baseline': {
-        'backbone': 'wide_resnet50_2',
         'params': 33.7e6,
         'ms': 25.58,
         'images_per_s': 96.72,
     },
     'mod1_a': {
-        'backbone': 'resnet18',
         'params': 4.5e6,
         'ms': 7.78,
         'images_per_s': 398.47,
         'mb': 52.43,
     },
-    'mod1_b': {'backbone': 'resnet18', 'params': 5.7e6, 'ms': 8.36},
+    'mod1_b': {'params': 5.7e6, 'ms': 8.36},
 }
 
 
+# What does not make another system of a run: names, seeds, how often it saw the images (tables say
+# how often), what it is measured on (each result says that), the threshold, and how it is computed.
+_BESIDE = ('version', 'name', 'seed', 'seeds', 'epochs', 'precision', 'sparse')
+
+
 def find(config: ml_collections.ConfigDict, results: Mapping) -> Result | None:
-    """The published result of what a run is, or None; `results` is its results.json."""
-    flat = {
-        f'{group}.{field}': value
-        for group, values in config.to_dict().items()
-        if isinstance(values, dict)
-        for field, value in values.items()
-    }
-    for r in RESULTS:
-        if (
-            (r.config, r.data, r.backbone) == (config.name, results['data'], results['backbone'])
-            and r.category in ('', results['category'])
-            and r.masks in (None, results['train_masks'])
-            and all(flat[field] == value for field, value in r.fields.items())
-        ):
-            return r
-    return None
+    """The published result of what a run was, whatever it is called; None if there is none.
+
+    Args:
+      config: the run's, with what it has found for itself.
+      results: its results.json.
+    """
+    found = [
+        r
+        for r in RESULTS
+        if (r.data, r.backbone) == (results['data'], results['backbone'])
+        and r.category in ('', results['category'])
+        and r.masks in (None, results['train_masks'])
+        and _is(config, r)
+    ]
+    # All masks are published under two names.
+    return max(found, key=lambda r: r.config == config.name, default=None)
+
+
+def _is(config, result):
+    """Whether a config is the published one in all that makes its result."""
+    ours, theirs = (config_lib.identity(c) for c in (config, config_lib.load(result.config)))
+    theirs |= result.fields
+    beside = set(_BESIDE) | {f for f in ours if f.startswith(('data.', 'decision.'))}
+    if result.masks is not None:
+        beside |= {'supervision.mask_fraction', 'supervision.mask_count'}
+    return all(ours[f] == theirs[f] for f in ours.keys() - beside)
+
+
+def epochs(result: Result) -> int:
+    """How many epochs a published result was trained."""
+    return config_lib.load(result.config).epochs
 
 
 def efficiency(config: ml_collections.ConfigDict) -> Mapping | None:
-    """The published efficiency of a config, or None."""
-    found = EFFICIENCY.get(config.name)
-    return found if found and found['backbone'] == config.backbone.name else None
+    """The published efficiency of a config's network, or None."""
+    network = ('system', 'adaptor', 'adapt_cls_features', 'image_score', 'features.layers')
+    network += ('backbone.name', 'image_size')
+    ours = config_lib.identity(config)
+    for name, values in EFFICIENCY.items():
+        theirs = config_lib.identity(config_lib.load(name))
+        if all(ours[field] == theirs[field] for field in network):
+            return values
+    return None

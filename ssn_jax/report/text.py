@@ -28,7 +28,8 @@ def summary(workdir: pathlib.Path) -> str:
         'decision.json': 'threshold',
         'train.csv': 'losses',
         'figures': 'pictures',
-        'checkpoints': 'trained states',
+        'model.safetensors': 'the trained network',
+        'checkpoints': 'what training goes on from',
         'tensorboard': 'event files',
     }
     there = [

@@ -7,11 +7,14 @@ import shutil
 
 from absl import logging
 import jax
+import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 
 from ssn_jax import devices
 from ssn_jax.errors import UserError
+from ssn_jax.models import backbones
+from ssn_jax.training import steps
 
 
 def open_manager(workdir: pathlib.Path, keep: int, writes: bool = False) -> ocp.CheckpointManager:
@@ -95,6 +98,25 @@ def set_aside(manager: ocp.CheckpointManager, epoch: int) -> None:
         devices.wait_for_all(f'set aside {later}')
     if unusable:
         manager.reload()
+
+
+def read_variables(workdir: pathlib.Path, config: ml_collections.ConfigDict, epoch: int) -> dict:
+    """The network's variables at one of a run's checkpoints.
+
+    Raises:
+      UserError: there is no such checkpoint, or it is damaged.
+    """
+    known = [p.name for p in (workdir / 'checkpoints').glob('*') if p.name.isdigit()]
+    if str(epoch) not in known:
+        known = ', '.join(sorted(known, key=int)) or 'none'
+        raise UserError(f'{workdir} holds no checkpoint of epoch {epoch}: it has {known}.')
+    channels = backbones.feature_channels(config.backbone.name, config.features.layers)
+    # Shapes are enough for a template.
+    template = jax.eval_shape(
+        lambda: steps.init_state(config, jax.random.key(config.seed), channels)
+    )
+    _, state = restore(open_manager(workdir, config.checkpoint.keep), template, epoch)
+    return state.variables()
 
 
 def digest(state) -> str:

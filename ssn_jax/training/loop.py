@@ -31,11 +31,13 @@ class Job:
       config: the run's.
       folder: where its checkpoints are.
       open_log: from the number of epochs behind it to what its epochs are told (`append`).
+      keep_model: is told the epoch and the network's variables of every checkpoint.
     """
 
     config: ml_collections.ConfigDict
     folder: pathlib.Path
     open_log: Callable
+    keep_model: Callable
 
 
 def train(jobs, split, network, backbone_variables, quiet=False):
@@ -70,7 +72,7 @@ class Start:
     """Where a run goes on.
 
     Attributes:
-      config: of the run.
+      job: the run.
       done: epochs that it has behind it.
       state: after them.
       manager: of its checkpoints.
@@ -78,7 +80,7 @@ class Start:
       key: the epochs' keys follow from it.
     """
 
-    config: ml_collections.ConfigDict
+    job: Job
     done: int
     state: steps.TrainState
     manager: object
@@ -98,13 +100,13 @@ def find_start(job, mesh) -> Start:
     if done:
         logging.info('Resuming %s after epoch %d', job.folder, done)
         checkpoint.set_aside(manager, done)
-    return Start(config, done, state, manager, job.open_log(done), k_epochs)
+    return Start(job, done, state, manager, job.open_log(done), k_epochs)
 
 
 def train_together(starts, labels, contents, mesh, on_host, quiet):
     """Trains runs that differ in their seed alone from the same epoch on; their last states."""
-    config, several = starts[0].config, len(starts)
-    orders = [image_order(start.config, labels) for start in starts]
+    config, several = starts[0].job.config, len(starts)
+    orders = [image_order(start.job.config, labels) for start in starts]
     per_epoch = len(orders[0](0))
     run_epoch = steps.make_epoch(config, per_epoch, mesh, several > 1, on_host)
     logging.info('%d images, %d steps per epoch', len(labels), per_epoch)
@@ -126,6 +128,7 @@ def train_together(starts, labels, contents, mesh, on_host, quiet):
         if saved < done:
             for start, one in zip(starts, steps.unstack_states(state, several), strict=True):
                 checkpoint.save(start.manager, done, one)
+                start.job.keep_model(done, one.variables())
             saved = done
         return saved
 
@@ -183,9 +186,10 @@ def check_finite(start, epoch, per_epoch, bad, save) -> None:
     last = f'the last good checkpoint is {start.manager.directory / str(saved)}'
     if not saved:
         last = 'no epoch before it was complete'
+    seed = start.job.config.seed
     raise UserError(
-        f'epoch {epoch}, step {step + 1} of {per_epoch} (seed {start.config.seed}): {what} became '
-        f'NaN or infinite; {last}. The same command with --config.debug_nans=True finds the '
+        f'epoch {epoch}, step {step + 1} of {per_epoch} (seed {seed}): {what} became NaN or '
+        f'infinite; {last}. The same command with --config.debug_nans=True finds the '
         'operation.'
     )
 

@@ -4,7 +4,6 @@ import csv
 import importlib.util
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import cv2
 import pytest
 import tiny
 
-from ssn_jax import metrics
+from ssn_jax import cli, metrics
 from ssn_jax.report import text as text_lib
 
 pytestmark = pytest.mark.usefixtures('small_programs')
@@ -31,7 +30,7 @@ def workdir(tmp_path_factory):
 
 
 def main(*arguments):
-    runpy.run_path(str(SCRIPT))['main']([str(x) for x in arguments])
+    cli.evaluate([str(x) for x in arguments])
 
 
 def printed(text):
@@ -44,7 +43,7 @@ def printed(text):
 def test_the_metrics_are_those_of_the_run(workdir, tmp_path, capsys):
     results = json.loads((workdir / 'results.json').read_text())
     before = sorted(workdir.rglob('*'))
-    main('--workdir', workdir, '--csv', tmp_path / 'scores.csv', '--quiet')
+    main('--workdir', workdir, '--output', tmp_path / 'scores.csv', '--quiet')
     captured = capsys.readouterr()
     assert printed(captured.out) == results['metrics']
     assert f'test FPR {100 * results["decision"]["test_fpr"]:.1f} %' in captured.out
@@ -72,7 +71,7 @@ def test_event_files_and_a_line_that_says_where_everything_is(workdir):
     line = text_lib.summary(workdir)
     assert str(workdir) in line and '\n' not in line
     for path in workdir.iterdir():
-        assert path.name == 'config.json' or path.name in line
+        assert path.name in line or path.name in ('config.json', 'origin.json', 'log.txt')
 
 
 @pytest.mark.slow

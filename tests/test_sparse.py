@@ -122,9 +122,7 @@ def make_losses(config, masks, truth):
         ('gap_cam', 'conv', False, 'learned', 'absolute', 'labels'),
     ],
 )
-def test_sparse_loss_equals_the_direct_one(
-    system, adaptor, adapt_cls_features, kind, unit, supervision
-):
+def test_sparse_equals_the_direct_one(system, adaptor, adapt_cls_features, kind, unit, supervision):
     """With some masks, with empty and with full ones: these take the second program.
 
     With supervision: a normal image, a defective one with its mask (or without), and one without.

@@ -1,0 +1,425 @@
+"""The commands: `ssn-jax COMMAND ...`, or `python scripts/COMMAND.py ...` in a checkout.
+
+What a command needs is imported after its flags are read, so that a wrong one is told at once.
+"""
+
+import argparse
+import csv
+import functools
+import io
+import json
+import pathlib
+import sys
+
+from ssn_jax import __version__, config as config_lib, terminal
+from ssn_jax.errors import UserError
+
+_ON_EVALUATION = ('eval_batch_size', 'precision')
+_DATA = ('data.name', 'data.root', 'data.category', 'data.cache', 'data.seed')
+
+
+def main(command: str | None = None) -> None:
+    """Runs a command with the process's arguments; without a name, the one that they begin with."""
+    argv = sys.argv[1:]
+    if command is None:
+        command, argv = (argv[0] if argv else '--help'), argv[1:]
+        if command in ('-h', '--help'):
+            width = max(map(len, COMMANDS))
+            lines = [f'  {name:{width}s}  {_first_line(f)}' for name, f in COMMANDS.items()]
+            print('ssn-jax COMMAND [--help] [...]', '', *lines, sep='\n')
+            return
+        if command == '--version':
+            print(f'ssn_jax {__version__}')
+            return
+    terminal.guard(lambda: _run(command, argv))
+
+
+def _run(command, argv):
+    if command not in COMMANDS:
+        raise UserError(f'no command {command!r}: there are {", ".join(COMMANDS)}.')
+    sys.exit(COMMANDS[command](argv) or 0)
+
+
+def _first_line(function):
+    return function.__doc__.splitlines()[0]
+
+
+def _open(arguments: argparse.Namespace, overrides: dict, threshold: float | None = None):
+    """The run that --workdir and --checkpoint name, as a `predictor.Predictor`."""
+    from ssn_jax import predictor
+
+    model = predictor.open_run(arguments.workdir, threshold, overrides)
+    if arguments.checkpoint in (None, model.epoch):
+        return model
+    from ssn_jax import run
+    from ssn_jax.training import checkpoint
+
+    variables = checkpoint.read_variables(arguments.workdir, model.config, arguments.checkpoint)
+    backbone = run.read_model(arguments.workdir).backbone
+    return predictor.from_variables(
+        model.config, backbone, variables, arguments.checkpoint, arguments.workdir, threshold
+    )
+
+
+# --- Commands whose flags are those of a config (absl) --------------------------------------------
+
+
+def train(argv: list[str]) -> None:
+    r"""Trains a config, or goes on with it, and measures it on its test images.
+
+    ssn-jax train --config drawn --config.data.name=folder --config.data.root=ROOT \
+      --workdir runs/mine
+
+    --config names a config of the package (--config mod2) or a file of your own. The same command
+    with the same --workdir goes on with a run that was stopped.
+    """
+    from ssn_jax import main as main_lib
+
+    main_lib.cli(argv, train.__doc__)
+
+
+def sweep(argv: list[str]) -> None:
+    """Trains every combination of some config values, and writes one table of all results.
+
+    ssn-jax sweep --config mod2 --sweep noise.beta=0.5,0.05 --sweep seed=0,1,2 --workdir sweeps/beta
+
+    Values are separated by commas; those with commas of their own stand in brackets:
+    --sweep image_size='(256,256),(320,320)'. All other --config.FIELD=VALUE hold for every run. The
+    same command goes on with what is missing. Exit status: 0; 2 if runs failed; 1 for a mistake.
+    """
+    from absl import flags
+
+    from ssn_jax import main as main_lib
+
+    name = 'sweep'
+    flags.DEFINE_multi_string(name, [], 'FIELD=VALUE,VALUE,...: a config field and its values.')
+
+    def run(rest):
+        del rest
+        from ssn_jax import sweep as sweep_lib
+
+        return sweep_lib.main(flags.FLAGS)
+
+    main_lib.cli(argv, sweep.__doc__, run, flags_of=(name,))
+
+
+def import_torch(argv: list[str]) -> None:
+    r"""Makes a run of a checkpoint of the published PyTorch SuperSimpleNet.
+
+    ssn-jax import-torch --weights weights.safetensors --config baseline \
+      --config.data.root=/data/mvtec_ad --config.data.category=bottle --workdir runs/published
+
+    Backbone, adaptor and system follow from the tensors; all else is the config's, whose fields are
+    flags as they are of `train`. --evaluate measures the run at once, as `train` would.
+    """
+    from absl import flags
+
+    from ssn_jax import main as main_lib
+
+    flags.DEFINE_string('weights', None, 'The published checkpoint: .safetensors, .pt or .pth.')
+    flags.DEFINE_integer('step', 0, 'Batches that it was trained for, if that is known.')
+    flags.DEFINE_bool('evaluate', False, 'Measure it and choose its threshold at once.')
+
+    def run(rest):
+        del rest
+        from ssn_jax import import_torch as import_lib
+
+        import_lib.main(flags.FLAGS)
+
+    interrupted = 'if the run was written, evaluate measures it, else begin anew.'
+    names = ('weights', 'step', 'evaluate')
+    main_lib.cli(argv, import_torch.__doc__, run, interrupted, names)
+
+
+# --- Commands on a run ----------------------------------------------------------------------------
+
+
+def predict(argv: list[str]) -> int:
+    """Predicts images with a trained run: scores, decisions, boxes and heat maps.
+
+    ssn-jax predict --workdir runs/mine --input photos --output predictions
+
+    Exit status: 0, or 1 for a mistake that ended the command, or 2 if some images could not be
+    read; the others are predicted all the same.
+    """
+    parser = terminal.Parser('predict', predict.__doc__)
+    terminal.add_run_arguments(parser, _ON_EVALUATION)
+    parser.add_argument('--input', type=terminal.path, required=True, metavar='FILE_OR_FOLDER')
+    parser.add_argument('--output', type=terminal.path, required=True, metavar='DIR')
+    parser.add_argument(
+        '--threshold',
+        type=_probability,
+        metavar='PROBABILITY',
+        help="defective from this score on, instead of the run's own threshold",
+    )
+    parser.add_argument(
+        '--max_pixels',
+        type=int,
+        default=2**27,
+        help='a larger image is refused before it is decoded (%(default)s)',
+    )
+    parser.add_argument('--no_overlays', action='store_true', help='write the table only')
+    arguments, overrides = terminal.parse(parser, argv)
+    if arguments.max_pixels < 1:
+        raise UserError(f'--max_pixels={arguments.max_pixels} cannot be used: at least 1.')
+    terminal.log_to_stderr(arguments.quiet)
+    import tqdm
+
+    from ssn_jax import predict_folder
+
+    predict_folder.check_output(arguments.output)
+    terminal.use_compilation_cache()
+    model = _open(arguments, overrides, arguments.threshold)
+    done, failed = predict_folder.predict(
+        model,
+        arguments.input,
+        arguments.output,
+        arguments.max_pixels,
+        not arguments.no_overlays,
+        functools.partial(_progress, tqdm.tqdm, arguments.quiet),
+    )
+    if failed:
+        print(f'{failed} of {done + failed} images could not be read.', file=sys.stderr)
+    if not arguments.quiet:
+        table = arguments.output / 'predictions.csv'
+        with table.open(newline='', errors='surrogateescape') as f:
+            defective = sum(row['decision'] == 'defective' for row in csv.DictReader(f))
+        print(f'{done} predictions are in {table}: {defective} defective.')
+    return 2 if failed else 0
+
+
+def _probability(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is no probability above 0 and below 1')
+    return value
+
+
+def _progress(bar, quiet, paths, total):
+    disable = quiet or not sys.stderr.isatty()  # A bar is for a terminal.
+    return bar(paths, 'image', total=total, unit='image', disable=disable, smoothing=0.05)
+
+
+def evaluate(argv: list[str]) -> None:
+    """Measures a run again, on its own test images or on other data.
+
+    ssn-jax evaluate --workdir runs/NAME
+    ssn-jax evaluate --workdir runs/NAME --config.data.category=bottle --output scores.csv
+
+    The metrics are printed in full, as results.json holds them (0..1), and in percent.
+    """
+    parser = terminal.Parser('evaluate', evaluate.__doc__)
+    terminal.add_run_arguments(parser, (*_DATA, *_ON_EVALUATION))
+    parser.add_argument(
+        '--output', type=terminal.path, metavar='FILE', help="write the images' scores there (csv)"
+    )
+    arguments, overrides = terminal.parse(parser, argv)
+    from ssn_jax import files
+
+    if arguments.output:
+        files.check_output(arguments.output, '--output')
+    terminal.log_to_stderr(arguments.quiet)
+    from ssn_jax import data, decision, evaluate as evaluate_lib, run as run_lib
+    from ssn_jax.report import text
+
+    model = _open(arguments, overrides)
+    config = model.config
+    dataset = data.load(config.data, config.image_size, config.resize)
+    test = dataset.test
+    scores, maps = evaluate_lib.predict(model, test.images)
+    values, undefined = evaluate_lib.evaluate(scores, maps, test)
+    where = f'{dataset.name} {dataset.category}' + ', embedded data' * dataset.embedded
+    print(
+        f'{config.name}, epoch {model.epoch}, seed {config.seed}, on {where}: '
+        f'{len(scores)} test images'
+    )
+    began = run_lib.read_origin(arguments.workdir)
+    if began and began.data['test'] != dataset.fingerprints['test']:
+        print("  These are other images or masks than those of the run's own test split.")
+    for line, value in zip(text.metric_lines(values, undefined), values.values(), strict=True):
+        print(line if value is None else f'{line}   {value!r}')
+    if model.threshold is not None:
+        rates = decision.rates(scores, test.labels, model.threshold)
+        chosen = model.decision | {f'test_{name}': value for name, value in rates.items()}
+        print(f'  {text.decision_line(chosen)}')
+    if not arguments.output:
+        return
+    table = io.StringIO()
+    rows = csv.writer(table, lineterminator='\n')
+    rows.writerow(['file', 'defect', 'label', 'score', 'probability', 'map_maximum', 'decision'])
+    for i, score in enumerate(scores):
+        known = test.files[i], test.defects[i], test.labels[i], score
+        called = ''
+        if model.threshold is not None:
+            called = decision.CLASSES[int(score >= model.threshold)]
+        rows.writerow([*known, f'{decision.sigmoid(score):.6f}', maps[i].max(), called])
+    files.write_output(arguments.output, table.getvalue(), '--output')
+    if not arguments.quiet:
+        print(f'The scores of the images are in {arguments.output}.')
+
+
+def export(argv: list[str]) -> None:
+    """Writes a run's predictor, preprocessing included, to one portable file.
+
+    ssn-jax export --workdir runs/NAME --format onnx --output screw.onnx
+    ssn-jax export --workdir runs/NAME --format stablehlo --output screw.zip
+    """
+    parser = terminal.Parser('export', export.__doc__)
+    terminal.add_run_arguments(parser, ())
+    parser.add_argument('--format', choices=('stablehlo', 'onnx'), required=True)
+    parser.add_argument('--output', type=terminal.path, required=True, metavar='FILE')
+    arguments, overrides = terminal.parse(parser, argv)
+    terminal.log_to_stderr(arguments.quiet)
+    from ssn_jax import export as export_lib
+
+    model = _open(arguments, overrides)
+    export_lib.write(model, arguments.format, arguments.output)
+    if not arguments.quiet:
+        size = arguments.output.stat().st_size / 1e6
+        print(f'Epoch {model.epoch} of {model.workdir} is in {arguments.output} ({size:.1f} MB).')
+
+
+# --- Commands on several runs ---------------------------------------------------------------------
+
+
+def report(argv: list[str]) -> None:
+    """Makes one page of any number of runs, as Markdown and as a single HTML file.
+
+    ssn-jax report runs/* --output report
+
+    Runs that differ in their seed alone become one row. Beside them stand the published results.
+    """
+    parser = terminal.Parser('report', report.__doc__)
+    parser.add_argument('runs', nargs='+', type=terminal.path, help="the runs' folders")
+    parser.add_argument(
+        '--output', type=terminal.path, required=True, metavar='DIR', help='a folder to write'
+    )
+    parser.add_argument(
+        '--benchmark', type=terminal.path, metavar='FILE', help='output of benchmark --json'
+    )
+    arguments = parser.parse_args(argv)
+    terminal.log_to_stderr()
+    from ssn_jax.report import page
+
+    page.write_report(arguments.runs, arguments.output, arguments.benchmark)
+    print(f'The report is in {arguments.output}: report.html, report.md.')
+
+
+def compare(argv: list[str]) -> None:
+    """Draws the maps of several runs on the same test images, side by side.
+
+    ssn-jax compare runs/mod3 runs/mixed --output compare.png
+    ssn-jax compare runs/before runs/after --select failures --output failures.png
+
+    The runs must share data set and image size. What is shown are defective images, evenly spread
+    over the split, or what the first run gets most wrong: defects with the lowest scores, then
+    normal images with the highest. Below each map stand the image's score (a probability) and the
+    run's decision.
+    """
+    parser = terminal.Parser('compare', compare.__doc__)
+    parser.add_argument('runs', nargs='+', type=terminal.path, help="the runs' folders")
+    parser.add_argument(
+        '--output', type=terminal.path, required=True, metavar='FILE', help='a .png to write'
+    )
+    parser.add_argument('--count', type=int, default=6, help='images to show')
+    parser.add_argument(
+        '--select', choices=('spread', 'failures'), default='spread', help='which images to show'
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.output.suffix != '.png':
+        raise UserError(f'--output={arguments.output} cannot be used: it ends in .png.')
+    if arguments.count < 1:
+        raise UserError(f'--count={arguments.count} cannot be used: at least 1.')
+    from ssn_jax import files
+
+    files.check_output(arguments.output, '--output')
+    terminal.log_to_stderr()
+    from ssn_jax.report import compare as compare_lib
+
+    compare_lib.compare(arguments.runs, arguments.output, arguments.count, arguments.select)
+    print(f'The maps are in {arguments.output}.')
+
+
+# --- Commands on none -----------------------------------------------------------------------------
+
+
+def benchmark(argv: list[str]) -> None:
+    """Measures inference or training, config by config, with random weights.
+
+    ssn-jax benchmark --configs mod1_a,drawn --against torch,openvino
+
+    Speed does not depend on the weights. All that is compared runs in this process, by turns; a
+    ratio is the median over the turns. Each form's outputs are checked against the fused one's
+    before they are timed. Copies from and to the host are included.
+
+    params: backbone and network, in millions. GFLOP: of one image, counted by XLA.
+    batch 1: median and 95th percentile, in ms. batch 16: images per second.
+    MB: arguments, results and temporaries of a call of batch 1, as XLA plans them.
+    first: seconds from trained variables to the first result, compilation included.
+    std off: of bfloat16 (--bfloat16), how far scores and maps lie from float32's at most, in
+    standard deviations of the logits over the 16 images.
+    """
+    parser = terminal.Parser('benchmark', benchmark.__doc__)
+    add = parser.add_argument
+    every = 'baseline,mod1_a,mod1_b,mod2,mod3,simplenet'
+    add('--configs', default=every, metavar='NAMES', help='of the package (%(default)s)')
+    add('--against', default='', metavar='NAMES', help='other implementations: torch, openvino')
+    add('--turns', type=int, default=15, help='at batch 1; half of them at 16 (%(default)s)')
+    add('--json', action='store_true', help='print one JSON document instead of the table')
+    add('--train', action='store_true', help='measure training instead of inference')
+    add('--batch', type=int, default=16, help='with --train: images a step (%(default)s)')
+    add('--no_direct', action='store_true', help='leave the direct form out')
+    add('--bfloat16', action='store_true', help='measure the fused form in bfloat16 too')
+    arguments = parser.parse_args(argv)
+    names = [name for name in arguments.configs.split(',') if name]
+    for name in names:
+        if name not in config_lib.built_in():
+            known = ', '.join(config_lib.built_in())
+            raise UserError(f'no config {name!r}: --configs takes names of {known}.')
+    if arguments.turns < 7:
+        raise UserError(f'--turns={arguments.turns} is too few for a median: 7 or more.')
+    if arguments.batch < 1:
+        raise UserError(f'--batch={arguments.batch} cannot be used: it is at least 1.')
+    terminal.log_to_stderr(quiet=True)
+    from ssn_jax import benchmark as benchmark_lib
+
+    against = [name for name in arguments.against.split(',') if name]
+    benchmark_lib.check(names, against, arguments.train)
+    results = benchmark_lib.run(names, against, arguments)
+    if arguments.json:
+        print(json.dumps(results, indent=2))
+
+
+def demo(argv: list[str]) -> None:
+    """Trains on images that come with the code, and inspects others of them.
+
+    ssn-jax demo
+
+    Runs the two commands that anyone would run on images of their own, on drawn ball bearings: 150
+    good ones to learn from, a third of which is kept aside to choose the threshold on, and 100 to
+    inspect. Which of those are defective is looked at only to count, at the end.
+    """
+    parser = terminal.Parser('demo', demo.__doc__)
+    default = pathlib.Path('runs/demo')
+    parser.add_argument('--workdir', type=terminal.path, default=default, help='(%(default)s)')
+    arguments = parser.parse_args(argv)
+    from ssn_jax import demo as demo_lib
+
+    demo_lib.demo(arguments.workdir)
+
+
+COMMANDS = {
+    'train': train,
+    'predict': predict,
+    'evaluate': evaluate,
+    'export': export,
+    'report': report,
+    'compare': compare,
+    'sweep': sweep,
+    'import-torch': import_torch,
+    'benchmark': benchmark,
+    'demo': demo,
+}
