@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+import functools
 import importlib.util
 import time
 
@@ -10,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssn_jax import config as config_lib, synthesis
+from ssn_jax import config as config_lib, predictor, synthesis
 from ssn_jax.data import synthetic
 from ssn_jax.errors import UserError
-from ssn_jax.fused import fold, forward
+from ssn_jax.fused import engine, fold, forward
 from ssn_jax.models import backbones, systems
 from ssn_jax.report import published
 from ssn_jax.training import steps
@@ -40,32 +41,35 @@ def random_variables(config) -> tuple[dict, dict]:
     )
 
 
-def compile_jax(form: str, config, variables: tuple[dict, dict], images: np.ndarray):
-    """A form's call on images of this shape, and what XLA knows of it."""
+def compile_ours(form: str, config, variables: tuple[dict, dict], images: np.ndarray):
+    """A form's call on images of this shape, and the GFLOP of an image as XLA counts them.
+
+    'fused' is what a finished run computes on this machine, 'xla' without OpenVINO, 'bfloat16' in
+    that precision; 'direct' are the networks of `models/`.
+    """
     network = systems.build_network(config)
-    if form != 'direct':
-        fused = fold.fuse(*variables, network)
-        fused = forward.cast(fused, jnp.bfloat16) if form == 'bfloat16' else fused
-        held, run = forward.prepare(fused), forward.predict
-    else:
+    if form == 'direct':
         held, backbone = variables, backbones.BACKBONES[config.backbone.name]
 
-        def run(held, images, for_cache=None):
+        def run(held, images):
             layers = backbone.apply(held[0], backbone.normalise(images))
             logits, scores = network.apply(held[1], network.features(network.frozen(layers)))
             return scores, network.full_size_map(logits, images.shape[1:3])[..., 0]
 
-    held = jax.device_put(held)
-    compiled = jax.jit(run).lower(held, images).compile()
+        held, compiled = jax.device_put(held), jax.jit(run)
+        counted = compiled.lower(held, images).cost_analysis()
+        return lambda x: jax.device_get(compiled(held, x)), counted['flops'] / len(images) / 1e9
+    config = config.copy_and_resolve_references()
+    config.update(
+        eval_batch_size=len(images),
+        engine='xla' if form == 'xla' else 'auto',
+        precision='bfloat16' if form == 'bfloat16' else 'float32',
+    )
+    model = predictor.Predictor(config, fold.fuse(*variables, network))
     # XLA counts the body of a loop once: the form without loops is counted.
-    counted = jax.jit(lambda h, x: run(h, x, for_cache=False)).lower(held, images).cost_analysis()
-    memory = compiled.memory_analysis()
-    sizes = ('argument_size_in_bytes', 'output_size_in_bytes', 'temp_size_in_bytes')
-    facts = {
-        'gflop': counted['flops'] / len(images) / 1e9,
-        'mb': sum(getattr(memory, s) for s in sizes) / 1e6 if memory else None,
-    }
-    return lambda x: jax.device_get(compiled(held, x)), facts
+    counted = jax.jit(functools.partial(forward.predict, one_by_one=False))
+    counted = counted.lower(model.fused, images).cost_analysis()
+    return model.logits, counted['flops'] / len(images) / 1e9
 
 
 def compile_torch(config, variables: tuple[dict, dict], images: np.ndarray):
@@ -124,9 +128,8 @@ def check_outputs(name: str, actual, expected) -> None:
             raise ValueError(f'{name} deviates from the fused form by {error:.1e}')
 
 
-def measure(name: str, against: list[str], turns: int, forms: list[str]) -> dict:
+def measure(name: str, config, against: list[str], turns: int, forms: list[str]) -> dict:
     """Everything about one config; `forms` are this project's, fused among them."""
-    config = config_lib.load(name)
     variables = random_variables(config)
     count = sum(x.size for v in variables for x in jax.tree.leaves(v['params']))
     size = list(config.image_size)
@@ -142,17 +145,19 @@ def measure(name: str, against: list[str], turns: int, forms: list[str]) -> dict
         for form in sorted(result['forms'], key=lambda form: form != 'fused'):
             row, began = result['forms'][form], time.perf_counter()
             if form in OTHERS:
-                calls[form], facts = OTHERS[form](config, variables, images), {}
+                calls[form], gflop = OTHERS[form](config, variables, images), None
             else:
-                calls[form], facts = compile_jax(form, config, variables, images)
+                calls[form], gflop = compile_ours(form, config, variables, images)
             output = calls[form](images)
             if batch == 1:
-                row |= facts | {'first_s': time.perf_counter() - began}
-            elif form == 'bfloat16':
-                fused = fold.fuse(*variables, systems.build_network(config))
-                row['deviation'] = forward.deviation(fused, images)
+                row |= {'gflop': gflop, 'first_s': time.perf_counter() - began}
             expected = expected or output
-            if form != 'bfloat16':
+            if form == 'bfloat16':
+                pairs = zip(('score', 'map'), output, expected, strict=True)
+                if batch > 1:
+                    off = {name: np.abs(a - e).max() / np.std(e) for name, a, e in pairs}
+                    row['deviation'] = {name: float(x) for name, x in off.items()}
+            else:
                 check_outputs(form, output, expected)
         times = take_turns(calls, images, turns if batch == 1 else max(7, turns // 2))
         for form, seconds in times.items():
@@ -168,7 +173,7 @@ def measure(name: str, against: list[str], turns: int, forms: list[str]) -> dict
 
 def format_table(results: list[dict]) -> str:
     """The results for people."""
-    head = ('params', 'GFLOP', 'batch 1', '95 %', 'batch 16', 'MB', 'first', 'fused is faster')
+    head = ('params', 'GFLOP', 'batch 1', '95 %', 'batch 16', 'first', 'fused is faster')
     lines = [
         f'{"config":14s}{"form":10s}' + ''.join(f'{h:>9s}' for h in head[:-1]) + f'  {head[-1]}'
     ]
@@ -181,7 +186,6 @@ def format_table(results: list[dict]) -> str:
                 (row.get('ms'), '.2f'),
                 (row.get('ms_p95'), '.2f'),
                 (row.get('images_per_s'), '.2f'),
-                (row.get('mb'), '.1f'),
                 (row.get('first_s'), '.1f'),
             ]
             line = f'{r["config"]:14s}{form:10s}'
@@ -207,11 +211,19 @@ def measure_training(
     images = embedded_images(batch, tuple(config.image_size))
     variables = random_variables(config)
     network = systems.build_network(config)
-    backbone = jax.device_put(forward.prepare_backbone(fold.fuse_backbone(variables[0])))
-    extract = jax.jit(lambda v, x: network.frozen(forward.backbone(v, x)))
-    layers = jax.block_until_ready(extract(backbone, images))
+    backbone = fold.fuse_backbone(variables[0])
+    if engine.choose('auto') == 'openvino':
+        from ssn_jax.fused import graph
+
+        size, layers = tuple(config.image_size), tuple(config.features.layers)
+        model = engine.OpenVino(graph.features(backbone, size, layers), size)
+        extract = functools.partial(model, images)
+    else:
+        compiled = jax.jit(lambda v, x: network.frozen(forward.backbone(v, x)))
+        extract = functools.partial(compiled, jax.device_put(backbone), images)
+    layers = tuple(jnp.asarray(x) for x in extract())
     began = time.perf_counter()
-    jax.block_until_ready(extract(backbone, images))
+    jax.block_until_ready(extract())
     extraction = time.perf_counter() - began
     channels = sum(x.shape[-1] for x in layers)
     order = np.arange(batch)[None]
@@ -306,9 +318,12 @@ def run(names: Sequence[str], against: Sequence[str], arguments: argparse.Namesp
             )
             lines = training_lines(results[-1])
         else:
-            wanted = {'direct': not arguments.no_direct, 'bfloat16': arguments.bfloat16}
+            wanted = {'direct': not arguments.no_direct, 'xla': arguments.xla}
+            wanted['bfloat16'] = arguments.bfloat16
             forms = [form for form, yes in (wanted | {'fused': True}).items() if yes]
-            results.append(measure(name, list(against), arguments.turns, forms))
+            config = config_lib.load(name)
+            config.backbone.name = arguments.backbone or config.backbone.name
+            results.append(measure(name, config, list(against), arguments.turns, forms))
             lines = format_table(results[-1:]).splitlines()[min(len(results) - 1, 1) :]
         if not arguments.json:
             print('\n'.join(lines), flush=True)

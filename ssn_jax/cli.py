@@ -14,7 +14,7 @@ import sys
 from ssn_jax import __version__, config as config_lib, terminal
 from ssn_jax.errors import UserError
 
-_ON_EVALUATION = ('eval_batch_size', 'precision')
+_ON_EVALUATION = ('eval_batch_size', 'precision', 'engine')
 _DATA = ('data.name', 'data.root', 'data.category', 'data.cache', 'data.seed')
 
 
@@ -270,13 +270,14 @@ def export(argv: list[str]) -> None:
     parser = terminal.Parser('export', export.__doc__)
     terminal.add_run_arguments(parser, ())
     parser.add_argument('--format', choices=('stablehlo', 'onnx'), required=True)
+    parser.add_argument('--opset', type=int, help='of onnx (17)')
     parser.add_argument('--output', type=terminal.path, required=True, metavar='FILE')
     arguments, overrides = terminal.parse(parser, argv)
     terminal.log_to_stderr(arguments.quiet)
     from ssn_jax import export as export_lib
 
     model = _open(arguments, overrides)
-    export_lib.write(model, arguments.format, arguments.output)
+    export_lib.write(model, arguments.format, arguments.output, arguments.opset)
     if not arguments.quiet:
         size = arguments.output.stat().st_size / 1e6
         print(f'Epoch {model.epoch} of {model.workdir} is in {arguments.output} ({size:.1f} MB).')
@@ -357,7 +358,6 @@ def benchmark(argv: list[str]) -> None:
 
     params: backbone and network, in millions. GFLOP: of one image, counted by XLA.
     batch 1: median and 95th percentile, in ms. batch 16: images per second.
-    MB: arguments, results and temporaries of a call of batch 1, as XLA plans them.
     first: seconds from trained variables to the first result, compilation included.
     std off: of bfloat16 (--bfloat16), how far scores and maps lie from float32's at most, in
     standard deviations of the logits over the 16 images.
@@ -366,12 +366,14 @@ def benchmark(argv: list[str]) -> None:
     add = parser.add_argument
     every = 'baseline,mod1_a,mod1_b,mod2,mod3,simplenet'
     add('--configs', default=every, metavar='NAMES', help='of the package (%(default)s)')
+    add('--backbone', metavar='NAME', help="instead of each config's own")
     add('--against', default='', metavar='NAMES', help='other implementations: torch, openvino')
     add('--turns', type=int, default=15, help='at batch 1; half of them at 16 (%(default)s)')
     add('--json', action='store_true', help='print one JSON document instead of the table')
     add('--train', action='store_true', help='measure training instead of inference')
     add('--batch', type=int, default=16, help='with --train: images a step (%(default)s)')
     add('--no_direct', action='store_true', help='leave the direct form out')
+    add('--xla', action='store_true', help='measure the fused form without OpenVINO too')
     add('--bfloat16', action='store_true', help='measure the fused form in bfloat16 too')
     arguments = parser.parse_args(argv)
     names = [name for name in arguments.configs.split(',') if name]
@@ -379,6 +381,9 @@ def benchmark(argv: list[str]) -> None:
         if name not in config_lib.built_in():
             known = ', '.join(config_lib.built_in())
             raise UserError(f'no config {name!r}: --configs takes names of {known}.')
+    backbones = config_lib.FIELDS['backbone.name']
+    if arguments.backbone and not backbones.allows(arguments.backbone):
+        raise UserError(f'--backbone={arguments.backbone} cannot be used: {backbones.rule}.')
     if arguments.turns < 7:
         raise UserError(f'--turns={arguments.turns} is too few for a median: 7 or more.')
     if arguments.batch < 1:

@@ -269,9 +269,14 @@ FIELDS = {
     'checkpoint.keep': Field(2, 'How many are kept.', *_whole(1)),
     'precision': Field(
         'float32',
-        'Of products on GPUs and TPUs: float32, or what is faster there, tensorfloat32 or '
-        'bfloat16.',
+        'Of products: float32, or what is faster on some hardware: bfloat16, on GPUs and TPUs '
+        'tensorfloat32 too.',
         *_one_of('float32', 'tensorfloat32', 'bfloat16'),
+    ),
+    'engine': Field(
+        'auto',
+        'What infers on a CPU: openvino, xla, or auto: OpenVINO where it is installed.',
+        *_one_of('auto', 'openvino', 'xla'),
     ),
     'sparse': Field(
         True,
@@ -424,12 +429,12 @@ def fields(config: ml_collections.ConfigDict, prefix: str = '') -> Iterator[tupl
 def identity(config: ml_collections.ConfigDict) -> dict:
     """What makes a run itself, as field -> value: a rerun in its workdir must agree on it.
 
-    Where files are and features kept, how often checkpoints are written, how many images are
-    evaluated at a time and what is looked for changes no result; data and weights are told by
-    their content (`run.check_origin`).
+    Where files are and features kept, what infers, how often checkpoints are written, how many
+    images are evaluated at a time and what is looked for changes no result (but for rounding); data
+    and weights are told by their content (`run.check_origin`).
     """
     unimportant = ('checkpoint.every', 'checkpoint.keep', 'eval_batch_size', 'data.cache')
-    unimportant += ('data.root', 'backbone.weights', 'debug_nans', 'features.place')
+    unimportant += ('data.root', 'backbone.weights', 'debug_nans', 'features.place', 'engine')
     return {name: value for name, value in fields(config) if name not in unimportant}
 
 

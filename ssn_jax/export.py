@@ -3,7 +3,6 @@
 from collections.abc import Callable
 import io
 import json
-import logging
 import pathlib
 import zipfile
 
@@ -15,8 +14,6 @@ from ssn_jax import data, decision, files, run as run_lib
 from ssn_jax.errors import UserError
 from ssn_jax.fused import forward
 from ssn_jax.predictor import Predictor
-
-_INPUT, _OUTPUTS = 'images', ('scores', 'maps')
 
 
 def make_function(model: Predictor) -> Callable:
@@ -101,83 +98,40 @@ def to_stablehlo(model: Predictor) -> bytes:
     return archive.getvalue()
 
 
-def to_onnx(model: Predictor) -> bytes:
-    """An ONNX model with symbolic N, H and W; the metadata are its properties, as JSON.
+def to_onnx(model: Predictor, opset: int | None = None) -> bytes:
+    """An ONNX model of any number of images of any size; the metadata are its properties, as JSON.
+
+    Args:
+      model: of an opened run.
+      opset: of the file; None: 17, which onnxruntime 1.20 and OpenVINO 2024.6 load.
 
     Raises:
-      UserError: the packages of the export extra are missing.
+      UserError: the package onnx is missing, or does not know the opset.
     """
     try:
-        import jax2onnx
+        from ssn_jax.fused import graph
     except ImportError:
-        raise UserError("--format onnx needs jax2onnx: pip install -e '.[export]'.") from None
-    logging.getLogger('onnx_ir').setLevel(logging.ERROR)  # It warns of shapes that stay symbolic.
-    images = jax.ShapeDtypeStruct(jax.export.symbolic_shape('n, h, w, 3'), jnp.uint8)
-    exported = jax2onnx.to_onnx(
-        make_function(model),
-        [images],
-        model_name='ssn_jax',
-        input_names=[_INPUT],
-        output_names=list(_OUTPUTS),
-    )
-    _pool_images(exported.graph)
-    for key, value in metadata(model).items():
-        exported.metadata_props.add(key=key, value=json.dumps(value))
-    return exported.SerializeToString()
+        raise UserError("--format onnx needs onnx: pip install 'ssn_jax[cpu]'.") from None
+    about = {key: json.dumps(value) for key, value in metadata(model).items()}
+    if opset is not None and not graph.OPSET <= opset <= graph.latest_opset():
+        raise UserError(
+            f'--opset={opset} cannot be used: it is in {graph.OPSET}..{graph.latest_opset()}.'
+        )
+    return graph.predictor(model.fused, model.config, True, opset or graph.OPSET, about)
 
 
-def _pool_images(graph) -> None:
-    """Rewrites max-pooling of (1, 1, N, H, W, C) to (N, C, H, W), which runtimes can do.
-
-    jax2onnx 0.17 translates a reduce_window over four axes into a window over four axes, and no
-    runtime pools more than three.
-    """
-    from onnx import helper
-
-    made_by = {name: node for node in graph.node for name in node.output}
-    for pool in [node for node in graph.node if node.op_type == 'MaxPool']:
-        given = {a.name: list(a.ints) for a in pool.attribute if a.ints}
-        if len(given['kernel_shape']) != 4:
-            continue
-        inner = made_by[pool.input[0]]
-        source = made_by[inner.input[0]].input[0]
-        [squeeze] = [node for node in graph.node if pool.output[0] in node.input]
-        first, last = f'{pool.name}_nchw', f'{pool.name}_pooled'
-        pads = given.get('pads', [0] * 8)
-        new = [
-            helper.make_node('Transpose', [source], [first], perm=[0, 3, 1, 2]),
-            helper.make_node(
-                'MaxPool',
-                [first],
-                [last],
-                kernel_shape=given['kernel_shape'][1:3],
-                strides=given['strides'][1:3],
-                pads=pads[1:3] + pads[5:7],
-            ),
-            helper.make_node('Transpose', [last], list(squeeze.output), perm=[0, 2, 3, 1]),
-        ]
-        at = list(graph.node).index(squeeze)
-        for old in (squeeze, pool, inner, made_by[inner.input[0]]):
-            graph.node.remove(old)
-        for node in reversed(new):
-            graph.node.insert(at - 3, node)
-        if any(given['kernel_shape'][i] != 1 for i in (0, 3)):
-            raise ValueError('pooling over images or channels')
-
-
-FORMATS = {'stablehlo': to_stablehlo, 'onnx': to_onnx}
-
-
-def write(model: Predictor, form: str, output: pathlib.Path) -> None:
+def write(model: Predictor, form: str, output: pathlib.Path, opset: int | None = None) -> None:
     """Writes a model to a file, whole or not at all.
 
     Args:
       model: of an opened run.
-      form: a key of `FORMATS`.
+      form: 'onnx' or 'stablehlo'.
       output: the file.
+      opset: as of `to_onnx`.
 
     Raises:
       UserError: the file cannot be written, or packages are missing.
     """
     files.check_output(output, '--output')
-    files.write_output(output, FORMATS[form](model), '--output')
+    content = to_onnx(model, opset) if form == 'onnx' else to_stablehlo(model)
+    files.write_output(output, content, '--output')

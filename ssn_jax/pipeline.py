@@ -205,6 +205,7 @@ def measure(job, state, log, material) -> dict:
         'data_sha256': material.origin.data,
         'backbone_sha256': material.origin.backbone,
         'versions': run_lib.versions(),
+        'engine': model.engine_name,
     }
     if values['I-AUROC'] is not None:
         # As the publication chose it: on the images that it is then measured on.

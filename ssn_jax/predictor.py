@@ -18,7 +18,7 @@ import numpy as np
 from ssn_jax import config as config_lib, decision as decision_lib, run as run_lib
 from ssn_jax.data import images as images_lib
 from ssn_jax.errors import UserError
-from ssn_jax.fused import fold, forward
+from ssn_jax.fused import engine as engine_lib, fold, forward
 from ssn_jax.models import systems
 
 
@@ -76,9 +76,9 @@ class Result:
 class Predictor:
     """A trained network, compiled for single frames and for batches.
 
-    Programs are compiled when they are first needed, or by `compile`; a batch is padded to what
-    was compiled, and spread over all local devices. Predicting changes nothing of it, so threads
-    may share it.
+    Programs are compiled when they are first needed, or by `compile`. On a CPU OpenVINO takes image
+    by image, where it is installed; XLA pads a batch to what was compiled, and spreads it over all
+    local devices. Predicting changes nothing of it, so threads may share it.
 
     Attributes:
       config: the run's.
@@ -170,6 +170,8 @@ class Predictor:
                 f'images of shape {images.shape} and type {images.dtype}: the network sees uint8 '
                 f'images (N, {size[0]}, {size[1]}, 3).'
             )
+        if self.engine == 'openvino':
+            return tuple(self._openvino(images))
         if len(images) == 1:
             return jax.device_get(_single(self.config.precision)(self._arrays, images))
         local, chunk, parts = jax.local_device_count(), self.batch_size, []
@@ -189,13 +191,32 @@ class Predictor:
             self.logits(np.zeros((count, *self.config.image_size, 3), np.uint8))
 
     @functools.cached_property
+    def engine(self) -> str:
+        """What computes: 'openvino' or 'xla'."""
+        return engine_lib.choose(self.config.engine)
+
+    @property
+    def engine_name(self) -> str:
+        """What computes, with its version and precision."""
+        if self.engine == 'openvino':
+            return self._openvino.name
+        return f'XLA (jax {jax.__version__}, {jax.default_backend()}), {self.config.precision}'
+
+    @functools.cached_property
+    def _openvino(self):
+        from ssn_jax.fused import graph
+
+        config, model = self.config, graph.predictor(self.fused, self.config)
+        return engine_lib.OpenVino(model, tuple(config.image_size), config.precision)
+
+    @functools.cached_property
     def _arrays(self):
-        return jax.device_put(forward.prepare(self.fused), jax.local_devices()[0])
+        return jax.device_put(self.fused, jax.local_devices()[0])
 
     @functools.cached_property
     def _replicas(self):
         replicate = jax.pmap(lambda tree, _: tree, in_axes=(None, 0), axis_name='devices')
-        return replicate(forward.prepare(self.fused), np.arange(jax.local_device_count()))
+        return replicate(self.fused, np.arange(jax.local_device_count()))
 
 
 # One program for all runs of the same network. An axis without a name is named by an address in
@@ -210,17 +231,20 @@ def _parallel(precision):
     return jax.pmap(functools.partial(forward.predict, precision=precision), axis_name='devices')
 
 
-def load(workdir: str | pathlib.Path, threshold: float | None = None) -> Predictor:
+def load(
+    workdir: str | pathlib.Path, threshold: float | None = None, engine: str = 'auto'
+) -> Predictor:
     """Opens a run, and compiles it for single frames and for batches.
 
     Args:
       workdir: the run's folder, which may have been moved from where it was trained.
       threshold: the probability from which on a frame is defective; None: as the run decided.
+      engine: what computes on a CPU: openvino, xla, or auto: OpenVINO where it is installed.
 
     Raises:
-      UserError: the folder is no run, or holds no trained network yet.
+      UserError: the folder is no run, or holds no trained network yet, or there is no such engine.
     """
-    model = open_run(workdir, threshold)
+    model = open_run(workdir, threshold, {'engine': engine})
     model.compile()
     return model
 

@@ -138,7 +138,6 @@ def test_backbones(name, size, convolutions):
 def test_the_fused_heads(network):
     channels = getattr(network, 'embedding', 384)
     fused = fold.fuse(rule.backbone('resnet18'), rule.network(network, channels), network)
-    fused = forward.prepare(fused)
     layers = tuple(draw(1, *grid, c) for grid, c in zip(GRIDS, (128, 256), strict=True))
     actual = compiled(forward.heads, fused, layers)
     expected = in_numpy.evaluate(forward.heads, fused, layers)

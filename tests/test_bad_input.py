@@ -342,6 +342,7 @@ CASES = {
         ('--turns=1', '--turns=1 is too few'),
         ('--configs=mod9', "no config 'mod9'"),
         ('--against=keras', '--against=keras is unknown'),
+        ('--backbone=vgg', '--backbone=vgg cannot be used'),
         ('--batch=x', '--batch'),
         ('--train --batch=0', '--batch=0'),
         ('--train --configs=drawn', 'with both heads: drawn is none'),

@@ -34,7 +34,7 @@ def split(n):
 def predictions():
     """Devices, and maps and scores of every split, two images a device and call."""
     network, config = SuperSimpleNet(), config_lib.default_config()
-    config.update(image_size=(32, 48), eval_batch_size=2)
+    config.update(image_size=(32, 48), eval_batch_size=2, engine='xla')
     fused = fold.fuse(rule.backbone('resnet18'), rule.network(network, 384), network)
     model = predictor.Predictor(config, fused)
     arrays = {'devices': jax.local_device_count()}

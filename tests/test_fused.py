@@ -1,17 +1,22 @@
-"""The fused predictor against the direct form, and in other precisions."""
+"""The fused predictor against the direct form, as JAX and as a graph in other runtimes."""
+
+import importlib.util
 
 from hypothesis import given, settings, strategies as st
 import jax
-import jax.numpy as jnp
 import numpy as np
+import onnxruntime
 import pytest
 import rule
 
-from ssn_jax.fused import fold, forward
+from ssn_jax import config as config_lib
+from ssn_jax.errors import UserError
+from ssn_jax.fused import engine, fold, forward, graph
 from ssn_jax.models import backbones, grid as grid_lib
 from ssn_jax.models.systems import GapCam, SimpleNet, SuperSimpleNet
 
-SIMPLENET = SimpleNet(embedding=96, hidden=64)
+SIMPLENET = SimpleNet(embedding=96, hidden=64)  # Of whole rows of patches.
+ROWLESS = SimpleNet(embedding=100, hidden=64)
 NETWORKS = [
     *(SuperSimpleNet(adaptor, adapted) for adaptor in ('linear', 'conv') for adapted in (0, 1)),
     SuperSimpleNet(classify=False),
@@ -21,6 +26,7 @@ NETWORKS = [
     GapCam('linear'),
     GapCam('conv'),
     SIMPLENET,
+    ROWLESS,
 ]
 
 
@@ -63,7 +69,7 @@ def check(backbone, network, n, size, seed, dtype=np.uint8):
     expected = direct(backbone, backbone_variables, network, variables, images)
     fused = fold.fuse(backbone_variables, variables, network)
     assert all(x.dtype == np.float32 for x in jax.tree.leaves(fused))
-    actual = jax.jit(forward.predict)(forward.prepare(fused), images)
+    actual = jax.jit(forward.predict)(fused, images)
     assert [x.shape for x in actual] == [(n,), (n, *size)]
     check_predictions(actual, expected, backbone)
 
@@ -81,7 +87,7 @@ def test_fused_is_direct(network, n, size, seed, dtype):
     check('resnet18', network, n, size, seed, dtype)
 
 
-@pytest.mark.parametrize('network', [GapCam('linear'), GapCam('conv'), SIMPLENET])
+@pytest.mark.parametrize('network', [GapCam('linear'), GapCam('conv'), SIMPLENET, ROWLESS])
 def test_every_system_has_a_fused_form(network):
     check('resnet18', network, 2, (49, 33), 0)
 
@@ -114,7 +120,7 @@ def test_the_form_for_accelerators_is_the_same(monkeypatch, backbone, network):
     backbone_variables, network, variables = models(backbone, network)
     images = random_images(0, 2, (48, 33))
     fused = fold.fuse(backbone_variables, variables, network)
-    expected = forward.predict(fused, images, for_cache=True)
+    expected = forward.predict(fused, images, one_by_one=True)
     monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
     check_predictions(forward.predict(fused, images), expected, backbone)
 
@@ -131,32 +137,66 @@ def test_every_image_is_on_its_own():
         )
 
 
-def test_bfloat16_computes_in_it_and_its_deviation_is_reported():
-    backbone_variables, network, variables = models('resnet18', SuperSimpleNet())
+@pytest.mark.parametrize('network', NETWORKS)
+@pytest.mark.parametrize('size', [(49, 33), (64, 96)])
+def test_the_graph_is_the_fused_form(network, size):
+    """In OpenVINO and in onnxruntime; images of its own size, and of any other resized first."""
+    backbone_variables, network, variables = models('resnet18', network)
+    check_graph('resnet18', backbone_variables, network, variables, size)
+
+
+@pytest.mark.parametrize('network', [SuperSimpleNet(layers=(1, 2, 3)), GapCam()])
+@pytest.mark.parametrize('backbone', ['efficientnet_lite0', 'wide_resnet50_2'])
+def test_the_graph_of_other_backbones(backbone, network):
+    check_graph(backbone, *models(backbone, network), (45, 70))
+
+
+def check_graph(backbone, backbone_variables, network, variables, size):
     fused = fold.fuse(backbone_variables, variables, network)
-    images = random_images(0, 3, (48, 40))
-    layers = forward.backbone(forward.cast(fused, jnp.bfloat16).backbone, images)
-    assert {x.dtype for x in layers} == {jnp.dtype(jnp.bfloat16)}
-    # Compiled, as `deviation` does it: how bfloat16 rounds depends on the program.
-    predict = jax.jit(forward.predict)
-    exact, rounded = (predict(x, images) for x in (fused, forward.cast(fused, jnp.bfloat16)))
-    assert {x.dtype for x in rounded} == {jnp.dtype(jnp.float32)}
-    reported = forward.deviation(fused, images)
-    for name, a, b in zip(('score', 'map'), exact, rounded, strict=True):
-        expected = np.abs(np.asarray(a) - np.asarray(b)).max() / np.asarray(a).std()
-        assert reported[name] == pytest.approx(expected)
-        assert 1e-4 < reported[name]
-    assert forward.deviation(fused, images, dtype=jnp.float32) == {'score': 0, 'map': 0}
+    config, images = config_lib.default_config(), random_images(0, 3, size)
+    config.image_size = size
+    expected = jax.jit(forward.predict)(fused, images)
+    model = graph.predictor(fused, config)
+    check_predictions(engine.OpenVino(model, size)(images), expected, backbone)
+    session = onnxruntime.InferenceSession(model)
+    check_predictions(session.run(None, {'images': images}), expected, backbone)
+    if hasattr(network, 'adaptor'):
+        layers = graph.features(fused.backbone, size, network.layers)
+        stages = forward.backbone(fused.backbone, images)
+        kept = zip(engine.OpenVino(layers, size)(images), network.frozen(stages), strict=True)
+        for actual, layer in kept:
+            rule.check_close(actual, layer, rule.TERMS[backbone])
 
 
-def test_convolve_arranged_is_convolve():
+def test_bfloat16_rounds_and_says_so():
+    """Or, on a processor without it, float32 does."""
+    fused = fold.fuse(*[models('resnet18', SuperSimpleNet())[i] for i in (0, 2, 1)])
+    config, images = config_lib.default_config(), random_images(0, 2, (64, 64))
+    config.image_size = (64, 64)
+    model = graph.predictor(fused, config)
+    exact, rounded = (engine.OpenVino(model, (64, 64), p) for p in ('float32', 'bfloat16'))
+    off = np.abs(exact(images)[1] - rounded(images)[1]).max() / np.std(exact(images)[1])
+    assert exact.name.endswith('float32')
+    assert 1e-4 < off < 0.3 if rounded.name.endswith('bfloat16') else off == 0
+
+
+def test_engines_that_are_not_there_are_told(monkeypatch):
+    assert engine.choose('xla') == 'xla' and engine.choose('auto') == 'openvino'
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    assert engine.choose('auto') == 'xla'
+    with pytest.raises(UserError, match=r"--engine=openvino needs openvino.*'ssn_jax\[cpu\]'"):
+        engine.choose('openvino')
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    assert engine.choose('auto') == 'xla'
+    with pytest.raises(UserError, match='is for CPUs'):
+        engine.choose('openvino')
+
+
+def test_convolve_is_a_convolution_of_the_grid():
     layers = (rule.draw_input('l2', (2, 4, 5, 3)), rule.draw_input('l3', (2, 2, 3, 4)))
     kernel = rule.draw_input('kernel', (5, 5, 7, 6))
     expected = grid_lib.upscale_pool(layers)
     expected = jax.lax.conv_general_dilated(
         expected, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
     )
-    arranged = grid_lib.arrange(kernel, (3, 4))
-    for kernels in (arranged, grid_lib.in_chunks(arranged), grid_lib.in_chunks(arranged, 4)):
-        actual = grid_lib.convolve_arranged(grid_lib.columns_first(layers), kernels)
-        rule.check_close(actual, expected, 25 * 7 * 40)
+    rule.check_close(grid_lib.convolve(layers, kernel), expected, 25 * 7 * 40)

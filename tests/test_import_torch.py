@@ -81,7 +81,7 @@ def predict(workdir, image):
     """Score and full-size logits of a normalised image, as evaluation computes them."""
     model = predictor.open_run(workdir)
     mean, std = np.float32(resnet.IMAGENET_MEAN), np.float32(resnet.IMAGENET_STD)
-    return jax.jit(forward.predict)(forward.prepare(model.fused), (image * std + mean) * 255)
+    return jax.jit(forward.predict)(model.fused, (image * std + mean) * 255)
 
 
 @pytest.mark.parametrize(

@@ -316,7 +316,7 @@ def test_extract_layers_does_not_depend_on_the_batch_size(to_host):
     images = np.random.default_rng(0).integers(0, 256, (7, 32, 48, 3), dtype=np.uint8)
     model, variables = resnet.BACKBONES['resnet18'], rule.backbone('resnet18')
     expected = model.apply(variables, resnet.normalise(images))[1:]
-    fused = forward.prepare_backbone(fold.fuse_backbone(variables))
+    fused = fold.fuse_backbone(variables)
     extracted = features_lib.extract_layers(
         forward.backbone, fused, images, batch_size=3, to_host=to_host
     )

@@ -353,6 +353,7 @@ def test_the_command(tmp_path):
     def command(output):
         return commands.start(
             *('predict', '--workdir', workdir, '--input', source, '--output', tmp_path / output),
+            *('--engine', 'xla'),
             cwd=tmp_path,
             XDG_CACHE_HOME=str(tmp_path / 'home'),
         )

@@ -14,11 +14,6 @@ import numpy as np
 from ssn_jax.models import efficientnet, grid as grid_lib, resnet, systems
 from ssn_jax.models.layers import EPSILON
 
-# Hidden channels of the segmentation head, or outputs of a convolutional adaptor, at a time, on a
-# CPU: at the feature grid, these of one image (64 * 64 * 64 * 4 B = 1 MiB) stay in the cache
-# between upscaling, LeakyReLU and product.
-CHUNK = 64
-
 
 @struct.dataclass
 class ResNet:
@@ -61,9 +56,8 @@ class Fused:
 
     Attributes:
       backbone: its convolutions.
-      heads: the network's arrays, by what they do in `forward.heads`. Kernels are (k, k, C, D),
-        biases (D,); those that meet the layers are arranged as `grid.convolve_arranged` takes them,
-        and the hidden channels of the segmentation head lie in chunks on a leading axis.
+      heads: the network's arrays, by what they do in `forward.heads`. Convolutions have a 'kernel'
+        (k, k, C, D) or (C, D), whose C are all layers' channels, and a 'bias' (D,).
       network: what the heads were; no array.
     """
 
@@ -91,45 +85,49 @@ def fuse(backbone_variables: dict, variables: dict, network: nn.Module) -> Fused
 
 
 def _fuse_heads(params, stats, network, channels):
-    """SuperSimpleNet's or GAP+CAM's adaptor and heads, for `_heads`; either head may be absent."""
-    adaptor, fused, linear = params['adaptor'], {}, network.adaptor == 'linear'
+    """SuperSimpleNet's or GAP+CAM's adaptor and heads, for `forward._heads`.
+
+    'adaptor', if it is a convolution. Of the segmentation head, if there is one, 'hidden', with the
+    kernel (D,) of its 'out'put. Of the classification head 'cls': the 'kernel' that meets the
+    layers, or 'adapted', which meets an adaptor's output; 'bias'; a 'constant' (k, k, 1, D), which
+    meets ones; 'map', which meets the other head's logits; 'score'.
+    """
+    del channels
+    adaptor, heads, linear = params['adaptor'], {}, network.adaptor == 'linear'
     if linear:
         weight, bias = adaptor['projection']['kernel'], adaptor['projection']['bias']
     else:
-        fused['adaptor'] = _fold(adaptor['conv'], adaptor['norm'], stats['adaptor']['norm'])
-        fused['adaptor']['kernel'] = grid_lib.arrange(fused['adaptor']['kernel'], channels)
+        heads['adaptor'] = _fold(adaptor['conv'], adaptor['norm'], stats['adaptor']['norm'])
     if 'cls_head' in params:
-        cls, with_map = params['cls_head'], 'seg_head' in params
-        conv = _fold(cls['conv'], cls['norm'], stats['cls_head']['norm'])
-        fused |= {'cls_bias': conv['bias'], 'score': cls['score']}
+        head, with_map = params['cls_head'], 'seg_head' in params
+        conv = _fold(head['conv'], head['norm'], stats['cls_head']['norm'])
+        cls = heads['cls'] = {'bias': conv['bias'], 'score': head['score']}
         features = conv['kernel']
         if with_map:
-            features, fused['map'] = features[:, :, :-1], features[:, :, -1:]
+            features, cls['map'] = features[:, :, :-1], features[:, :, -1:]
         adapted = not with_map or network.adapt_cls_features
         if adapted and linear:
             # Near the border fewer taps meet the bias: no constant, so it stays by itself.
-            fused['cls_constant'] = np.tensordot(bias, features, (0, 2))[:, :, None]
+            cls['constant'] = np.tensordot(bias, features, (0, 2))[:, :, None]
             features = np.moveaxis(np.tensordot(weight, features, (1, 2)), 0, 2)
         # What Scenario B's adaptor passes on is not linear in the layers.
-        if adapted and not linear:
-            fused['cls_adapted'] = features
-        else:
-            fused['cls'] = grid_lib.arrange(features, channels)
+        cls['adapted' if adapted and not linear else 'kernel'] = features
     if 'seg_head' in params:
         seg = params['seg_head']
         hidden = _fold(seg['hidden'], seg['norm'], stats['seg_head']['norm'])
         if linear:
             hidden['bias'] += bias @ hidden['kernel']
-            [hidden['kernel']] = grid_lib.arrange((weight @ hidden['kernel'])[None, None], channels)
-        hidden['out'] = seg['out']['kernel'][:, 0]
-        fused['hidden'] = jax.tree.map(_split, hidden)
-    return fused
+            hidden['kernel'] = weight @ hidden['kernel']
+        heads['hidden'] = hidden | {'out': seg['out']['kernel'][:, 0]}
+    return heads
 
 
 def _fuse_simplenet(params, stats, network, channels):
-    """SimpleNet's embedding, projection and discriminator, for `_simplenet`.
+    """SimpleNet's embedding, projection and discriminator, for `forward._simplenet`.
 
-    All after the averages over a layer's patches is linear: one matrix at the layer's own grid.
+    All up to the hidden layer is linear: a 3x3 convolution of each layer at its own grid. Where the
+    embedding averages whole rows of patches, as WideResNet50-2's, it is one of 3x1 of the average
+    of three columns, a third of the work.
     """
     discriminator, size = params['discriminator'], network.embedding
     hidden = _fold(discriminator['hidden'], discriminator['norm'], stats['discriminator']['norm'])
@@ -137,9 +135,15 @@ def _fuse_simplenet(params, stats, network, channels):
     joined = np.asarray(systems.adaptive_average(np.eye(count * size), size), np.float64)
     joined = joined @ adaptor['kernel'] @ hidden['kernel']
     bias = hidden['bias'] + adaptor['bias'] @ hidden['kernel']
+    patches = []
+    for n, kernel in zip(channels, np.split(joined, count), strict=True):
+        # Of a patch channels are slowest, then rows, then columns.
+        averages = np.asarray(systems.adaptive_average(np.eye(9 * n), size), np.float64)
+        kernel = (averages @ kernel).reshape(n, 3, 3, -1).transpose(1, 2, 0, 3)
+        patches.append(kernel.sum(1, keepdims=True) if 3 * n % size == 0 else kernel)
     # The discriminator's output is high for what is normal, an anomaly logit is its opposite.
     out = -discriminator['out']['kernel'][:, 0]
-    return {'patches': tuple(np.split(joined, count)), 'bias': bias, 'out': out}
+    return {'patches': patches, 'bias': bias, 'out': out}
 
 
 def fuse_backbone(variables: dict) -> ResNet | EfficientNet:
@@ -179,11 +183,6 @@ def _fuse_efficientnet(params, stats):
             }
         )
     return jax.tree.map(np.float32, EfficientNet(stem, blocks))
-
-
-def _split(x):
-    """(..., D) in chunks of its last axis: (D / chunk, ..., chunk)."""
-    return np.moveaxis(x.reshape(*x.shape[:-1], -1, CHUNK), -2, 0)
 
 
 def _fold_named(params, stats, conv, norm, epsilon=EPSILON):

@@ -196,7 +196,7 @@ def _base(config, params, batch_stats, layers):
     if config.adaptor == 'linear':
         return grid_lib.by_image(upscale_pool, layers), {}
     adaptor = params['adaptor']
-    x = grid_lib.convolve(layers, adaptor['conv']['kernel']) + adaptor['conv']['bias']
+    x = _convolve(layers, adaptor['conv']['kernel']) + adaptor['conv']['bias']
     x, stats = _batch_norm(adaptor, batch_stats['adaptor'], x)
     return jax.nn.relu(x), {'adaptor': stats}
 
@@ -205,12 +205,17 @@ def _convolved(config, params, layers, base):
     """The classification head's convolution of the features: (N, H, W, D)."""
     kernel = _feature_kernel(config, params)
     if not (config.system == 'gap_cam' or config.adapt_cls_features):
-        return grid_lib.convolve(layers, kernel)
+        return _convolve(layers, kernel)
     if config.adaptor != 'linear':
         return conv2d(base, kernel)
     weight, bias = (params['adaptor']['projection'][name] for name in ('kernel', 'bias'))
-    convolved = grid_lib.convolve(layers, jnp.einsum('ab,debo->deao', weight, kernel))
+    convolved = _convolve(layers, jnp.einsum('ab,debo->deao', weight, kernel))
     return convolved + grid_lib.convolve_constant(bias, kernel, feature_grid(layers))
+
+
+def _convolve(layers, kernel):
+    """`grid.convolve`, on a CPU image by image."""
+    return grid_lib.by_image(lambda x: grid_lib.convolve(x, kernel), layers)
 
 
 def _segment(config, params, batch_stats, layers, base, clean, noisy):

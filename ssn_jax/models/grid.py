@@ -43,10 +43,7 @@ def selected_channels(channels: Sequence[int], layers: tuple[int, ...]) -> list[
 
 
 def _halve(x, axis):
-    """Averages of three neighbours around every other place of an axis, of two at its ends.
-
-    By slices, since the ONNX exporter gets the shape of flax's pooling wrong.
-    """
+    """Averages of three neighbours around every other place of an axis, of two at its ends."""
     size = x.shape[axis]
     padded = jnp.pad(x, [(int(i == axis),) * 2 for i in range(x.ndim)])
     count = np.convolve(np.ones(size), np.ones(3))[1:-1:2]
@@ -183,19 +180,26 @@ def blur_matrix(
     return matrix.astype(np.float32)
 
 
-def full_size_map(
-    raw: jax.Array, size: tuple[int, int], taps: int = 25, repeat_edge: bool = False
-) -> jax.Array:
-    """The map for people: raw logits (N, h, w, 1) to logits (N, *size, 1).
+def map_matrices(
+    grid: tuple[int, int], size: tuple[int, int], taps: int = 25, repeat_edge: bool = False
+) -> list[np.ndarray]:
+    """What brings the rows and the columns of a raw map to the map for people.
 
     Bilinear (align_corners=False) to image size, then a Gaussian blur of sigma 4 pixels (see
-    `blur_matrix`); a sigmoid makes a probability of it. Both steps are one matrix an axis.
+    `blur_matrix`). Both steps are one matrix an axis, (H, h) and (W, w).
     """
-    rows, columns = (
+    return [
         blur_matrix(m, taps=taps, repeat_edge=repeat_edge) @ resize_matrix(n, m, False)
-        for n, m in zip(raw.shape[1:3], size, strict=True)
-    )
-    return apply_separable(rows, columns, raw)
+        for n, m in zip(grid, size, strict=True)
+    ]
+
+
+def full_size_map(raw: jax.Array, size: tuple[int, int], **blur) -> jax.Array:
+    """The map for people: raw logits (N, h, w, 1) to logits (N, *size, 1) by `map_matrices`.
+
+    A sigmoid makes a probability of it.
+    """
+    return apply_separable(*map_matrices(raw.shape[1:3], size, **blur), raw)
 
 
 def project(layers: tuple[jax.Array, ...], kernel: jax.Array, scale: int = 2) -> jax.Array:
@@ -215,6 +219,9 @@ def project(layers: tuple[jax.Array, ...], kernel: jax.Array, scale: int = 2) ->
 def convolve(layers: tuple[jax.Array, ...], kernel: jax.Array, scale: int = 2) -> jax.Array:
     """The k x k convolution of `upscale_pool(layers)`, zero padding, stride 1.
 
+    With columns in front of rows, every intermediate result lies in memory as the next product
+    reads it: (column tap and column, image, row and row tap, D).
+
     Args:
       layers: outputs of the backbone (N, H_i, W_i, C_i), finest first.
       kernel: (k, k, sum of C_i, D), odd k.
@@ -223,19 +230,29 @@ def convolve(layers: tuple[jax.Array, ...], kernel: jax.Array, scale: int = 2) -
     Returns:
       (N, H, W, D).
     """
-    kernels = arrange(kernel, [x.shape[-1] for x in layers])
-
-    def run(layers):
-        return convolve_arranged(columns_first(layers), kernels, scale)
-
-    return by_image(run, layers)
+    n, size = layers[0].shape[0], len(kernel)  # The former may be symbolic.
+    height, width = feature_grid(layers, scale)
+    rows, parts, start = [], [], 0
+    for x in layers:
+        _, h, w, channels = x.shape
+        taps = kernel[:, :, start : start + channels].transpose(1, 2, 0, 3)
+        start += channels
+        x = x.transpose(2, 0, 1, 3).reshape(-1, channels)
+        # One product per column tap: XLA's batched product is slower on a CPU.
+        y = jnp.stack([x @ tap.reshape(channels, -1) for tap in taps]).reshape(size * w, -1)
+        columns = shifted_matrix(w, width, size).transpose(1, 0, 2).reshape(width, -1)
+        parts.append((columns @ y).reshape(width, n, h * size, -1))
+        rows.append(shifted_matrix(h, height, size).transpose(1, 2, 0).reshape(height, -1))
+    # All layers meet in one product over rows.
+    joined = jnp.matmul(np.concatenate(rows, 1), jnp.concatenate(parts, 2))
+    return joined.transpose(1, 2, 0, 3)
 
 
 def by_image(
     run: Callable,
     inputs: jax.Array | tuple[jax.Array, ...],
     together: int = 1,
-    for_cache: bool | None = None,
+    one_by_one: bool | None = None,
 ) -> jax.Array | tuple[jax.Array, ...]:
     """`run(inputs)`, image by image, so that what it computes is in the cache where it is used.
 
@@ -243,10 +260,10 @@ def by_image(
       run: a function of inputs of any number of images to arrays, images apart.
       inputs: arrays with the images on the first axis.
       together: images that several cores may work on at the same time.
-      for_cache: whether to do so, by default on a CPU, or all images at once.
+      one_by_one: whether to do so, by default on a CPU, or all images at once.
     """
-    for_cache = jax.default_backend() == 'cpu' if for_cache is None else for_cache
-    if not for_cache or len(jax.tree.leaves(inputs)[0]) == 1:
+    one_by_one = jax.default_backend() == 'cpu' if one_by_one is None else one_by_one
+    if not one_by_one or len(jax.tree.leaves(inputs)[0]) == 1:
         return run(inputs)
 
     def one(carry, image):
@@ -260,87 +277,6 @@ def split(x: jax.Array, chunk: int = 128) -> jax.Array:
     """(..., D) in chunks of its last axis, on a CPU: (D / chunk, ..., chunk), else (1, ..., D)."""
     chunk = chunk if jax.default_backend() == 'cpu' else x.shape[-1]
     return jnp.moveaxis(x.reshape(*x.shape[:-1], -1, chunk), -2, 0)
-
-
-def columns_first(layers: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """Outputs of the backbone (N, H_i, W_i, C_i) as (W_i, N, H_i, C_i)."""
-    return tuple(x.transpose(2, 0, 1, 3) for x in layers)
-
-
-def arrange(kernel: jax.Array, channels: Sequence[int]) -> tuple[tuple[jax.Array, ...]]:
-    """A kernel (k, k, sum of C_i, D) as `convolve_arranged` takes it, in one chunk.
-
-    Returns:
-      Per chunk and layer (k, C_i, k * D): column tap, channel, row tap and output channel.
-    """
-    parts, start = [], 0
-    for n in channels:
-        part = kernel[:, :, start : start + n].transpose(1, 2, 0, 3)
-        parts.append(part.reshape(len(kernel), n, -1))
-        start += n
-    return (tuple(parts),)
-
-
-def in_chunks(kernels: tuple[tuple[jax.Array, ...]], chunk: int | None = None) -> tuple:
-    """What `arrange` returns in chunks of output channels, and tap by tap in a tuple.
-
-    XLA would copy a tap's slice before it multiplies with it.
-
-    Args:
-      kernels: as of `arrange`.
-      chunk: output channels at a time; None: all of them.
-
-    Returns:
-      Per chunk and layer k arrays (C_i, k * chunk), one of each column tap.
-    """
-    [of_layers] = kernels
-    size = len(of_layers[0])
-    features = of_layers[0].shape[-1] // size
-    chunk = chunk or features
-
-    def taps(kernel, start):
-        by_tap = kernel.reshape(*kernel.shape[:2], size, features)
-        return tuple(by_tap[..., start : start + chunk].reshape(*kernel.shape[:2], -1))
-
-    starts = range(0, features, chunk)
-    return tuple(tuple(taps(kernel, start) for kernel in of_layers) for start in starts)
-
-
-def convolve_arranged(
-    layers: tuple[jax.Array, ...], kernels: tuple[tuple[jax.Array, ...], ...], scale: int = 2
-) -> jax.Array:
-    """`convolve` with layers and kernel brought into the order of the products before.
-
-    With columns in front of rows, every intermediate result lies in memory as the next product
-    reads it: (column tap and column, image, row and row tap, D).
-
-    Args:
-      layers: as of `columns_first`, finest first.
-      kernels: as of `arrange` or `in_chunks`.
-      scale: how many times finer than the first layer the grid is.
-
-    Returns:
-      (N, H, W, D).
-    """
-    parts = [_convolve_chunk(layers, kernel, scale) for kernel in kernels]
-    return jnp.concatenate(parts, -1).transpose(1, 2, 0, 3)
-
-
-def _convolve_chunk(layers, kernels, scale):
-    """`convolve_arranged` by one chunk of kernels: (W, N, H, chunk)."""
-    width, n, height = scale * layers[0].shape[0], layers[0].shape[1], scale * layers[0].shape[2]
-    rows, parts = [], []
-    for x, kernel in zip(layers, kernels, strict=True):
-        w, _, h, channels = x.shape
-        size = len(kernel)
-        x = x.reshape(-1, channels)
-        # One product per column tap: XLA's batched product is slower on a CPU.
-        y = jnp.stack([x @ k for k in kernel]).reshape(size * w, -1)
-        columns = shifted_matrix(w, width, size).transpose(1, 0, 2).reshape(width, -1)
-        parts.append((columns.astype(y.dtype) @ y).reshape(width, n, h * size, -1))
-        rows.append(shifted_matrix(h, height, size).transpose(1, 2, 0).reshape(height, -1))
-    # All layers meet in one product over rows.
-    return jnp.matmul(np.concatenate(rows, 1).astype(x.dtype), jnp.concatenate(parts, 2))
 
 
 def shifted_matrix(size_in: int, size_out: int, taps: int) -> np.ndarray:

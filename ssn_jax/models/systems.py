@@ -35,6 +35,7 @@ class _OnFeatureGrid(nn.Module):
 
     features = staticmethod(grid_lib.upscale_pool)
     full_size_map = staticmethod(grid_lib.full_size_map)
+    map_matrices = staticmethod(grid_lib.map_matrices)
 
     @nn.nowrap
     def frozen(self, stages: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -188,9 +189,8 @@ def embed(layers: tuple[jax.Array, ...], size: int) -> jax.Array:
     return adaptive_average(jnp.concatenate(parts, -1), size)
 
 
-def full_size_map(raw: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Raw logits (N, h, w, 1) to (N, *size, 1), blurred as SciPy's gaussian_filter does."""
-    return grid_lib.full_size_map(raw, size, taps=33, repeat_edge=True)
+# Blurred as SciPy's gaussian_filter does it.
+_BLUR = {'taps': 33, 'repeat_edge': True}
 
 
 class SimpleNet(nn.Module):
@@ -205,7 +205,8 @@ class SimpleNet(nn.Module):
     hidden: int = 1024
 
     layers = (2, 3)
-    full_size_map = staticmethod(full_size_map)
+    full_size_map = staticmethod(functools.partial(grid_lib.full_size_map, **_BLUR))
+    map_matrices = staticmethod(functools.partial(grid_lib.map_matrices, **_BLUR))
 
     def setup(self):
         self.adaptor = Dense(self.embedding)

@@ -11,7 +11,7 @@ import numpy as np
 
 from ssn_jax import devices
 from ssn_jax.errors import UserError
-from ssn_jax.fused import forward
+from ssn_jax.fused import engine, forward
 from ssn_jax.losses import targets
 from ssn_jax.models import grid as grid_lib
 
@@ -44,15 +44,20 @@ def keep_on_host(config, split, network, backbone, mesh) -> bool:
 def training_data(config, split, network, backbone, mesh, on_host):
     """Everything that is trained on, as one batch: on the devices of the mesh, or on the host."""
     logging.info('%d images: their features are computed once', len(split.labels))
-    layers = extract_layers(
-        functools.partial(forward.backbone, precision=config.precision),
-        backbone,
-        split.images,
-        frozen=network.frozen,
-        mesh=mesh,
-        dtype=config.features.dtype,
-        to_host=on_host,
-    )
+    # SimpleNet keeps an embedding, which is no output of the graph.
+    if mesh is None and engine.choose(config.engine) == 'openvino' and hasattr(network, 'adaptor'):
+        layers = extract_by_openvino(config, backbone, split.images)
+        layers = layers if on_host else jax.device_put(layers)
+    else:
+        layers = extract_layers(
+            functools.partial(forward.backbone, precision=config.precision),
+            backbone,
+            split.images,
+            frozen=network.frozen,
+            mesh=mesh,
+            dtype=config.features.dtype,
+            to_host=on_host,
+        )
     known, grid = {}, grid_lib.feature_grid(layers)
     if split.labels.any():
         known = targets.truth(config.supervision, split, grid)
@@ -123,6 +128,25 @@ def extract_layers(
         for all_of, layer in zip(kept, jax.device_get(run(variables, batch)), strict=True):
             all_of[start : start + batch_size] = layer
     return tuple(kept)
+
+
+def extract_by_openvino(config, backbone, images: np.ndarray) -> tuple[np.ndarray, ...]:
+    """`extract_layers` on a CPU: the layers that the config chooses, in the host's memory."""
+    from ssn_jax.fused import graph
+
+    size = images.shape[1:3]
+    model = graph.features(backbone, size, tuple(config.features.layers))
+    run = engine.OpenVino(model, size, config.precision)
+    dtype, kept = jnp.dtype(config.features.dtype), None
+    for start in range(0, len(images), 16):
+        found = [x.astype(dtype) for x in run(images[start : start + 16])]
+        if dtype == jnp.bfloat16:
+            found = [x.view(np.uint16) for x in found]
+        if kept is None:
+            kept = tuple(np.empty((len(images), *x.shape[1:]), x.dtype) for x in found)
+        for all_of, x in zip(kept, found, strict=True):
+            all_of[start : start + 16] = x
+    return kept
 
 
 def _store(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

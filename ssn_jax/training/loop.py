@@ -18,7 +18,7 @@ import tqdm
 from ssn_jax import devices, signals
 from ssn_jax.data import augment, sampling
 from ssn_jax.errors import UserError
-from ssn_jax.fused import fold, forward
+from ssn_jax.fused import fold
 from ssn_jax.models import backbones
 from ssn_jax.training import checkpoint, features, steps
 
@@ -50,7 +50,7 @@ def train(jobs, split, network, backbone_variables, quiet=False):
     missing = sorted({start.done for start in starts} - {config.epochs})
     if missing:
         split = augment.shown(config, split)
-        backbone = forward.prepare_backbone(fold.fuse_backbone(backbone_variables))
+        backbone = fold.fuse_backbone(backbone_variables)
         on_host = features.keep_on_host(config, split, network, backbone, mesh)
         with naming_nans(config):
             contents = features.training_data(config, split, network, backbone, mesh, on_host)
