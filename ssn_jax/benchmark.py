@@ -86,7 +86,7 @@ def compile_torch(config, variables: tuple[dict, dict], images: np.ndarray):
 def compile_openvino(config, variables: tuple[dict, dict], images: np.ndarray):
     """The graph of the PyTorch module, compiled by OpenVINO for latency, in float32."""
     torch, module = _torch_module(config, variables)
-    import openvino
+    openvino = engine.import_openvino()
 
     with torch.inference_mode():
         model = openvino.convert_model(module, example_input=torch.from_numpy(images))

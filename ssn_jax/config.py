@@ -410,7 +410,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
     """Raises UserError for values that no run can have."""
     values = dict(fields(config))
     for name in values.keys() - FIELDS.keys():
-        raise UserError(f'{name} is no field of a config: ssn_jax/config.py lists them.')
+        raise UserError(f'{name} is no field of a config: ssn-jax train --help lists them.')
+    for name in FIELDS.keys() - values.keys():
+        raise UserError(
+            f'the config lacks {name}: get_config() begins with ssn_jax.config.default_config().'
+        )
     alone = ((field.allows(values[name]), name, field.rule) for name, field in FIELDS.items())
     for ok, name, rule in itertools.chain(alone, _together(config)):
         if not ok:
@@ -479,7 +483,10 @@ def from_json(path: pathlib.Path) -> ml_collections.ConfigDict:
         raise UserError(f'{path} does not exist: this folder is no run of ssn_jax.') from None
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         reason = ' '.join(str(e).split())
-        raise UserError(f'{path} is no config of ssn_jax ({reason}): delete the run.') from None
+        raise UserError(
+            f'{path} is no config of ssn_jax ({reason}): restore it; if a newer ssn_jax wrote it, '
+            'update ssn_jax.'
+        ) from None
 
 
 def _alike(value, default) -> bool:

@@ -169,6 +169,9 @@ def import_checkpoint(
         raise UserError(
             f'{workdir} cannot be written ({e.strerror}): choose another --workdir.'
         ) from None
+    except UserError as e:  # Of a part that cannot be written, by its name in the draft.
+        reason = str(e).replace(str(drafted), str(workdir)).partition(': ')[0]
+        raise UserError(f'{reason}: nothing was imported.') from None
     finally:
         shutil.rmtree(drafted, ignore_errors=True)
     return config
@@ -182,11 +185,14 @@ def main(values: flags.FlagValues) -> None:
         raise UserError('no folder for the run: add --workdir runs/NAME.')
     if values.step < 0:
         raise UserError(f'--step={values.step} is negative: it is a number of batches.')
-    workdir, path = terminal.path(values.workdir), terminal.path(values.weights)
+    terminal.set_up_log(values.quiet)
+    config_lib.validate(values.config)
+    workdir, path = terminal.path(values.workdir).absolute(), terminal.path(values.weights)
     if values.evaluate:  # What is wrong with the data is told before anything is written.
         data.load(values.config.data, values.config.image_size, values.config.resize)
     config = import_checkpoint(values.config, path, workdir, values.step)
     logging.info('Imported %s, %s, adaptor %s', config.system, config.backbone.name, config.adaptor)
     if values.evaluate:
-        print(text.format_table(pipeline.train_and_evaluate(config, workdir)))
+        results = pipeline.train_and_evaluate(config, workdir, values.tensorboard, values.quiet)
+        print(text.format_table(results))
     print(f'The run is in {workdir}.')

@@ -48,6 +48,7 @@ def run(argv: list[str]) -> None:
 
     devices.connect(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     config = _CONFIG.value
+    config_lib.validate(config)
     workdir = terminal.path(_WORKDIR.value) if _WORKDIR.value else run_lib.default_workdir(config)
     terminal.set_up_log(_QUIET.value)
     results = pipeline.train_and_evaluate(config, workdir, _TENSORBOARD.value, _QUIET.value)

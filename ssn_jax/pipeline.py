@@ -23,6 +23,7 @@ from ssn_jax import (
     seeds,
     supervision,
 )
+from ssn_jax.fused import engine, fold
 from ssn_jax.models import systems, weights
 from ssn_jax.training import loop
 
@@ -56,17 +57,19 @@ def train_and_evaluate(
         run_lib.check_workdir(*run)
     if events:
         run_lib.require_tensorboard()
+    engine.choose(config.engine)  # What cannot be had is told now.
     folders = [folder for _, folder in asked]
-    found = find_fields(config, folders)
-    config = config_lib.with_found(config, found)
-    material = gather(config, folders)
+    with run_lib.remembered() as said:
+        found = find_fields(config, folders)
+        config = config_lib.with_found(config, found)
+        material = gather(config, folders)
 
     devices.wait_for_all('workdir checked')  # Before the first one writes there.
     network = systems.build_network(config)
     with contextlib.ExitStack() as running:
         jobs = []
         for one, folder in asked:
-            begun = run_lib.begin(one, found, folder, material.origin, material.backbone)
+            begun = run_lib.begin(one, found, folder, material.origin, material.backbone, said)
             running.enter_context(begun)
             if one.supervision.kind == 'masks':
                 masked = json.dumps(supervision.masked_files(material.split), indent=2) + '\n'
@@ -79,7 +82,7 @@ def train_and_evaluate(
         results = [measure(job, *end, material) for job, end in zip(jobs, trained, strict=True)]
         if config.seeds == 1:
             return results[0]
-        summary = seeds.summarise(results + seeds.other_results(asked, workdir))
+        summary = seeds.summarise(results + seeds.other_results(asked, workdir, results[0]))
         run_lib.write(workdir / 'summary.json', json.dumps(summary, indent=2) + '\n')
         return summary
 
@@ -153,7 +156,9 @@ def load_backbone(
     named = config.backbone.weights
     if not (named and pathlib.Path(named).expanduser().exists()):
         for folder in filter(run_lib.has_model, folders):
-            return run_lib.read_model(folder).backbone, run_lib.weights_origin(folder)
+            # Its own digest is that of origin.json.
+            model = run_lib.read_model(folder, verified=False)
+            return model.backbone, run_lib.weights_origin(folder)
     return weights.load_backbone(config.backbone.name, named, allow_random=embedded)
 
 
@@ -166,7 +171,8 @@ def measure(job, state, log, material) -> dict:
     """Evaluates a trained run, chooses its threshold and writes both with figures; its results."""
     config, workdir, network = job.config, job.folder, state.variables()
     dataset, split, backbone = material.dataset, material.split, material.backbone
-    model = predictor.from_variables(config, backbone, network, config.epochs, workdir)
+    fused = fold.fuse(backbone, network, systems.build_network(config))
+    model = predictor.Predictor(config, fused, config.epochs, workdir=workdir)
     scores, maps = evaluate.predict(model, dataset.test.images)
     values, reasons = evaluate.evaluate(scores, maps, dataset.test)
     log.close(config.epochs, values)

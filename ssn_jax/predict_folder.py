@@ -215,6 +215,8 @@ def _load(path, size, model, max_pixels):
         return image, model.fit(image)
     except UserError as e:
         return e
+    except OSError as e:  # Of a folder that may be listed and not entered.
+        return UserError(f'{path}: cannot be read ({e.strerror}); check the file')
 
 
 def _draw(target, result, image, regions):

@@ -12,10 +12,11 @@
 | decision.json, results.json, figures/ | of the finished run |
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 import csv
 import dataclasses
+import hashlib
 import importlib.util
 import io
 import json
@@ -65,7 +66,11 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> N
                 f'{different[0]} is {theirs[different[0]]!r} there and {ours[different[0]]!r} '
                 'here): give this one its own --workdir, or delete that folder.'
             )
-    elif workdir.is_dir() and not all(files.is_draft(p) for p in workdir.iterdir()):
+    elif workdir.is_dir() and not all(
+        # The latter is written first, and a process can be killed then.
+        files.is_draft(p) or p.name == 'found.json'
+        for p in workdir.iterdir()
+    ):
         raise UserError(f'{workdir} is not empty and holds no run: choose another --workdir.')
 
 
@@ -154,14 +159,17 @@ def weights_origin(workdir: pathlib.Path) -> str:
     return (read_json(workdir / 'imported.json') or {}).get('weights', str(workdir / _MODEL))
 
 
-def check_origin(workdir: pathlib.Path, origin: Origin) -> None:
+def check_origin(workdir: pathlib.Path, origin: Origin, warn: bool = True) -> None:
     """Raises UserError if a run has begun with other training images or weights.
 
     Other test images are a warning: they change what is measured, and not what was learned.
     """
     began = read_origin(workdir)
     if began is None:
-        return
+        imported = read_json(workdir / 'imported.json') or {}
+        if imported.get('backbone') in (None, origin.backbone):
+            return
+        began = Origin(origin.data, imported['backbone'], imported['weights'])
     again = f'restore them, or give this run its own --workdir ({workdir} stays as it is).'
     if began.data['train'] != origin.data['train']:
         raise UserError(
@@ -173,7 +181,7 @@ def check_origin(workdir: pathlib.Path, origin: Origin) -> None:
             f'{workdir} holds a run on other backbone weights ({began.weights}) than '
             f'{origin.weights}: {again}'
         )
-    if began.data['test'] != origin.data['test']:
+    if warn and began.data['test'] != origin.data['test']:
         logging.warning(
             '%s was begun with other test images or masks: its results are of those that are there '
             'now.',
@@ -221,6 +229,7 @@ def begin(
     workdir: pathlib.Path,
     origin: Origin,
     backbone: dict,
+    said: Sequence[py_logging.LogRecord] = (),
 ) -> contextlib.ExitStack:
     """Locks a run's folder, writes what it holds before the run trains, and begins its log.
 
@@ -230,6 +239,7 @@ def begin(
       workdir: the folder.
       origin: what the run is made from.
       backbone: the backbone's variables.
+      said: what was logged before, as `remembered` has it.
 
     Returns:
       What ends the lock and the log.
@@ -239,18 +249,22 @@ def begin(
             workdir.mkdir(parents=True, exist_ok=True)
             if devices.is_first():
                 stack.enter_context(files.locked(workdir))
-                for path in filter(files.is_draft, workdir.rglob('*')):
-                    path.unlink()  # Of a process that was killed: whoever writes has the lock.
-            write(workdir / 'config.json', config_lib.to_json(config))
+                # Another one may have begun here while this one prepared its data.
+                check_workdir(config, workdir)
+                check_origin(workdir, origin, warn=False)
+                for folder in (workdir, workdir / 'figures'):
+                    for path in filter(files.is_draft, folder.glob('.*')):
+                        path.unlink()  # Of a process that was killed: who writes has the lock.
             if found:
                 write(workdir / 'found.json', json.dumps(found, indent=2) + '\n')
+            write(workdir / 'config.json', config_lib.to_json(config))
             if not (workdir / 'origin.json').exists():
                 values = dataclasses.asdict(origin) | versions()
                 write(workdir / 'origin.json', json.dumps(values, indent=2) + '\n')
             if not has_model(workdir):
                 write_model(workdir, Model(backbone))
             if devices.is_first():
-                stack.enter_context(_logged(workdir / 'log.txt'))
+                stack.enter_context(_logged(workdir / 'log.txt', said))
         except OSError as e:
             raise UserError(
                 f'{workdir} cannot be written ({e.strerror}): choose another --workdir.'
@@ -259,12 +273,30 @@ def begin(
 
 
 @contextlib.contextmanager
-def _logged(path: pathlib.Path) -> Iterator[None]:
-    """Within the block what is logged is appended to a file too."""
+def remembered() -> Iterator[list[py_logging.LogRecord]]:
+    """Within the block what is logged is collected, for a log that is opened later."""
+    found = []
+    handler = py_logging.Handler()
+    handler.emit = found.append
+    with _handling(handler):
+        yield found
+
+
+@contextlib.contextmanager
+def _logged(path: pathlib.Path, said: Sequence[py_logging.LogRecord]) -> Iterator[None]:
+    """Within the block what is logged is appended to a file too, after what was said before."""
     handler = py_logging.FileHandler(path)
     handler.setFormatter(py_logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
-    handler.addFilter(_is_told)
     handler.handleError = lambda record: None  # A full disk is told by what must be written.
+    with _handling(handler):
+        for record in said:
+            handler.handle(record)
+        yield
+
+
+@contextlib.contextmanager
+def _handling(handler):
+    handler.addFilter(_is_told)
     logger = logging.get_absl_logger()
     logger.addHandler(handler)
     try:
@@ -289,12 +321,14 @@ class Log:
     """
 
     def __init__(self, path: pathlib.Path, epochs_done: int, events: pathlib.Path | None = None):
-        self.path = path
-        self.events = _open_events(events) if events and devices.is_first() else None
+        self.path, self.events = path, None
         self.rows: list[dict[str, str]] = []
         if path.exists():
             with path.open(newline='') as f:
                 self.rows = [r for r in csv.DictReader(f) if int(r['epoch']) <= epochs_done]
+        if events and devices.is_first():
+            self.history()  # Raises if it is damaged, before the old files are deleted.
+            self.events = _open_events(events)
         for row in self.rows:
             self._add_event(row)
 
@@ -395,6 +429,8 @@ class Model:
 def write_model(workdir: pathlib.Path, model: Model) -> None:
     """Writes model.safetensors; of several processes the first one does.
 
+    Results and a decision on another model are deleted before: they are none of this one's.
+
     Raises:
       UserError: it cannot be written.
     """
@@ -409,8 +445,12 @@ def write_model(workdir: pathlib.Path, model: Model) -> None:
     if not devices.is_first():
         return
     try:
-        about = {'epoch': str(model.epoch)}
-        files.write(workdir / _MODEL, safetensors.numpy.save(arrays, about))
+        content = safetensors.numpy.save(arrays, {'epoch': str(model.epoch)})
+        if has_model(workdir) and model_digest(workdir) == hashlib.sha256(content).hexdigest():
+            return
+        for name in ('results.json', 'decision.json'):
+            (workdir / name).unlink(missing_ok=True)
+        files.write(workdir / _MODEL, content)
     except OSError as e:
         raise UserError(
             f'{workdir / _MODEL} cannot be written ({e.strerror}): see to it, then the same '
@@ -418,14 +458,14 @@ def write_model(workdir: pathlib.Path, model: Model) -> None:
         ) from None
 
 
-def read_model(workdir: pathlib.Path) -> Model:
-    """Reads model.safetensors; of a finished run its SHA-256 is that of results.json.
+def read_model(workdir: pathlib.Path, verified: bool = True) -> Model:
+    """Reads model.safetensors; if `verified`, its SHA-256 must be that of results.json.
 
     Raises:
       UserError: there is none, or it is damaged.
     """
     path = workdir / _MODEL
-    expected = (read_json(workdir / 'results.json') or {}).get('model_sha256')
+    expected = verified and (read_json(workdir / 'results.json') or {}).get('model_sha256')
     try:
         if expected and files.digest(path) != expected:
             raise ValueError('its SHA-256 is not that of results.json')

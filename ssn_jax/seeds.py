@@ -8,7 +8,7 @@ import statistics
 from absl import logging
 import ml_collections
 
-from ssn_jax import config as config_lib, files, metrics, run as run_lib
+from ssn_jax import config as config_lib, files, metrics
 from ssn_jax.errors import UserError
 
 
@@ -52,9 +52,15 @@ def _check_folder(workdir: pathlib.Path) -> None:
 
 
 def other_results(
-    runs: list[tuple[ml_collections.ConfigDict, pathlib.Path]], workdir: pathlib.Path
+    runs: list[tuple[ml_collections.ConfigDict, pathlib.Path]], workdir: pathlib.Path, ours: dict
 ) -> list[dict]:
-    """Results of complete runs in a folder beside those of `runs_of`, but for the seed the same."""
+    """Results of complete runs in a folder beside those of `runs_of`, but for the seed the same.
+
+    Args:
+      runs: as of `runs_of`.
+      workdir: their folder.
+      ours: the results of one of them.
+    """
     own = [path for _, path in runs]
     config = config_lib.identity(runs[0][0]) | {'seed': None}
     found = []
@@ -63,12 +69,13 @@ def other_results(
             continue
         try:
             theirs = config_lib.identity(config_lib.from_json(file.parent / 'config.json'))
-            origins = run_lib.read_origin(file.parent), run_lib.read_origin(own[0])
-            if theirs | {'seed': None} == config and origins[0] == origins[1]:
-                results = json.loads(file.read_text())
+            results = json.loads(file.read_text())
+            # Learned from the same, and measured on the same.
+            alike = all(results.get(x) == ours.get(x) for x in ('data_sha256', 'backbone_sha256'))
+            if theirs | {'seed': None} == config and alike:
                 summarise([results, results])  # Has it everything?
                 found.append(results)
-        except (UserError, OSError, ValueError, KeyError, TypeError) as e:
+        except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             logging.warning(
                 '%s cannot be read (%s): summary.json is without it; its own command, given again, '
                 'writes it anew.',
@@ -92,7 +99,8 @@ def summarise(results: list[dict]) -> dict:
         values = [r['metrics'][name] for r in results]
         if None in values:  # What is undefined follows from the test split, for all alike.
             summary['metrics'][name] = None
-            summary['undefined'][name] = results[0]['undefined'][name]
+            reasons = (r['undefined'].get(name) for r in results if r['metrics'][name] is None)
+            summary['undefined'][name] = next(reasons)
             continue
         mean, std = statistics.fmean(values), statistics.stdev(values)
         summary['metrics'][name] = {'mean': mean, 'std': std, 'values': values}

@@ -201,7 +201,9 @@ def run(
             reason = _run_process(row, group, arguments)
             # Several may lack memory, or one of them end all: then each gets its own turn, from the
             # last checkpoint on. A mistake in config or data is that of each.
-            retry = reason and len(group) > 1 and not reason.startswith('error: ')
+            # NaN ends all of them too, and is told of a seed.
+            of_all = reason and reason.startswith('error: ') and '(seed ' not in reason
+            retry = reason and len(group) > 1 and not of_all
             for seed in sorted(set(group) - row.finished().keys()):
                 if retry:
                     reason = _run_process(row, [seed], arguments)

@@ -1,6 +1,8 @@
 """The fused predictor against the direct form, as JAX and as a graph in other runtimes."""
 
 import importlib.util
+import subprocess
+import sys
 
 from hypothesis import given, settings, strategies as st
 import jax
@@ -178,6 +180,22 @@ def test_bfloat16_rounds_and_says_so():
     off = np.abs(exact(images)[1] - rounded(images)[1]).max() / np.std(exact(images)[1])
     assert exact.name.endswith('float32')
     assert 1e-4 < off < 0.3 if rounded.name.endswith('bfloat16') else off == 0
+
+
+def test_openvino_is_imported_without_its_reports():
+    """In a process of its own: neither their package nor a fork; the log keeps its handlers."""
+    code = """
+import logging, sys
+from absl import logging as absl_logging
+from ssn_jax.fused import engine
+absl_logging.use_absl_handler()
+before = list(logging.root.handlers)
+engine.import_openvino().Core()
+assert logging.root.handlers == before and before
+assert not [name for name in sys.modules if name.startswith('openvino_telemetry')]
+"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, '')
 
 
 def test_engines_that_are_not_there_are_told(monkeypatch):

@@ -145,7 +145,13 @@ def test_imported_run_is_measured_as_any_other(config, write, tmp_path, capsys):
     workdir = tmp_path / 'run'
     path = write(head_tensors(SuperSimpleNet(), 384))
     values = types.SimpleNamespace(
-        config=config, workdir=str(workdir), weights=str(path), step=0, evaluate=True
+        config=config,
+        workdir=str(workdir),
+        weights=str(path),
+        step=0,
+        evaluate=True,
+        quiet=True,
+        tensorboard=False,
     )
     import_torch.main(values)
     results = json.loads((workdir / 'results.json').read_text())

@@ -206,3 +206,43 @@ def test_a_moved_run_predicts_measures_and_exports(moved, trained, capsys):
     cli.evaluate([*run, *where, '--checkpoint', '1'])
     said = capsys.readouterr().out
     assert 'epoch 1,' in said and "other images or masks than those of the run's own" in said
+
+
+@pytest.mark.slow
+def test_a_run_that_lost_its_last_checkpoint_is_none_that_is_finished(moved, monkeypatch):
+    """It trains on: its results and its decision go before another model takes their place."""
+    folder, config = moved
+    shutil.rmtree(folder / 'run/checkpoints/2')
+    (folder / 'run/model.safetensors').write_bytes(b'cut off')
+    with pytest.raises(UserError, match='is damaged'):
+        predictor.open_run(folder / 'run')
+    (folder / 'run/model.safetensors').unlink()
+    config.backbone.weights = str(folder / 'resnet18.safetensors')
+    tiny.write_weights(folder / 'resnet18.safetensors')
+    monkeypatch.setattr(pipeline, 'measure', lambda *_: {})  # As if it was killed there.
+    pipeline.train_and_evaluate(config, folder / 'run', quiet=True)
+    assert not (folder / 'run/results.json').exists()
+    assert predictor.open_run(folder / 'run').threshold is None
+
+
+def test_two_configs_that_begin_in_one_new_folder(tmp_path):
+    """The second one is told when it has the lock, whatever it was told before."""
+    config, origin = (
+        config_lib.default_config(),
+        run_lib.Origin({'train': 'a', 'test': 'b'}, 'c', 'd'),
+    )
+    with run_lib.begin(config, {}, tmp_path / 'run', origin, {'params': {'a': np.zeros(1)}}):
+        pass
+    with pytest.raises(UserError, match='other backbone weights'):
+        other = run_lib.Origin(origin.data, 'e', 'f')
+        run_lib.begin(config, {}, tmp_path / 'run', other, {})
+    config.epochs = 3
+    with pytest.raises(UserError, match='a run of another config'):
+        run_lib.begin(config, {}, tmp_path / 'run', origin, {})
+
+
+def test_an_imported_run_keeps_its_backbone(tmp_path):
+    (tmp_path / 'imported.json').write_text('{"backbone": "c", "weights": "c.pt"}')
+    with pytest.raises(UserError, match=r'other backbone weights \(c\.pt\)'):
+        run_lib.check_origin(tmp_path, run_lib.Origin({'train': 'a', 'test': 'b'}, 'x', 'y'))
+    run_lib.check_origin(tmp_path, run_lib.Origin({'train': 'a', 'test': 'b'}, 'c', 'y'))

@@ -216,7 +216,12 @@ def test_a_summary_is_of_all_seeds_that_are_there(tmp_path):
         (tmp_path / f'seed-{seed}' / 'results.json').write_text(text)
     config.seed, config.seeds = 3, 2
     config.features.place = 'host'  # Where features lie changes no result.
-    others = seeds.other_results(seeds.runs_of(config, tmp_path), tmp_path)
+    text = json.dumps(fields | {'seed': 4, 'data_sha256': {'test': 'of other images'}})
+    (tmp_path / 'seed-4').mkdir()
+    other.seed = 4
+    (tmp_path / 'seed-4' / 'config.json').write_text(config_lib.to_json(other))
+    (tmp_path / 'seed-4' / 'results.json').write_text(text)
+    others = seeds.other_results(seeds.runs_of(config, tmp_path), tmp_path, fields)
     assert sorted(r['seed'] for r in others) == [0, 1]
     summary = seeds.summarise([fields | {'seed': seed} for seed in (4, 0, 3)])
     assert summary['seeds'] == [0, 3, 4]
@@ -272,7 +277,7 @@ def test_a_damaged_result_of_another_seed_is_left_out(tmp_path, caplog):
         (tmp_path / f'seed-{seed}').mkdir()
         (tmp_path / f'seed-{seed}' / 'config.json').write_text(config_lib.to_json(single))
         (tmp_path / f'seed-{seed}' / 'results.json').write_text(text)
-    found = seeds.other_results([(config, tmp_path / 'seed-0')], tmp_path)
+    found = seeds.other_results([(config, tmp_path / 'seed-0')], tmp_path, values)
     assert [results['seed'] for results in found] == [3]
     for seed in (1, 2, 4):
         assert f'seed-{seed}' in caplog.text

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging as py_logging
+import sys
 import threading
 
 from absl import logging
@@ -34,6 +35,24 @@ def choose(asked: str) -> str:
     return 'openvino' if on_cpu and not missing else 'xla'
 
 
+def import_openvino():
+    """The package openvino, imported without what its import does besides.
+
+    It reports to its makers, from a fork of this process, which has JAX's threads; and it takes
+    absl's handler from the log.
+    """
+    handlers, telemetry = list(py_logging.root.handlers), 'openvino_telemetry'
+    absent = telemetry not in sys.modules
+    if absent:
+        sys.modules[telemetry] = None  # As if it was not installed.
+    import openvino
+
+    if absent:
+        del sys.modules[telemetry]
+    py_logging.root.handlers[:] = handlers
+    return openvino
+
+
 class OpenVino:
     """An ONNX model compiled for this CPU; it takes images one by one, on all cores.
 
@@ -48,10 +67,7 @@ class OpenVino:
           size: their height and width.
           precision: float32, or bfloat16 where the processor has it.
         """
-        handlers = list(py_logging.root.handlers)
-        import openvino
-
-        py_logging.root.handlers[:] = handlers  # The import takes absl's away.
+        openvino = import_openvino()
         core = openvino.Core()
         rounded = precision == 'bfloat16'
         if rounded and 'BF16' not in core.get_property('CPU', 'OPTIMIZATION_CAPABILITIES'):
