@@ -62,11 +62,11 @@ def fake_run(
         run, jax.random.key(1), backbones.feature_channels(run.backbone.name, run.features.layers)
     )
     files.write(workdir / 'config.json', config_lib.to_json(run))
-    decision = {'threshold': threshold, 'undefined': 'made up', 'split': 'train (normal)'}
-    files.write(workdir / 'decision.json', json.dumps(decision))
     checkpoint.save(checkpoint.open_manager(workdir, 2), epoch, state)
     backbone, _ = weights.load_backbone(run.backbone.name, run.backbone.weights, False)
     run_lib.write_model(workdir, run_lib.Model(backbone, state.variables(), epoch))
+    decision = {'threshold': threshold, 'undefined': 'made up', 'split': 'train (normal)'}
+    files.write(workdir / 'decision.json', json.dumps(decision))
     files.write(workdir / 'train.csv', f'epoch,loss,seconds\n{epoch},1,1\n')
     return workdir
 
