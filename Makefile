@@ -28,7 +28,8 @@ test: $(STAMP)
 
 # What tells soonest that something is wrong: lint, and the tests that compile next to nothing.
 CHECKED := checkpoint data decision defects demo figures fuzz losses main metrics overlays predict
-CHECKED += readme report runs sampling supervision sweep synthetic torch_archives trust weights
+CHECKED += predictor readme report run sampling supervision sweep synthetic torch_archives trust
+CHECKED += weights
 check: lint
 	@$(QUICK) $(CHECKED:%=tests/test_%.py)
 
