@@ -1,4 +1,4 @@
-"""The same arithmetic in PyTorch, to measure against: optional, for scripts/benchmark.py alone."""
+"""The same arithmetic in PyTorch, to measure against: optional, for benchmark.py alone."""
 
 from collections import OrderedDict
 

@@ -58,7 +58,7 @@ def write_run(folder, name='mod1_a', seed=0, auroc=0.6, config=None, embedded=Fa
 
 
 def write_benchmark(path):
-    """What scripts/benchmark.py --json prints."""
+    """What `ssn-jax benchmark --json` prints."""
     forms = {'direct': {'ms': 20.0}, 'fused': {'ms': 10.0, 'images_per_s': 120.0, 'mb': 50.0}}
     size = {'image_size': [256, 256], 'params': 4_560_579}
     rows = [{'config': 'mod1_a', 'forms': forms} | size]

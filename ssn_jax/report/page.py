@@ -99,7 +99,7 @@ def make_label(name: str, setting: Mapping[str, object]) -> str:
 
 
 def read_benchmark(path: pathlib.Path) -> tuple[str, dict[str, dict]]:
-    """The device and the fused form's measurements by config, of `benchmark.py --json`."""
+    """The device and the fused form's measurements by config, of `ssn-jax benchmark --json`."""
     try:
         content = json.loads(path.read_text())
         return str(content['device']), {
@@ -431,7 +431,7 @@ def write_report(
     Args:
       workdirs: the runs' folders; that of several seeds stands for all of them.
       output: a folder that is new, empty, or holds an earlier report, which is replaced.
-      benchmark: output of scripts/benchmark.py --json, for the times of inference.
+      benchmark: output of `ssn-jax benchmark --json`, for the times of inference.
 
     Raises:
       UserError: a folder is no finished run, or `output` cannot be used.
