@@ -131,7 +131,11 @@ def extract_layers(
 
 
 def extract_by_openvino(config, backbone, images: np.ndarray) -> tuple[np.ndarray, ...]:
-    """`extract_layers` on a CPU: the layers that the config chooses, in the host's memory."""
+    """`extract_layers` on a CPU: of images, uint8 (N, H, W, 3), the layers that the config chooses.
+
+    Returns:
+      Arrays (N, H_i, W_i, C_i) in the host's memory, as `extract_layers` keeps them.
+    """
     from ssn_jax.fused import graph
 
     size = images.shape[1:3]
