@@ -1,25 +1,34 @@
-"""Times of inference and training, this project's forms beside other implementations."""
+"""Times of inference, of this project's networks and of those that anomalib has."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable
 import functools
+import importlib.metadata
 import importlib.util
+import os
+import pathlib
+import re
 import time
 
 import cv2
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ssn_jax import config as config_lib, predictor, synthesis
+from ssn_jax import config as config_lib, predictor
 from ssn_jax.data import synthetic
 from ssn_jax.errors import UserError
 from ssn_jax.fused import engine, fold, forward
 from ssn_jax.models import backbones, systems
-from ssn_jax.report import published
-from ssn_jax.training import steps
 
-BATCHES = (1, 16)
+PRECISIONS = ('float32', 'bfloat16', 'int8')
+
+INSTALL = (
+    'pip install torch==2.13.0, then pip install --no-deps anomalib==2.7.0 and what it imports '
+    '(docs/inference.md, Times, has the line)'
+)
+
+# Compiles a form for a batch of images, uint8 (N, H, W, 3), and returns what is to be timed.
+Compile = Callable[[np.ndarray], Callable[[], object]]
 
 
 def embedded_images(n: int, size: tuple[int, int]) -> np.ndarray:
@@ -41,302 +50,193 @@ def random_variables(config) -> tuple[dict, dict]:
     )
 
 
-def compile_ours(form: str, config, variables: tuple[dict, dict], images: np.ndarray):
-    """A form's call on images of this shape, and the GFLOP of an image as XLA counts them.
+def load_config(text: str):
+    """The config that `CONFIG` or `CONFIG:BACKBONE` means.
 
-    'fused' is what a finished run computes on this machine, 'xla' without OpenVINO, 'bfloat16' in
-    that precision; 'direct' are the networks of `models/`.
+    Raises:
+      UserError: there is no such config or backbone.
     """
-    network = systems.build_network(config)
-    if form == 'direct':
-        held, backbone = variables, backbones.BACKBONES[config.backbone.name]
+    name, _, backbone = text.partition(':')
+    if name not in config_lib.built_in():
+        known = ', '.join(config_lib.built_in())
+        raise UserError(f'no config {name!r}: --configs takes names of {known}.')
+    config, field = config_lib.load(name), config_lib.FIELDS['backbone.name']
+    if backbone and not field.allows(backbone):
+        raise UserError(f'--configs={text} cannot be used, its backbone: {field.rule}.')
+    config.backbone.name = backbone or config.backbone.name
+    return config
 
-        def run(held, images):
-            layers = backbone.apply(held[0], backbone.normalise(images))
-            logits, scores = network.apply(held[1], network.features(network.frozen(layers)))
-            return scores, network.full_size_map(logits, images.shape[1:3])[..., 0]
 
-        held, compiled = jax.device_put(held), jax.jit(run)
-        counted = compiled.lower(held, images).cost_analysis()
-        return lambda x: jax.device_get(compiled(held, x)), counted['flops'] / len(images) / 1e9
-    config = config.copy_and_resolve_references()
-    config.update(
-        eval_batch_size=len(images),
-        engine='xla' if form == 'xla' else 'auto',
-        precision='bfloat16' if form == 'bfloat16' else 'float32',
-    )
-    model = predictor.Predictor(config, fold.fuse(*variables, network))
+def our_forms(text: str, engines: list[str], precisions: list[str]) -> list[tuple[dict, Compile]]:
+    """The rows of a config, an engine and a precision each, and what compiles them."""
+    config = load_config(text)
+    variables, size = random_variables(config), tuple(config.image_size)
+    fused = fold.fuse(*variables, systems.build_network(config))
     # XLA counts the body of a loop once: the form without loops is counted.
     counted = jax.jit(functools.partial(forward.predict, one_by_one=False))
-    counted = counted.lower(model.fused, images).cost_analysis()
-    return model.logits, counted['flops'] / len(images) / 1e9
-
-
-def compile_torch(config, variables: tuple[dict, dict], images: np.ndarray):
-    """The same arithmetic in PyTorch: channels last, inference mode, eager."""
-    torch, module = _torch_module(config, variables)
-
-    def call(x):
-        with torch.inference_mode():
-            return [y.numpy() for y in module(torch.from_numpy(x))]
-
-    return call
-
-
-def compile_openvino(config, variables: tuple[dict, dict], images: np.ndarray):
-    """The graph of the PyTorch module, compiled by OpenVINO for latency, in float32."""
-    torch, module = _torch_module(config, variables)
-    openvino = engine.import_openvino()
-
-    with torch.inference_mode():
-        model = openvino.convert_model(module, example_input=torch.from_numpy(images))
-    model.reshape(list(images.shape))
-    options = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': 'f32'}
-    compiled = openvino.compile_model(model, 'CPU', options)
-    return lambda x: [compiled([x])[i] for i in range(2)]
-
-
-def _torch_module(config, variables):
-    import torch
-
-    from ssn_jax import torch_model
-
-    network = systems.build_network(config)
-    size = tuple(config.image_size)
-    return torch, torch_model.build(config.backbone.name, *variables, network, size)
-
-
-OTHERS = {'torch': compile_torch, 'openvino': compile_openvino}
-
-
-def take_turns(calls: dict, images: np.ndarray, turns: int) -> dict[str, np.ndarray]:
-    """Seconds of every call on `images`, (turns,) each; all run in every turn."""
-    seconds = {name: [] for name in calls}
-    for _ in range(turns):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call(images)
-            seconds[name].append(time.perf_counter() - began)
-    return {name: np.array(s) for name, s in seconds.items()}
-
-
-def check_outputs(name: str, actual, expected) -> None:
-    """Raises ValueError if a form computes something else; what is timed must be the same."""
-    for a, b in zip(actual, expected, strict=True):
-        error = np.abs(a - b).max() / np.abs(b).max()
-        if not error < 1e-3:
-            raise ValueError(f'{name} deviates from the fused form by {error:.1e}')
-
-
-def measure(name: str, config, against: list[str], turns: int, forms: list[str]) -> dict:
-    """Everything about one config; `forms` are this project's, fused among them."""
-    variables = random_variables(config)
-    count = sum(x.size for v in variables for x in jax.tree.leaves(v['params']))
-    size = list(config.image_size)
-    result = {
-        'config': name,
-        'image_size': size,
-        'params': count,
-        'forms': {f: {} for f in forms + against},
+    counted = counted.lower(fused, np.zeros((1, *size, 3), np.uint8)).cost_analysis()
+    network = {
+        'backbone': config.backbone.name,
+        'image_size': list(size),
+        'params': sum(x.size for v in variables for x in jax.tree.leaves(v['params'])),
+        'gflop': counted['flops'] / 1e9,
     }
-    for batch in BATCHES:
-        images, calls, expected = embedded_images(batch, tuple(config.image_size)), {}, None
-        # The fused form first: the others are checked against it.
-        for form in sorted(result['forms'], key=lambda form: form != 'fused'):
-            row, began = result['forms'][form], time.perf_counter()
-            if form in OTHERS:
-                calls[form], gflop = OTHERS[form](config, variables, images), None
-            else:
-                calls[form], gflop = compile_ours(form, config, variables, images)
-            output = calls[form](images)
-            if batch == 1:
-                row |= {'gflop': gflop, 'first_s': time.perf_counter() - began}
-            expected = expected or output
-            if form == 'bfloat16':
-                pairs = zip(('score', 'map'), output, expected, strict=True)
-                if batch > 1:
-                    off = {name: np.abs(a - e).max() / np.std(e) for name, a, e in pairs}
-                    row['deviation'] = {name: float(x) for name, x in off.items()}
-            else:
-                check_outputs(form, output, expected)
-        times = take_turns(calls, images, turns if batch == 1 else max(7, turns // 2))
-        for form, seconds in times.items():
-            row = result['forms'][form]
-            if batch == 1:
-                row['ms'] = float(1e3 * np.median(seconds))
-                row['ms_p95'] = float(1e3 * np.percentile(seconds, 95))
-            else:
-                row['images_per_s'] = float(batch / np.median(seconds))
-            row[f'fused_is_faster_{batch}'] = float(np.median(seconds / times['fused']))
-    return result
 
+    def compile_form(engine_name, precision, images):
+        if precision == 'int8':
+            from ssn_jax.fused import graph, quantise
 
-def format_table(results: list[dict]) -> str:
-    """The results for people."""
-    head = ('params', 'GFLOP', 'batch 1', '95 %', 'batch 16', 'first', 'fused is faster')
-    lines = [
-        f'{"config":14s}{"form":10s}' + ''.join(f'{h:>9s}' for h in head[:-1]) + f'  {head[-1]}'
+            exact = graph.predictor(fused, config, any_size=True)
+            coarse = quantise.quantise(exact, embedded_images(8, size))
+            return functools.partial(engine.OpenVino(coarse, size, precision), images)
+        own = config.copy_and_resolve_references()
+        own.update(eval_batch_size=len(images), engine=engine_name, precision=precision)
+        return functools.partial(predictor.Predictor(own, fused).logits, images)
+
+    return [
+        (
+            {'name': text, 'engine': e, 'precision': p} | network,
+            functools.partial(compile_form, e, p),
+        )
+        for e in engines
+        for p in precisions
+        if p != 'int8' or e == 'openvino'
     ]
-    for r in results:
-        rows = r['forms'] | {published.DEVICE: published.EFFICIENCY.get(r['config'], {})}
-        for form, row in rows.items():
-            shown = [
-                (r['params'] / 1e6, '.1f') if form != published.DEVICE else (None, ''),
-                (row.get('gflop'), '.1f'),
-                (row.get('ms'), '.2f'),
-                (row.get('ms_p95'), '.2f'),
-                (row.get('images_per_s'), '.2f'),
-                (row.get('first_s'), '.1f'),
-            ]
-            line = f'{r["config"]:14s}{form:10s}'
-            line += ''.join(f'{"-":>9s}' if v is None else f'{v:9{f}}' for v, f in shown)
-            ratios = [row.get(f'fused_is_faster_{b}') for b in BATCHES]
-            line += '' if None in ratios else '  ' + ' / '.join(f'{x:.2f}x' for x in ratios)
-            if 'deviation' in row:
-                line += ''.join(f'  {k} {v:.1e} std off' for k, v in row['deviation'].items())
-            lines.append(line)
-    return '\n'.join(lines)
 
 
-def measure_training(
-    name: str, against: list[str], turns: int, batch: int, direct: bool = True
-) -> dict:
-    """Images per second of a config's training: the cheap form, the direct one, PyTorch's.
+def take_turns(calls: list[Callable], turns: int) -> np.ndarray:
+    """Seconds of every call, (calls, turns); all run in every turn.
 
-    PyTorch gets its masks for nothing and trains without the noise generator; the frozen features,
-    which this project computes once in a run, are timed by themselves.
+    Each is called twice and timed once, so that none pays for what the one before it left behind.
     """
-    config = config_lib.load(name)
-    config.batch_size = batch
-    images = embedded_images(batch, tuple(config.image_size))
-    variables = random_variables(config)
-    network = systems.build_network(config)
-    backbone = fold.fuse_backbone(variables[0])
-    if engine.choose('auto') == 'openvino':
-        from ssn_jax.fused import graph
-
-        size, layers = tuple(config.image_size), tuple(config.features.layers)
-        model = engine.OpenVino(graph.features(backbone, size, layers), size)
-        extract = functools.partial(model, images)
-    else:
-        compiled = jax.jit(lambda v, x: network.frozen(forward.backbone(v, x)))
-        extract = functools.partial(compiled, jax.device_put(backbone), images)
-    layers = tuple(jnp.asarray(x) for x in extract())
-    began = time.perf_counter()
-    jax.block_until_ready(extract())
-    extraction = time.perf_counter() - began
-    channels = sum(x.shape[-1] for x in layers)
-    order = np.arange(batch)[None]
-
-    def ours(sparse):
-        config.sparse = sparse
-        epoch = steps.make_epoch(config, 1)
-        state = [steps.init_state(config, jax.random.key(0), channels)]
-
-        def call(turn):
-            state[0], _ = jax.block_until_ready(
-                epoch(state[0], {'layers': layers}, order, jax.random.key(turn))
-            )
-
-        return call
-
-    calls = {'cheap': ours(True)} | ({'direct': ours(False)} if direct else {})
-    if 'torch' in against:
-        calls['torch'] = _torch_training(config, variables, images)
-    seconds = {form: [] for form in calls}
-    for turn in range(-2, turns):
-        for form, call in calls.items():
+    seconds = np.empty((len(calls), turns))
+    for turn in range(turns):
+        for i, call in enumerate(calls):
+            call()
             began = time.perf_counter()
-            call(turn + 2)
-            if turn >= 0:
-                seconds[form].append(time.perf_counter() - began)
-    forms = {
-        form: {
-            'images_per_s': float(batch / np.median(s)),
-            'cheap_is_faster': float(np.median(np.array(s) / np.array(seconds['cheap']))),
+            call()
+            seconds[i, turn] = time.perf_counter() - began
+    return seconds
+
+
+def measure(forms: list[tuple[dict, Compile]], batch: int, turns: int) -> list[dict]:
+    """The rows of forms with their times on `batch` images, taken by turns.
+
+    A row gets `batch`, `ms` (the median), `ms_p95` and `faster`: how many times as fast as it each
+    of our networks is at its precision, in the first of our engines, the median of the ratios of
+    all turns. What cannot be had, such as a model that OpenVINO does not convert, has `failed`, the
+    reason, instead.
+    """
+    rows, timed, calls, ours = [], [], [], {}
+    for row, compile_form in forms:
+        row = row | {'batch': batch}
+        rows.append(row)
+        try:
+            if row['precision'] == 'bfloat16' and not _has_bfloat16():
+                raise UserError('this processor has no bfloat16')
+            call = compile_form(embedded_images(batch, tuple(row['image_size'])))
+            call()
+        except Exception as e:  # What fails in others' models is known to them alone.
+            if 'published' not in row and not isinstance(e, UserError):
+                raise
+            row['failed'] = str(e).strip().partition('\n')[0] or type(e).__name__
+            continue
+        if 'published' not in row:
+            ours.setdefault((row['precision'], row['name']), len(calls))
+        timed.append(row)
+        calls.append(call)
+    seconds = take_turns(calls, turns)
+    for row, own in zip(timed, seconds, strict=True):
+        row['ms'] = float(1e3 * np.median(own))
+        row['ms_p95'] = float(1e3 * np.percentile(own, 95))
+        row['faster'] = {
+            name: float(np.median(own / seconds[i]))
+            for (precision, name), i in ours.items()
+            if precision == row['precision']
         }
-        for form, s in seconds.items()
-    }
-    return {'config': name, 'batch': batch, 'extract_s': extraction / batch, 'forms': forms}
+    return rows
 
 
-def _torch_training(config, variables, images):
-    torch, module = _torch_module(config, variables)
-    from ssn_jax import torch_model
+@functools.cache
+def _has_bfloat16():
+    """Whether the processor computes in bfloat16, as far as OpenVINO is there to tell."""
+    return engine.choose('auto') != 'openvino' or engine.has_bfloat16()
 
-    module.train()
-    module.backbone.eval()
-    o, heads = config.optimizer, module.discriminator
-    optimizer = torch.optim.AdamW(
-        [
-            {'params': module.feature_adaptor.parameters(), 'lr': o.adaptor_learning_rate},
-            {'params': heads.parameters(), 'lr': o.heads_learning_rate, 'weight_decay': 1e-5},
+
+def machine() -> str:
+    """What the times are of: the device, and the versions of what computes."""
+    kind, cpus = jax.devices()[0].device_kind, pathlib.Path('/proc/cpuinfo')
+    name = f'{jax.device_count()} x {kind}'
+    found = re.search(r'^model name\s*: (.*)', cpus.read_text(), re.M) if cpus.exists() else None
+    if found and kind == 'cpu':
+        name = f'{found[1].strip()}, {len(os.sched_getaffinity(0))} cores'
+    packages = [p for p in ('jax', 'openvino', 'torch', 'anomalib') if importlib.util.find_spec(p)]
+    return f'{name}; ' + ', '.join(f'{p} {importlib.metadata.version(p)}' for p in packages)
+
+
+def table(rows: list[dict]) -> list[str]:
+    """Rows as lines for people, a head first."""
+    names = list(dict.fromkeys(row['name'] for row in rows if 'published' not in row))
+    widths = [9] * 7 + [max(len(name), 7) + 2 for name in names]
+    first = max(len(row['name']) for row in rows) + 2
+
+    def line(name, engine, precision, cells):
+        cells = ''.join(f'{cell:>{width}s}' for cell, width in zip(cells, widths, strict=True))
+        return f'{name:{first}s}{engine:10s}{precision:8s}' + cells
+
+    head = ['M params', 'GFLOP', 'I-AUROC', 'AUPRO', 'batch', 'ms', '95 %', *names]
+    lines = [line('', 'engine', 'precision', head)]
+    for row in rows:
+        of, faster = row.get('published', {}), row.get('faster', {})
+        values = [
+            (row['params'], 1e-6, '.1f'),
+            (row.get('gflop'), 1, '.1f'),
+            *((of.get(metric), 100, '.1f') for metric in ('I-AUROC', 'AUPRO')),
+            (row['batch'], 1, 'd'),
+            *((row.get(time), 1, '.2f') for time in ('ms', 'ms_p95')),
+            *((faster.get(name), 1, '.2f') for name in names),
         ]
-    )
-    masks = synthesis.make_masks(config)
-    grid = tuple(s // 4 for s in config.image_size)
-    images = torch.from_numpy(images)
-
-    def call(turn):
-        mask = np.array(masks(jax.random.key(turn), 2 * len(images), grid)).transpose(0, 3, 1, 2)
-        torch_model.train_step(module, optimizer, images, torch.from_numpy(mask), config.noise.std)
-
-    return call
-
-
-def check(names: Sequence[str], against: Sequence[str], train: bool) -> None:
-    """Raises UserError for what cannot be measured."""
-    for other in against:
-        if other not in OTHERS:
-            raise UserError(f'--against={other} is unknown: it takes {", ".join(OTHERS)}.')
-        for package in {'torch', other}:
-            if importlib.util.find_spec(package) is None:
-                raise UserError(f"--against={other} needs {package}: pip install 'ssn_jax[bench]'.")
-    for name in names:
-        config = config_lib.load(name)
-        if against and (config.image_score == 'map' or config.features.layers != (2, 3)):
-            raise UserError(
-                f'--against cannot measure {name}: the PyTorch module has a classification head '
-                'and reads layers (2, 3).'
-            )
-        trained = config.system, config.supervision.kind, config.image_score
-        if train and trained != ('supersimplenet', 'none', 'head'):
-            raise UserError(
-                f'--train measures unsupervised SuperSimpleNets with both heads: {name} is none.'
-            )
-
-
-def run(names: Sequence[str], against: Sequence[str], arguments: argparse.Namespace) -> dict:
-    """Measures configs by the command's arguments, prints a table as it goes, and returns all."""
-    device, results = f'{jax.device_count()} x {jax.devices()[0].device_kind}', []
-    for name in names:
-        if arguments.train:
-            results.append(
-                measure_training(
-                    name, against, arguments.turns, arguments.batch, not arguments.no_direct
-                )
-            )
-            lines = training_lines(results[-1])
-        else:
-            wanted = {'direct': not arguments.no_direct, 'xla': arguments.xla}
-            wanted['bfloat16'] = arguments.bfloat16
-            forms = [form for form, yes in (wanted | {'fused': True}).items() if yes]
-            config = config_lib.load(name)
-            config.backbone.name = arguments.backbone or config.backbone.name
-            results.append(measure(name, config, list(against), arguments.turns, forms))
-            lines = format_table(results[-1:]).splitlines()[min(len(results) - 1, 1) :]
-        if not arguments.json:
-            print('\n'.join(lines), flush=True)
-    if arguments.train:
-        return {'device': device, 'training': results}
-    return {'device': device, 'published': published.EFFICIENCY, 'results': results}
-
-
-def training_lines(result: dict) -> list[str]:
-    """What `measure_training` found, for people."""
-    once = f'frozen features once, {result["extract_s"]:.3f} s an image'
-    lines = [f'{result["config"]}, batch {result["batch"]}: {once}']
-    for form, row in result['forms'].items():
-        ratio = f'{row["cheap_is_faster"]:.2f}x'
-        lines.append(f'  {form:8s}{row["images_per_s"]:8.2f} images/s, cheap is faster by {ratio}')
+        cells = ['-' if v is None else f'{v * scale:{f}}' for v, scale, f in values]
+        failed = f'  {row["failed"]}' if 'failed' in row else ''
+        lines.append(line(row['name'], row['engine'], row['precision'], cells) + failed)
     return lines
+
+
+def run(arguments: argparse.Namespace) -> dict:
+    """Measures what the command asks for, and prints a table unless it asks for JSON.
+
+    Raises:
+      UserError: a config is unknown, or anomalib is asked for and not installed.
+    """
+    for name in arguments.configs:
+        load_config(name)
+    if arguments.against:
+        needed = 'anomalib', 'torch', 'timm'
+        missing = [name for name in needed if importlib.util.find_spec(name) is None]
+        if missing:
+            raise UserError(f'--against=anomalib needs {", ".join(missing)}: {INSTALL}.')
+    if 'int8' in arguments.precisions and (
+        importlib.util.find_spec('nncf') is None or engine.choose('auto') != 'openvino'
+    ):
+        raise UserError(
+            "--precisions=int8 needs OpenVINO on a CPU, and nncf: pip install 'ssn_jax[int8]'."
+        )
+    engines = dict.fromkeys([engine.choose('auto'), *(['xla'] if arguments.xla else [])])
+    forms = [
+        form
+        for name in arguments.configs
+        for form in our_forms(name, list(engines), arguments.precisions)
+    ]
+    if arguments.against:
+        from ssn_jax import peers
+
+        forms += peers.forms(arguments.precisions)
+    rows = []
+    for batch in arguments.batches:
+        turns = arguments.turns if batch == 1 else max(7, arguments.turns // 2)
+        rows += measure(forms, batch, turns)
+        if not arguments.json:
+            print('\n'.join(table(rows[-len(forms) :])), flush=True)
+    if not arguments.json:
+        print(machine())
+    return {'machine': machine(), 'rows': rows}

@@ -59,10 +59,18 @@ def write_run(folder, name='mod1_a', seed=0, auroc=0.6, config=None, embedded=Fa
 
 def write_benchmark(path):
     """What `ssn-jax benchmark --json` prints."""
-    forms = {'direct': {'ms': 20.0}, 'fused': {'ms': 10.0, 'images_per_s': 120.0, 'mb': 50.0}}
-    size = {'image_size': [256, 256], 'params': 4_560_579}
-    rows = [{'config': 'mod1_a', 'forms': forms} | size]
-    path.write_text(json.dumps({'device': '1 x cpu', 'results': rows}))
+    ours = {'name': 'mod1_a', 'engine': 'openvino', 'precision': 'float32'}
+    ours |= {'image_size': [256, 256], 'params': 4_560_579}
+    other = ours | {'name': 'SuperSimpleNet', 'published': {'I-AUROC': 0.984}, 'ms': 1.0}
+    rows = [
+        other | {'batch': 1},
+        ours | {'batch': 1, 'ms': 10.0},
+        ours | {'batch': 16, 'ms': 128.0},
+        *(ours | {'engine': 'xla', 'batch': batch, 'ms': 1.0} for batch in (1, 16)),
+        ours | {'precision': 'bfloat16', 'batch': 1, 'failed': 'no bfloat16'},
+        ours | {'precision': 'bfloat16', 'batch': 1, 'ms': 1.0},
+    ]
+    path.write_text(json.dumps({'machine': 'Some CPU, 2 cores; jax 0.10.1', 'rows': rows}))
     return path
 
 
@@ -189,7 +197,7 @@ def test_efficiency_and_decision(runs, tmp_path):
     rows = page_lib.make_rows([run_lib.read_run(run) for run in runs])
     benchmark = page_lib.read_benchmark(write_benchmark(tmp_path / 'b.json'))
     lines = page_lib.efficiency_table(rows, benchmark).lines
-    assert lines[0][2:] == ['4.6', '3.00 ± 1.00', '1 x cpu', '10.00', '120.00', '50.00']
+    assert lines[0][2:] == ['4.6', '3.00 ± 1.00', '1 x cpu', '10.00', '125.00', '–']
     assert lines[1][2:] == ['4.5', '–', '–', '7.78', '398.47', '52.43']
     # Another training of the same network has its speed.
     measured = [page_lib.speed_of(row, benchmark).get('ms') for row in rows]
@@ -458,7 +466,7 @@ def test_folders_with_other_files_are_left_alone(made, runs, tmp_path):
     assert 'cannot be written' in message(runs, tmp_path / 'file' / 'report')
 
 
-@pytest.mark.parametrize('text', ['', '{}', '[]', '{"device": "cpu", "results": [1]}'])
+@pytest.mark.parametrize('text', ['', '{}', '[]', '{"machine": "cpu", "rows": [1]}'])
 def test_bad_benchmarks_are_one_line(text, runs, tmp_path):
     path = tmp_path / 'bench.json'
     path.write_text(text)

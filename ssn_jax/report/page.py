@@ -99,15 +99,18 @@ def make_label(name: str, setting: Mapping[str, object]) -> str:
 
 
 def read_benchmark(path: pathlib.Path) -> tuple[str, dict[str, dict]]:
-    """The device and the fused form's measurements by config, of `ssn-jax benchmark --json`."""
+    """The machine and our measurements in float32 by config, of `ssn-jax benchmark --json`."""
     try:
-        content = json.loads(path.read_text())
-        return str(content['device']), {
-            r['config']: {name: float(r['forms']['fused'][name]) for name in ('ms', 'images_per_s')}
-            | {'mb': r['forms']['fused'].get('mb')}
-            | {name: r[name] for name in ('params', 'image_size')}
-            for r in content['results']
-        }
+        content, found = json.loads(path.read_text()), {}
+        for row in content['rows']:
+            if 'published' in row or 'ms' not in row or row['precision'] != 'float32':
+                continue
+            of = found.setdefault(row['name'], {k: row[k] for k in ('params', 'image_size')})
+            if row['batch'] == 1:
+                of.setdefault('ms', float(row['ms']))
+            elif row['batch'] == 16:
+                of.setdefault('images_per_s', 16e3 / float(row['ms']))
+        return str(content['machine']), found
     except FileNotFoundError:
         raise UserError(f'no file at {path}: --benchmark takes one.') from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -264,7 +267,7 @@ def section_figures(
         for row in rows:
             config, measured = row.runs[0].config, speed_of(row, benchmark)
             known = [v for v in row.each(lambda r: r['metrics']['I-AUROC']) if v is not None]
-            if measured and known:
+            if 'ms' in measured and known:
                 ours[row.label] = measured['ms'], statistics.fmean(known)
             cost = published.efficiency(config)
             if cost and row.beside and 'I-AUROC' in row.beside.metrics:
