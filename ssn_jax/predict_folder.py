@@ -1,13 +1,15 @@
 """Predictions for a folder of images: a table, and a picture of each image with its map.
 
 Images stream through in chunks of bounded size, so memory does not grow with their number. While
-one chunk is predicted, the next one is decoded.
+one chunk is predicted, the next one is decoded, and the regions of the one before are found and
+drawn. So a core is idle only when there is nothing left to do.
 """
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import csv
+import functools
 import os
 import pathlib
 
@@ -111,24 +113,32 @@ def predict(
             draft.open('w', newline='', errors='surrogateescape') as table,
             _kept(draft, output / 'predictions.partial.csv'),
             ThreadPoolExecutor() as pool,
+            # Its own, so that this thread is not in compiled code when a signal comes.
+            ThreadPoolExecutor(1) as computing,
+            _one_thread_of_opencv(),
         ):
-            rows = csv.writer(table, lineterminator='\n')
+            rows, judged = csv.writer(table, lineterminator='\n'), []
             rows.writerow(COLUMNS)
-            for loaded in _loaded(paths, pool, model, batch_size, max_pixels):
-                for path, image in loaded:
-                    if isinstance(image, UserError):
-                        failures.append((path.relative_to(root).as_posix(), str(image)))
-                        logging.warning('%s', image)
-                named = [
-                    (path.relative_to(root).as_posix(), *image)
-                    for path, image in loaded
-                    if not isinstance(image, UserError)
-                ]
-                if named:
-                    folder = output / 'overlays' if overlays else None
-                    rows.writerows(_predict(model, named, folder, pool))
-                done += len(named)
-                named = path = image = None  # Not to be held while others are loaded.
+            folder = output / 'overlays' if overlays else None
+            load = functools.partial(_load, model=model, max_pixels=max_pixels, whole=overlays)
+            try:
+                for loaded in _loaded(paths, pool, load, batch_size, max_pixels):
+                    named = []
+                    for path, image in loaded:
+                        name = path.relative_to(root).as_posix()
+                        if isinstance(image, UserError):
+                            failures.append((name, str(image)))
+                            logging.warning('%s', image)
+                        else:
+                            named.append((name, *image))
+                    if named:
+                        found = computing.submit(model.logits, np.stack([x[-1] for x in named]))
+                        _write(rows, judged)
+                        judged = _judge(model, named, *found.result(), folder, pool)
+                    done += len(named)
+                    named = path = image = None  # Not to be held while others are loaded.
+            finally:  # What is finished is not lost, whatever has ended the rest.
+                _write(rows, judged)
         if failures:
             with (
                 files.replacing(output / 'unreadable.csv') as draft,
@@ -142,6 +152,12 @@ def predict(
     return done, len(failures)
 
 
+def _write(rows, judged):
+    """Writes the rows of futures, which it takes away."""
+    while judged:
+        rows.writerow(judged.pop(0).result())
+
+
 @contextlib.contextmanager
 def _kept(draft, partial):
     """Gives a draft that is interrupted the name `partial`."""
@@ -153,31 +169,42 @@ def _kept(draft, partial):
         raise
 
 
-def _predict(model, named, folder, pool):
-    """The table's rows of a chunk's (name, image, fitted image); draws overlays into `folder`."""
-    scores, maps = model.logits(np.stack([fitted for _, _, fitted in named]))
+@contextlib.contextmanager
+def _one_thread_of_opencv():
+    """Within the block OpenCV computes in the thread that calls it: images are spread, not rows."""
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(before)
+
+
+def _judge(model, named, scores, maps, folder, pool):
+    """Futures of the rows of a chunk's (name, image, size, fitted image), drawn into `folder`."""
     if not (np.isfinite(scores).all() and np.isfinite(maps).all()):
         raise UserError(
             f'{model.workdir} gives scores that are no numbers: its training has diverged, see '
             'train.csv.'
         )
-    rows, drawn = [], []
-    for (name, image, _), score, logits in zip(named, scores, maps, strict=True):
-        result = model.result(score, logits, image.shape[:2])
-        regions, marked = find_regions(logits, result.view)
-        called = decision.CLASSES[int(result.defective)]
-        numbers = f'{result.score:.6g}', f'{result.probability:.6f}'
-        rows.append([name, *numbers, called, *regions[0][:4]])
-        if folder:
-            outlined = marked if result.defective else None
-            drawn.append(pool.submit(_draw, folder / name, result, image, outlined))
-    for future in drawn:
-        future.result()
-    return rows
+    return [
+        pool.submit(_row, folder, name, image, model.result(score, logits, size))
+        for (name, image, size, _), score, logits in zip(named, scores, maps, strict=True)
+    ]
 
 
-def _loaded(paths, pool, model, batch_size, max_pixels):
-    """Yields chunks of (path, (image, fitted image) or UserError), decoding one chunk ahead."""
+def _row(folder, name, image, result):
+    """The table's row of an image; draws its overlay into `folder`, if there is one."""
+    regions, marked = find_regions(result.map, result.view)
+    if folder:
+        _draw(folder / name, result, image, marked if result.defective else None)
+    called = decision.CLASSES[int(result.defective)]
+    numbers = f'{result.score:.6g}', f'{result.probability:.6f}'
+    return [name, *numbers, called, *regions[0][:4]]
+
+
+def _loaded(paths, pool, load, batch_size, max_pixels):
+    """Yields chunks of (path, what `_load` returns of it), decoding one chunk ahead."""
 
     def start():
         """Begins to load the next chunk; the last path may be kept for the one after it."""
@@ -192,7 +219,7 @@ def _loaded(paths, pool, model, batch_size, max_pixels):
                 waiting.append(path)
                 break
             held += min(pixels, max_pixels)
-            chunk.append((path, pool.submit(_load, path, size, model, max_pixels)))
+            chunk.append((path, pool.submit(load, path, size)))
         return chunk
 
     waiting = []
@@ -205,14 +232,17 @@ def _loaded(paths, pool, model, batch_size, max_pixels):
         loaded.clear()
 
 
-def _load(path, size, model, max_pixels):
-    """An image as it is and as the model sees it, uint8 RGB; or the UserError that it raised."""
+def _load(path, size, model, max_pixels, whole=True):
+    """An image (None unless `whole`), its (height, width), and what the model sees, uint8 RGB.
+
+    Or the UserError that it raised.
+    """
     try:
         if path.is_dir():
             return UserError(f'{path}: cannot be listed; check the folder')
         images.check_size(size, path, max_pixels)
         image = images.decode(images.read(path), path, max_pixels)
-        return image, model.fit(image)
+        return image if whole else None, image.shape[:2], model.fit(image)
     except UserError as e:
         return e
     except OSError as e:  # Of a folder that may be listed and not entered.
@@ -225,13 +255,12 @@ def _draw(target, result, image, regions):
     Colours span probabilities 0..1 in every image, so they compare; `regions` are outlined.
     """
     height, width = image.shape[:2]
-    drawn = overlays_lib.tint(image, decision.sigmoid(result.map), part=result.view.part)
+    part = result.view.part
+    drawn = overlays_lib.tint(image, decision.sigmoid(result.map), part=part, bgr=True)
     if regions is not None:
-        line = max(1, round(max(height, width) / 400))
-        part = result.view.part
-        drawn[part] = overlays_lib.outline(drawn[part], regions, line)
+        overlays_lib.outline(drawn[part], regions, max(1, round(max(height, width) / 400)))
     suffix = '.jpg' if max(height, width) < 2**16 - 1 else '.png'
-    ok, encoded = cv2.imencode(suffix, cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
+    ok, encoded = cv2.imencode(suffix, drawn)
     if not ok:
         raise UserError(f'{target}{suffix} cannot be encoded: try --no_overlays.')
     files.write(target.with_name(target.name + suffix), encoded.tobytes())

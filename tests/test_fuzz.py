@@ -75,7 +75,8 @@ def test_images(data, suffix, tmp_path):
     model = predictor.Predictor(config, None)
     found = predict_folder._load(file, images.size(file), model, 2**20)
     if not isinstance(found, UserError):
-        image, fitted = found
+        image, size, fitted = found
+        assert image.shape == (*size, 3)
         assert image.dtype == fitted.dtype == np.uint8 and image.ndim == 3
         assert fitted.shape == (*config.image_size, 3)
     else:

@@ -258,13 +258,16 @@ def test_what_can_not_be_read_stops_nothing(run, tmp_path, monkeypatch, caplog):
     assert warned == [row['reason'] for row in reasons.values()]
 
 
-@pytest.mark.parametrize('shape, at_once', [((20, 30), 8), ((600, 600), 4)])
-def test_memory_does_not_grow_with_the_number_of_images(shape, at_once, run, tmp_path, monkeypatch):
-    """No more images are held than two chunks, nor more pixels than two chunks may have."""
+@pytest.mark.parametrize('overlays', [True, False])
+@pytest.mark.parametrize('shape, chunk', [((20, 30), 4), ((600, 600), 2)])
+def test_memory_does_not_grow_with_the_number_of_images(
+    shape, chunk, overlays, run, tmp_path, monkeypatch
+):
+    """Held are at most two chunks that are loaded or predicted, and one that is drawn."""
     monkeypatch.setattr(predict_folder, '_CHUNK_PIXELS', 2 * 600 * 600)
     for i in range(41):
         write(tmp_path / f'in/{i:02d}.png', np.zeros((*shape, 3), np.uint8))
-    held, most, decode = [], [], images.decode
+    held, most, decode, threads = [], [], images.decode, cv2.getNumThreads()
 
     def counted(encoded, file, *more):
         image = decode(encoded, file, *more)
@@ -275,13 +278,30 @@ def test_memory_does_not_grow_with_the_number_of_images(shape, at_once, run, tmp
     monkeypatch.setattr(images, 'decode', counted)
     gc.disable()  # Nothing may need the collector.
     try:
-        assert predict_folder.predict(run, tmp_path / 'in', tmp_path / 'out', overlays=False) == (
-            41,
-            0,
-        )
+        found = predict_folder.predict(run, tmp_path / 'in', tmp_path / 'out', overlays=overlays)
     finally:
         gc.enable()
-    assert len(held) == 41 and max(most) <= at_once
+    assert found == (41, 0)
+    assert len(held) == 41 and max(most) <= chunk * (3 if overlays else 2)
+    assert cv2.getNumThreads() == threads
+
+
+def test_rows_and_overlays_are_those_of_their_images(run, tmp_path):
+    """Whatever the order in which threads end: images of very different sizes, in many chunks."""
+    boxes = {}
+    for i in range(23):
+        side, name = (900, 40, 90)[i % 3], f'{i:02d}.png'
+        boxes[name] = (i * side // 60, side // 3, side // 4, side // 4)
+        write(tmp_path / 'in' / name, spot(side, side, boxes[name]))
+    assert predict_folder.predict(run, tmp_path / 'in', tmp_path / 'out') == (23, 0)
+    rows = table(tmp_path / 'out/predictions.csv')
+    assert [*rows] == [*boxes]
+    for name, (x, y, w, h) in boxes.items():
+        drawn = cv2.imread(str(tmp_path / 'out/overlays' / f'{name}.jpg')).astype(int)
+        slack = len(drawn) / 64 + 1
+        assert (np.abs(np.array(box_of(rows[name])) - (x, y, w, h)) <= 2 * slack).all(), name
+        inside = drawn[y + h // 2, x + w // 2]
+        assert inside[2] > inside[0], name  # Yellow.
 
 
 HEADERS = {  # Without their pixels, of 40,000 x 30,000.

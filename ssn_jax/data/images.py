@@ -53,6 +53,8 @@ def decode(encoded: bytes, file: Path | str, max_pixels: int = MAX_PIXELS) -> np
     Raises:
       UserError: the bytes are no image that OpenCV reads, or one that is too large.
     """
+    if encoded.startswith(_JPEG_MAGIC):  # A third faster; of .pam OpenCV leaves blue first.
+        return _decode(encoded, file, cv2.IMREAD_COLOR_RGB, max_pixels)
     image = _decode(encoded, file, cv2.IMREAD_COLOR, max_pixels)
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 

@@ -85,7 +85,8 @@ def _outline(image: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     side = math.sqrt(mask.size)
     factor = max(1, round(400 / side))
     image = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_NEAREST)
-    return overlays_lib.outline(image, mask, max(1, round(factor * side / 160)))
+    overlays_lib.outline(image, mask, max(1, round(factor * side / 160)))
+    return image
 
 
 def _tint(images: np.ndarray, maps: np.ndarray) -> tuple[list[np.ndarray], cm.ScalarMappable]:
