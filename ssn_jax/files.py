@@ -1,14 +1,21 @@
 """Files that appear whole or not at all, and folders that one process at a time writes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import contextlib
+import errno
 import fcntl
 import hashlib
+import math
+import mmap
 import os
 import pathlib
 import re
+import shutil
+import sys
+import tempfile
 
 from absl import logging
+import numpy as np
 
 from ssn_jax.errors import UserError
 
@@ -101,3 +108,67 @@ def write_output(path: pathlib.Path, content: str | bytes, flag: str) -> None:
         raise UserError(
             f'{path} cannot be written ({e.strerror}): choose another {flag}.'
         ) from None
+
+
+def allocate(like: Mapping[str, tuple], folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """Arrays without values, which JAX on a CPU takes as they are, since they begin with a page.
+
+    Together they lie in memory or, where they would take more than half of what is free there, in a
+    file of `folder` that has no name and is gone with the process, however that ends.
+
+    Args:
+      like: their shapes and types, by name.
+      folder: on the disk to use.
+
+    Raises:
+      UserError: there is no room for them on that disk either.
+    """
+    sizes = [math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in like.values()]
+    starts = np.cumsum([0, *(-(-n // mmap.PAGESIZE) * mmap.PAGESIZE for n in sizes)]).tolist()
+    size, free = max(1, starts[-1]), free_memory()
+    if size <= free / 2:
+        buffer = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    else:
+        needed = f'{size / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free'
+        try:
+            with tempfile.TemporaryFile(dir=folder) as f:
+                # A disk that is full later would end the process without a word.
+                os.posix_fallocate(f.fileno(), 0, size)
+                buffer = mmap.mmap(f.fileno(), size)
+        except OSError as e:
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(
+                    f'{folder} cannot be written to ({e.strerror}), and there is too little memory '
+                    f'({needed}): name another --workdir and --config.data.cache.'
+                ) from None
+            room = shutil.disk_usage(folder).free / 1e9
+            raise UserError(
+                f'no room ({needed}, and {room:.1f} GB of the disk of {folder}: {e.strerror}): '
+                'choose a smaller --config.image_size, fewer --config.turned_copies or '
+                '--config.drawn.copies, or a --workdir or --config.data.cache on a larger disk.'
+            ) from None
+        logging.info('On the disk of %s: %s (%s)', folder, ', '.join(like), needed)
+    return {
+        name: np.frombuffer(buffer, dtype, math.prod(shape), start).reshape(shape)
+        for (name, (shape, dtype)), start in zip(like.items(), starts, strict=False)
+    }
+
+
+def free_memory() -> int:
+    """Bytes of memory that this process may still take without swapping, as far as Linux tells."""
+    free = sys.maxsize
+    with contextlib.suppress(OSError):  # Elsewhere nothing is told.
+        free = 1024 * _number('/proc/meminfo', 'MemAvailable:')
+    with contextlib.suppress(OSError, ValueError):  # No control group, or one without a limit.
+        group = pathlib.Path('/sys/fs/cgroup')
+        limit, used = (int((group / f'memory.{x}').read_text()) for x in ('max', 'current'))
+        # Files that were read are held as long as nobody needs the room.
+        free = min(free, limit - used + _number(group / 'memory.stat', 'inactive_file'))
+    return max(free, 0)
+
+
+def _number(path, name):
+    """The number behind a name in a file of lines such as `MemAvailable: 16 kB`."""
+    with open(path) as f:
+        found = dict(line.split()[:2] for line in f)
+    return int(found[name])

@@ -175,6 +175,18 @@ def test_decode_honours_exif_orientation():
     assert images.decode(jpeg[:2] + exif + jpeg[2:], 'a.jpg').shape == (24, 8, 3)
 
 
+@pytest.mark.parametrize('suffix', ['.jpg', '.png', '.bmp', '.tiff', '.webp', '.ppm', '.pam'])
+def test_decode_gives_the_bits_of_imread(suffix):
+    """Those of OpenCV's colours, blue first, turned round; JPEG is decoded as RGB at once."""
+    image = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
+    for picture in (cv2.resize(image, (91, 61), interpolation=cv2.INTER_CUBIC), image[..., :1]):
+        if suffix == '.ppm' and picture.shape[-1] == 1:
+            continue
+        encoded = cv2.imencode(suffix, picture)[1]
+        expected = cv2.imdecode(encoded, cv2.IMREAD_COLOR)[..., ::-1]
+        assert (images.decode(encoded.tobytes(), f'a{suffix}') == expected).all()
+
+
 @pytest.mark.parametrize('value', [1, 255, 300])
 def test_any_positive_value_marks_a_defect(value):
     mask = half_mask().astype(np.uint16) // 255 * value

@@ -1,7 +1,5 @@
 """Drawn defects: where they are, that masks tell the truth, and that they follow from a seed."""
 
-import dataclasses
-
 import cv2
 from hypothesis import given, settings, strategies as st
 import numpy as np
@@ -9,7 +7,6 @@ import pytest
 
 from ssn_jax.config import default_config
 from ssn_jax.data import Split, augment, defects, synthetic
-from ssn_jax.data.augment import turn
 from ssn_jax.losses import targets
 
 
@@ -67,24 +64,31 @@ def test_nothing_breaks_off_a_texture():
     assert 'break' in defects._kinds_of(product()[0])
 
 
+def draw_all(images, copies, seed):
+    """All copies of images with a defect in each, and their masks."""
+    every = range(copies * len(images))
+    drawn = (defects.draw(images.__getitem__, len(images), i, copies, seed) for i in every)
+    return tuple(np.stack(x) for x in zip(*drawn, strict=True))
+
+
 @pytest.mark.parametrize('level', [0, 128, 255])
 def test_images_that_hold_nothing(level):
     """On a constant image only a tone can be seen; nothing fails."""
     image = np.full((64, 64, 3), level, np.uint8)
-    drawn, masks = defects.draw(image[None], 4, 0)
+    drawn, masks = draw_all([image], 4, 0)
     assert drawn.shape == (4, 64, 64, 3)
     assert masks.shape == (4, 64, 64)
 
 
 def test_defects_follow_from_the_seed():
     images = np.stack([product(i)[0] for i in range(3)])
-    first, again, other = (defects.draw(images, 4, seed) for seed in (0, 0, 1))
+    first, again, other = (draw_all(images, 4, seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first[0], again[0])
     np.testing.assert_array_equal(first[1], again[1])
     assert (first[0] != other[0]).any()
     # No two copies are alike, and an image's own do not depend on how many there are.
     assert len({x.tobytes() for x in first[0]}) == 12
-    np.testing.assert_array_equal(defects.draw(images, 2, 0)[0][0], first[0][0])
+    np.testing.assert_array_equal(draw_all(images, 2, 0)[0][0], first[0][0])
 
 
 def make_split():
@@ -101,66 +105,72 @@ def make_split():
     )
 
 
-def test_training_split_with_turned_copies():
+def shown_images(turned, drawn, seed=0):
+    """What the steps are shown of `make_split`: the whole, its images and their masks."""
+    config = default_config()
+    config.turned_copies, config.drawn.copies, config.drawn.seed = turned, drawn, seed
+    shown = augment.Shown(config, make_split())
+    return shown, *(np.stack(x) for x in zip(*(shown[i] for i in range(len(shown))), strict=True))
+
+
+def test_turned_copies():
     """They stand behind the normal images, before the defective ones, and are turned images."""
-    config, given = default_config(), make_split()
-    assert augment.with_turned(config, given) is given
-    config.turned_copies = 2
-    split = augment.with_turned(config, given)
-    assert split.labels.tolist() == [0, 0, 0, 0, 0, 0, 1]
-    assert split.has_mask.tolist() == [True] * 6 + [False]
-    assert split.files == ('a', 'b', 'a', 'a', 'b', 'b', 'c')
-    np.testing.assert_array_equal(split.images[[0, 1, 6]], given.images)
-    again = augment.with_turned(config, given)
-    np.testing.assert_array_equal(split.images, again.images)
-    assert len({image.tobytes() for image in split.images}) == 7
-    config.drawn.seed = 1
-    assert (augment.with_turned(config, given).images != split.images).any()
+    given = make_split()
+    shown, images, masks = shown_images(2, 0)
+    assert shown.labels.tolist() == [0] * 6 + [1] * 4
+    assert shown.has_mask.tolist() == [True] * 6 + [False] * 4
+    assert not shown.masked and not masks.any()
+    np.testing.assert_array_equal(images[[0, 1, 6]], given.images)
+    np.testing.assert_array_equal(images, shown_images(2, 0)[1])
+    assert len({image.tobytes() for image in images}) == 10
+    assert (shown_images(2, 0, seed=1)[1][2:6] != images[2:6]).any((1, 2, 3)).all()
 
 
-@pytest.mark.parametrize(('turned', 'drawn'), [(0, 0), (2, 0), (0, 3), (1, 2)])
-def test_labels_are_known_before_the_images_are_made(turned, drawn):
-    config, given = default_config(), make_split()
-    config.turned_copies, config.drawn.copies = turned, drawn
-    split = augment.shown(config, given)
-    assert augment.shown_labels(config, given.labels).tolist() == split.labels.tolist()
-    sizes = {len(getattr(split, field.name)) for field in dataclasses.fields(split)}
-    assert sizes == {2 * (1 + turned) * (1 + drawn) + 4}
+@pytest.mark.parametrize('size', [1, 4, 1000])
+def test_parts_are_all_images_in_order(size):
+    shown, images, masks = shown_images(1, 2)
+    assert shown.shape == (2 * 2 * 3 + 4, 64, 64, 3) == images.shape
+    parts = list(shown.parts(size))
+    assert [len(part) for _, part, _ in parts[:-1]] == [size] * (len(parts) - 1)
+    for places, part, masks_of_part in parts:
+        np.testing.assert_array_equal(part, images[places])
+        np.testing.assert_array_equal(masks_of_part, masks[places])
+    assert sum(len(part) for _, part, _ in parts) == len(shown)
 
 
 def test_turning_keeps_the_middle_and_turns_the_rest():
     """A spot near the middle of a black image comes to lie at its own distance from it."""
-    image = np.zeros((1, 65, 65, 3), np.uint8)
-    image[0, 31:34, 31:34] = 100
-    image[0, 30:35, 40:45] = 255
-    turned = turn(image, 20, 0)[..., 0].astype(float)
-    assert (turned[:, 32, 32] == 100).all()
+    image = np.zeros((65, 65, 3), np.uint8)
+    image[31:34, 31:34] = 100
+    image[30:35, 40:45] = 255
     rows, columns = np.mgrid[:65, :65] - 32.0
-    spots = np.where(turned > 120, turned, 0)
-    total = spots.sum((1, 2))
-    down, right = ((spots * x).sum((1, 2)) / total for x in (rows, columns))
-    np.testing.assert_allclose(np.hypot(down, right), 10, atol=0.5)
-    assert np.ptp(np.arctan2(down, right)) > 3
+    for angle in (10, 75, 180, 301):
+        turned = augment.turn(image, angle)[..., 0].astype(float)
+        assert turned[32, 32] == 100
+        spot = np.where(turned > 120, turned, 0)
+        down, right = ((spot * x).sum() / spot.sum() for x in (rows, columns))
+        expected = 10 * np.array([-np.sin(np.deg2rad(angle)), np.cos(np.deg2rad(angle))])
+        np.testing.assert_allclose([down, right], expected, atol=0.5)
 
 
-def test_product_of_normal_images_at_the_feature_grid():
-    split = make_split()
-    places = targets.product(split, (16, 16))
+def test_product_of_images_at_the_feature_grid():
+    images = make_split().images
+    places = targets.product(images, (16, 16))
     assert places.shape == (3, 16, 16, 1)
-    for image, found in zip(split.images[:2], places[:2, ..., 0], strict=True):
+    for image, found in zip(images, places[..., 0], strict=True):
         share = defects.foreground(image).reshape(16, 4, 16, 4).mean((1, 3))
         assert 0 < found.sum() < found.size
         np.testing.assert_array_equal(found[share != 0.5], share[share != 0.5] > 0.5)
-    assert not places[2].any()
 
 
-def test_training_split_with_drawn_defects():
-    config, given = default_config(), make_split()
-    assert augment.with_drawn(config, given) is given
-    config.drawn.copies = 2
-    split = augment.with_drawn(config, given)
-    assert split.labels.tolist() == [0, 0, 1, 1, 1, 1, 1]
-    assert split.has_mask.tolist() == [True, True, False, True, True, True, True]
-    assert split.files == ('a', 'b', 'c', 'a', 'a', 'b', 'b')
-    np.testing.assert_array_equal(split.images[:3], given.images)
-    assert split.masks[3:].any((1, 2)).sum() >= 3
+def test_drawn_defects_stand_last():
+    given = make_split()
+    shown, images, masks = shown_images(0, 2)
+    assert shown.labels.tolist() == [0, 0] + 8 * [1]
+    assert shown.has_mask.tolist() == [True, True] + 4 * [False] + 4 * [True]
+    assert shown.masked
+    np.testing.assert_array_equal(images[:3], given.images)
+    assert masks[6:].any((1, 2)).sum() >= 3
+    assert not masks[:6].any()
+    for image, drawn, mask in zip(given.images[[0, 0, 1, 1]], images[6:], masks[6:], strict=True):
+        np.testing.assert_allclose(drawn[mask == 0], image[mask == 0].astype(int), atol=10)

@@ -27,7 +27,6 @@ from ssn_jax.models.systems import (
     unfold,
 )
 from ssn_jax.synthesis import NoiseGenerator
-from ssn_jax.training import features as features_lib
 
 
 def count(variables):
@@ -308,39 +307,6 @@ def test_normalise_by_hand():
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     expected = np.stack([-mean / std, (1 - mean) / std, (images[0, 0, 2] / 255 - mean) / std])
     rule.check_close(resnet.normalise(images)[0, 0], expected, 4)
-
-
-@pytest.mark.parametrize('to_host', [False, True])
-def test_extract_layers_does_not_depend_on_the_batch_size(to_host):
-    """7 images in batches of 3, the last two of which overlap: the direct form's rows."""
-    images = np.random.default_rng(0).integers(0, 256, (7, 32, 48, 3), dtype=np.uint8)
-    model, variables = resnet.BACKBONES['resnet18'], rule.backbone('resnet18')
-    expected = model.apply(variables, resnet.normalise(images))[1:]
-    fused = fold.fuse_backbone(variables)
-    extracted = features_lib.extract_layers(
-        forward.backbone, fused, images, batch_size=3, to_host=to_host
-    )
-    assert len(extracted) == 2
-    for actual, layer in zip(extracted, expected, strict=True):
-        rule.check_close(actual, layer, rule.TERMS['resnet18'])
-
-
-@pytest.mark.parametrize('to_host', [False, True])
-def test_features_kept_in_bfloat16_are_restored(to_host):
-    """Half the memory, and what comes back is within half of bfloat16's last bit."""
-    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
-    fused = fold.fuse_backbone(rule.backbone('resnet18'))
-    exact = features_lib.extract_layers(forward.backbone, fused, images)
-    kept = features_lib.extract_layers(
-        forward.backbone, fused, images, batch_size=2, dtype='bfloat16', to_host=to_host
-    )
-    for stored, layer in zip(kept, exact, strict=True):
-        assert stored.nbytes == layer.nbytes / 2
-        restored = features_lib.restore(stored[1:])
-        assert restored.dtype == np.float32
-        error = 2 * rule.tolerance(rule.TERMS['resnet18']) * np.std(layer)
-        np.testing.assert_allclose(restored, layer[1:], rtol=2**-8, atol=error)
-    np.testing.assert_array_equal(features_lib.restore(exact[0]), exact[0])
 
 
 def test_stopped_map_gradient_keeps_the_score_out_of_the_segmentation_head():

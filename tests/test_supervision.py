@@ -51,7 +51,7 @@ def test_labels_leave_no_mask():
     assert split.labels.tolist() == [1, 0, 1, 0]
     assert split.has_mask.tolist() == [False, True, False, True]
     assert not split.masks.any() and given.masks.any()
-    assert set(targets.truth(default_config().supervision, split, (4, 6))) == {'label', 'known'}
+    assert not augment.Shown(default_config(), split).masked
 
 
 @pytest.mark.parametrize('fraction, count', [(0, 0), (0.1, 1), (0.25, 2), (0.5, 3), (1, 5)])
@@ -119,23 +119,20 @@ def test_hold_out_by_hand():
 # Flips
 
 
-def test_four_flips_by_hand():
-    x = np.array([[[1, 2], [3, 4]]])
-    expected = [[[1, 2], [3, 4]], [[3, 4], [1, 2]], [[2, 1], [4, 3]], [[4, 3], [2, 1]]]
-    assert augment.flips(x).tolist() == expected
-
-
 def test_flipped_defects_follow_the_normal_images_with_their_masks():
+    """As they are, upside down, mirrored, turned by 180°: what lies in a corner tells."""
     given = make_split([1, 0, 1, 0, 0])
     given.images[:, 0, 0] = 200  # The upper left corner, which the masks mark too.
-    split = augment.with_flips(given)
-    assert split.images[:, 4, 6, 0].tolist() == [1, 3, 4] + 4 * [0, 2]
-    assert split.labels.tolist() == [0] * 3 + [1] * 8
+    shown = augment.Shown(default_config(), given)
+    images, masks = zip(*(shown[i] for i in range(len(shown))), strict=True)
+    assert [image[4, 6, 0] for image in images] == [1, 3, 4] + 4 * [0, 2]
+    assert shown.labels.tolist() == [0] * 3 + [1] * 8
+    assert shown.has_mask.all() and shown.masked
     corners = [(0, 0), (-1, 0), (0, -1), (-1, -1)]
     for i, corner in enumerate(np.repeat(corners, 2, axis=0), 3):
-        assert split.images[i][tuple(corner)].tolist() == [200] * 3
-        assert split.masks[i][tuple(corner)] == 1 and split.masks[i].sum() == 4 * 6
-    assert not split.masks[:3].any()
+        assert images[i][tuple(corner)].tolist() == [200] * 3
+        assert masks[i][tuple(corner)] == 1 and masks[i].sum() == 4 * 6
+    assert not any(mask.any() for mask in masks[:3])
 
 
 # Masks at the feature grid
@@ -169,11 +166,10 @@ def test_truth_at_the_feature_grid():
     split = make_split([0, 1, 1], has_mask=[True, True, False], size=(16, 24))
     split.masks[:] = 0
     split.masks[1, 7:9, 11:13] = 1
-    truth = targets.truth(default_config().supervision, split, (4, 6))
+    truth = targets.truth(default_config().supervision, split.masks, (4, 6))
     assert {name: x.dtype for name, x in truth.items()} == dict.fromkeys(
-        ('label', 'known', 'mask', 'weight'), np.float32
+        ('mask', 'weight'), np.float32
     )
-    assert truth['label'].tolist() == [0, 1, 1] and truth['known'].tolist() == [1, 1, 0]
     expected = np.zeros((3, 4, 6, 1))
     expected[1, 1:3, 2:4] = 1
     np.testing.assert_array_equal(truth['mask'], expected)

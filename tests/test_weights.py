@@ -19,7 +19,6 @@ from ssn_jax.errors import UserError
 from ssn_jax.fused import fold, forward
 from ssn_jax.models import resnet, weights
 from ssn_jax.models.systems import SuperSimpleNet
-from ssn_jax.training import features
 
 
 @pytest.fixture
@@ -286,8 +285,7 @@ def test_real_weights_give_sensible_features():
     variables, origin = weights.load_backbone('resnet18', str(path), allow_random=False)
     assert origin == str(path)
     image = synthetic.draw('screw', 'good', np.random.default_rng(0))[0][..., None].repeat(3, -1)
-    fused = fold.fuse_backbone(variables)
-    layers = features.extract_layers(forward.backbone, fused, image[None])
+    layers = forward.backbone(fold.fuse_backbone(variables), image[None])[1:]
     for layer, side, channels in zip(layers, (32, 16), (128, 256), strict=True):
         layer = np.asarray(layer)
         assert layer.shape == (1, side, side, channels)

@@ -1,110 +1,98 @@
-"""What is added to the training images: flips, turned copies, drawn defects."""
+"""The images that the steps are shown: training images, flips, turned copies, drawn defects.
 
-import dataclasses
+They are many times as many as the training images. So each is made when it is asked for, follows
+from its index alone, and is not kept.
+"""
 
-from absl import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
 import cv2
 import ml_collections
 import numpy as np
 
-from ssn_jax.data import Split, defects, splits
+from ssn_jax.data import Split, defects
+
+_FLIPS = (np.s_[:], np.s_[::-1], np.s_[:, ::-1], np.s_[::-1, ::-1])
 
 
-def shown(config: ml_collections.ConfigDict, split: Split) -> Split:
-    """All images that the steps are shown: with flips, turned copies and drawn defects."""
-    return with_drawn(config, with_turned(config, with_flips(split)))
+class Shown:
+    """All images that the steps are shown: normal ones, then defective ones.
 
+    The normal images come first, then their turned copies (those of an image side by side), then
+    the four flips of all defective ones, at last copies of the normal and turned ones with a defect
+    drawn into each (again side by side).
 
-def shown_labels(config: ml_collections.ConfigDict, labels: np.ndarray) -> np.ndarray:
-    """The labels of `shown` of a split with labels (N,), before any image of it is made."""
-    defective = int(labels.sum())
-    normal = (len(labels) - defective) * (1 + config.turned_copies)
-    return np.repeat([0, 1], [normal, 4 * defective + normal * config.drawn.copies])
-
-
-def with_flips(split: Split) -> Split:
-    """The normal images, then the four `flips` of the defective ones, with their masks."""
-    normal, defective = (np.flatnonzero(split.labels == label) for label in (0, 1))
-    four = splits.take(split, np.concatenate([normal, np.tile(defective, 4)]))
-
-    def flip(x):
-        return np.concatenate([x[normal], flips(x[defective])])
-
-    return dataclasses.replace(four, images=flip(split.images), masks=flip(split.masks))
-
-
-def with_turned(config: ml_collections.ConfigDict, split: Split) -> Split:
-    """The split with copies of its normal images, turned by any angle, right after them.
-
-    Args:
-      config: the run's; `turned_copies` says how many, and `drawn.seed` by which angles.
-      split: the training images, normal ones first.
+    Attributes:
+      labels: int32 (N,), 0 normal and 1 defective.
+      has_mask: bool (N,); whether the place of its defect, or that it has none, is known.
+      masked: whether any mask is more than empty.
     """
-    if not config.turned_copies:
-        return split
-    count = int((split.labels == 0).sum())
-    normal = splits.part(split, 0, count)
-    turned = turn(normal.images, config.turned_copies, config.drawn.seed)
-    logging.info('%d copies of normal training images are turned', len(turned))
-    return splits.join(normal, copies_of(normal, turned), splits.part(split, count))
+
+    def __init__(self, config: ml_collections.ConfigDict, split: Split):
+        """Takes a config's `turned_copies` and `drawn`, and the training images."""
+        self._split, self._turned, self._drawn = split, config.turned_copies, config.drawn
+        self._normal, self._defective = (np.flatnonzero(split.labels == i) for i in (0, 1))
+        self._plain, flipped = len(self._normal) * (1 + self._turned), 4 * len(self._defective)
+        drawn = self._plain * self._drawn.copies
+        self.labels = np.repeat(np.int32([0, 1]), [self._plain, flipped + drawn])
+        known = np.tile(split.has_mask[self._defective], 4)
+        self.has_mask = np.concatenate([np.ones(self._plain, bool), known, np.ones(drawn, bool)])
+        self.masked = bool(drawn or split.masks.any())
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(N, H, W, 3)."""
+        return len(self), *self._split.images.shape[1:]
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """An image, uint8 RGB (H, W, 3), and its mask, uint8 (H, W) of zeros and ones."""
+        split, rest = self._split, index - self._plain
+        if rest < 0:
+            return self._normal_or_turned(index), np.zeros(self.shape[1:3], np.uint8)
+        if rest < 4 * len(self._defective):
+            flip, member = divmod(rest, len(self._defective))
+            source = self._defective[member]
+            return split.images[source][_FLIPS[flip]], split.masks[source][_FLIPS[flip]]
+        rest -= 4 * len(self._defective)
+        copies, seed = self._drawn.copies, self._drawn.seed
+        return defects.draw(self._normal_or_turned, self._plain, rest, copies, seed)
+
+    def _normal_or_turned(self, index):
+        rest = index - len(self._normal)
+        if rest < 0:
+            return self._split.images[self._normal[index]]
+        source, copy = divmod(rest, self._turned)
+        rng = np.random.default_rng([self._drawn.seed, source, copy])
+        return turn(self._split.images[self._normal[source]], rng.uniform(0, 360))
+
+    def parts(self, size: int) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        """All images in order, `size` at a time, those that follow being made meanwhile.
+
+        Yields:
+          Which they are, the images (n, H, W, 3) and their masks (n, H, W).
+        """
+
+        def begin(start):
+            members = range(len(self))[start : start + size]
+            return [pool.submit(self.__getitem__, i) for i in members]
+
+        with ThreadPoolExecutor() as pool:  # OpenCV releases the interpreter's lock.
+            following = begin(0)
+            for start in range(0, len(self), size):
+                current, following = following, begin(start + size)
+                images, masks = zip(*(made.result() for made in current), strict=True)
+                yield slice(start, start + len(images)), np.stack(images), np.stack(masks)
 
 
-def with_drawn(config: ml_collections.ConfigDict, split: Split) -> Split:
-    """The split and, after it, copies of its normal images with defects drawn into them.
+def turn(image: np.ndarray, angle: float) -> np.ndarray:
+    """An image, uint8 (H, W, 3), turned around its middle by an angle in degrees.
 
-    Args:
-      config: the run's; `drawn` says how many copies, and `seed` there which defects.
-      split: the training images, normal ones first.
+    What comes in from outside mirrors the inside.
     """
-    if not config.drawn.copies:
-        return split
-    normal = splits.part(split, 0, int((split.labels == 0).sum()))
-    drawn, masks = defects.draw(normal.images, config.drawn.copies, config.drawn.seed)
-    logging.info('%d copies of normal training images have a defect drawn into them', len(drawn))
-    return splits.join(split, copies_of(normal, drawn, masks))
-
-
-def copies_of(normal: Split, copied: np.ndarray, masks: np.ndarray | None = None) -> Split:
-    """Changed copies (K * N, H, W, 3) of N normal images, those of an image side by side.
-
-    With masks (K * N, H, W) they are defective images, and what was drawn into them is known.
-    """
-    sources = np.repeat(np.arange(len(normal.labels)), len(copied) // len(normal.labels))
-    drawn = masks is not None
-    return Split(
-        images=copied,
-        masks=masks if drawn else np.zeros(copied.shape[:3], np.uint8),
-        has_mask=normal.has_mask[sources],
-        labels=np.full(len(copied), drawn, normal.labels.dtype),
-        defects=tuple('drawn' if drawn else normal.defects[i] for i in sources),
-        files=tuple(normal.files[i] for i in sources),
-    )
-
-
-def flips(x: np.ndarray) -> np.ndarray:
-    """Images (N, H, W, ...) as they are, upside down, mirrored, turned by 180°: (4N, H, W, ...)."""
-    return np.concatenate([x, x[:, ::-1], x[:, :, ::-1], x[:, ::-1, ::-1]])
-
-
-def turn(images: np.ndarray, copies: int, seed: int) -> np.ndarray:
-    """Copies of images, each turned around its middle by a random angle.
-
-    Args:
-      images: uint8 (N, H, W, 3).
-      copies: how many copies of each.
-      seed: the angles follow from it, and from the image's index, alone.
-
-    Returns:
-      uint8 (N * copies, H, W, 3), the copies of an image side by side. What comes in from outside
-      mirrors the inside.
-    """
-    height, width = images.shape[1:3]
-    turned = np.empty((len(images) * copies, *images.shape[1:]), np.uint8)
-    for index in range(len(turned)):
-        image, copy = divmod(index, copies)
-        angle = np.random.default_rng([seed, image, copy]).uniform(0, 360)
-        matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), angle, 1)
-        turned[index] = cv2.warpAffine(
-            images[image], matrix, (width, height), borderMode=cv2.BORDER_REFLECT
-        )
-    return turned
+    height, width = image.shape[:2]
+    matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), angle, 1)
+    return cv2.warpAffine(image, matrix, (width, height), borderMode=cv2.BORDER_REFLECT)

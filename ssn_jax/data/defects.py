@@ -12,7 +12,7 @@ Six kinds, each in a random place of the product:
 - break: a piece of the edge is missing, half the time of what sticks out; not on textures.
 """
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 import functools
 import itertools
 
@@ -25,34 +25,31 @@ _AREAS = (20.0, 500.0)
 _VISIBLE = 10
 # A defect has at least so many pixels, or is drawn again (at most _TRIES times).
 _LEAST, _TRIES = 15, 20
+# Pixels around what is drawn that a kind can see: a smear's half width, and the mask's closing.
+_MARGIN = 8
 
 
-def draw(images: np.ndarray, copies: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draws one defect into each of several copies of every image.
+def draw(
+    image_of: Callable, count: int, index: int, copies: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws one defect into one of several copies of one of the normal images.
 
     Args:
-      images: normal images, uint8 RGB (N, H, W, 3).
-      copies: how many copies of each; the kinds take turns, from one image to the next too.
-      seed: places and looks follow from it, and from the image's index, alone.
+      image_of: from an index to a normal image, uint8 RGB (H, W, 3).
+      count: of these images.
+      index: of the copy; those of an image are side by side. The kinds take turns, from one image
+        to the next too.
+      copies: how many copies of each image there are.
+      seed: place and looks follow from it, and from the index, alone.
 
     Returns:
-      uint8 (N * copies, H, W, 3), the copies of an image side by side, and their masks, uint8
-      (N * copies, H, W) of zeros and ones.
+      The copy, and its mask, uint8 (H, W) of zeros and ones.
     """
-
-    def one(index: int) -> None:
-        image, copy = divmod(index, copies)
-        rng = np.random.default_rng([seed, image, copy])
-        other = images[rng.integers(len(images))]
-        kinds = _kinds_of(images[image])
-        kind = kinds[index % len(kinds)]
-        drawn[index], masks[index] = draw_one(images[image], other, kind, rng)
-
-    drawn = np.empty((len(images) * copies, *images.shape[1:]), np.uint8)
-    masks = np.empty(drawn.shape[:3], np.uint8)
-    with ThreadPoolExecutor() as pool:  # OpenCV releases the interpreter's lock.
-        list(pool.map(one, range(len(drawn))))
-    return drawn, masks
+    image, copy = divmod(index, copies)
+    rng = np.random.default_rng([seed, image, copy])
+    other, image = image_of(rng.integers(count)), image_of(image)
+    kinds = _kinds_of(image)
+    return draw_one(image, other, kinds[index % len(kinds)], rng)
 
 
 def _kinds_of(image):
@@ -78,20 +75,24 @@ def draw_one(
     Returns:
       The image, and the mask of what has visibly changed, uint8 (H, W).
     """
-    places = np.argwhere(foreground(image))
+    product = foreground(image)
+    places = np.flatnonzero(product)
     scale = image.shape[0] * image.shape[1] / 256**2
     for _ in range(_TRIES):
-        row, column = places[rng.integers(len(places))]
+        place = np.array(divmod(places[rng.integers(len(places))], image.shape[1]))
         area = scale * np.exp(rng.uniform(*np.log(_AREAS)))
-        changed = _KINDS[kind](image.astype(np.float32), other, (row, column), area, rng)
-        changed = changed.clip(0, 255).astype(np.uint8)
+        window, drawn = _KINDS[kind](image, product, other, place, area, rng)
+        drawn = drawn.clip(0, 255).astype(np.uint8)
         # OpenCV's maximum of the channels: NumPy is slow along an axis of three.
-        difference = functools.reduce(cv2.max, cv2.split(cv2.absdiff(changed, image)))
-        mask = (difference > _VISIBLE).astype(np.uint8)
-        mask = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))
+        difference = functools.reduce(cv2.max, cv2.split(cv2.absdiff(drawn, image[window])))
+        mask = cv2.morphologyEx(
+            (difference > _VISIBLE).astype(np.uint8), cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8)
+        )
         if mask.sum() >= _LEAST:
             break
-    return changed, mask
+    changed, whole = image.copy(), np.zeros(image.shape[:2], np.uint8)
+    changed[window], whole[window] = drawn, mask
+    return changed, whole
 
 
 def foreground(image: np.ndarray) -> np.ndarray:
@@ -111,68 +112,98 @@ def _border(x):
     return np.concatenate([x[0], x[-1], x[:, 0], x[:, -1]])
 
 
-def _blob(shape, place, area, rng):
-    """A bent ellipse with a ragged, soft edge as opacities (H, W) in 0..1."""
-    aspect = np.exp(rng.uniform(0, np.log(8)))
-    long = np.sqrt(area * aspect / np.pi)
-    short = long / aspect
-    along, across = _turned(shape, place, rng.uniform(0, np.pi))
-    across = across + 0.3 * rng.normal() * along**2 / max(long, 1)
-    radius = np.hypot(along / long, across / short)
-    angle = np.arctan2(across / short, along / long)
-    for waves in (2, 3, 5):
-        phase = rng.uniform(0, 2 * np.pi)
-        radius *= 1 + 0.12 * rng.normal() * np.cos(waves * angle + phase)
-    return np.clip((1 - radius) * short / rng.uniform(0.7, 1.5) + 0.5, 0, 1)[..., None]
+# A kind draws into a window of the image, given as two slices, and returns it with what it then
+# shows, float32 (h, w, 3). Nothing changes at the window's edges.
 
 
-def _turned(shape, place, angle):
-    """Coordinates (H, W) around a place, along and across a direction."""
-    rows, columns = np.mgrid[: shape[0], : shape[1]].astype(np.float32)
-    down, right = rows - place[0], columns - place[1]
+def _window(shape, low, high):
+    """The slices of an image's rows and columns from `low` to `high`, and a margin more."""
+    low, high = np.floor(low).astype(int) - _MARGIN, np.ceil(high).astype(int) + _MARGIN + 1
+    return tuple(slice(max(a, 0), min(b, n)) for a, b, n in zip(low, high, shape, strict=False))
+
+
+def _around(place, window, angle):
+    """Coordinates (h, w) of a window around a place, along and across a direction."""
+    down, right = (
+        np.arange(s.start, s.stop, dtype=np.float32) - np.float32(p)
+        for s, p in zip(window, place, strict=True)
+    )
+    cosine, sine = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     return (
-        right * np.cos(angle) + down * np.sin(angle),
-        down * np.cos(angle) - right * np.sin(angle),
+        right * cosine + (down * sine)[:, None],
+        (down * cosine)[:, None] - right * sine,
     )
 
 
-def _paste(image, other, place, area, rng):
+def _blob(shape, place, area, rng):
+    """A bent ellipse with a ragged, soft edge: its window, and opacities (h, w, 1) in 0..1."""
+    aspect = np.exp(rng.uniform(0, np.log(8)))
+    long = np.sqrt(area * aspect / np.pi)
+    short, angle, bend = long / aspect, rng.uniform(0, np.pi), 0.3 * rng.normal() / max(long, 1)
+    waves = [(n, rng.uniform(0, 2 * np.pi), 0.12 * rng.normal()) for n in (2, 3, 5)]
+    edge = rng.uniform(0.7, 1.5)
+    # No farther than so many radii from the middle is anything left of it.
+    least = np.prod([1 - abs(height) for _, _, height in waves])
+    reach = (1 + edge / (2 * short)) / max(least, 0.1)
+    far = np.hypot(reach * long, reach * short + abs(bend) * (reach * long) ** 2)
+    window = _window(shape, place - far, place + far)
+    along, across = _around(place, window, angle)
+    along, across = along / np.float32(long), (across + bend * along**2) / np.float32(short)
+    radius, direction = np.hypot(along, across), np.arctan2(across, along)
+    for n, phase, height in waves:
+        radius *= 1 + height * np.cos(n * direction + phase)
+    opacity = np.clip((1 - radius) * (short / edge) + 0.5, 0, 1)
+    return window, opacity.astype(np.float32)[..., None]
+
+
+def _mix(image, window, opacity, drawn):
+    """A window of the image with something drawn over it."""
+    below = image[window].astype(np.float32)
+    return window, below + opacity * (drawn - below)
+
+
+def _paste(image, product, other, place, area, rng):
+    del product
     height, width = image.shape[:2]
     turn = cv2.getRotationMatrix2D((width / 2, height / 2), rng.uniform(0, 360), 1)
     other = cv2.warpAffine(other, turn, (width, height), borderMode=cv2.BORDER_REFLECT)
     # Mostly from the product itself; what is missing shows what lies behind it.
     where = foreground(other) if rng.random() < 0.7 else np.ones((height, width), bool)
-    origins = np.argwhere(where)
-    shift = np.array(place) - origins[rng.integers(len(origins))]
-    opacity = _blob(image.shape, place, area, rng)
-    return image + opacity * (np.roll(other, shift, (0, 1)) - image)
+    origins = np.flatnonzero(where)
+    shift = place - divmod(origins[rng.integers(len(origins))], width)
+    window, opacity = _blob(image.shape, place, area, rng)
+    rows, columns = (np.arange(s.start, s.stop) - d for s, d in zip(window, shift, strict=True))
+    return _mix(image, window, opacity, other[np.ix_(rows % height, columns % width)])
 
 
-def _tone(image, other, place, area, rng):
-    del other
-    opacity = _blob(image.shape, place, area, rng)
-    mean = (opacity * image).sum((0, 1)) / max(opacity.sum(), 1e-6)
+def _tone(image, product, other, place, area, rng):
+    del product, other
+    window, opacity = _blob(image.shape, place, area, rng)
+    below = image[window].astype(np.float32)
+    mean = (opacity * below).sum((0, 1)) / max(opacity.sum(), 1e-6)
     level = rng.choice([-1, 1]) * rng.uniform(15, 70)
-    changed = mean + rng.uniform(0.3, 1.3) * (image - mean) + level
-    return image + opacity * (changed - image)
+    return _mix(image, window, opacity, mean + rng.uniform(0.3, 1.3) * (below - mean) + level)
 
 
-def _smear(image, other, place, area, rng):
-    del other
+def _smear(image, product, other, place, area, rng):
+    del product, other
     size = 2 * int(rng.integers(2, 7)) + 1
     half, angle = size // 2, rng.uniform(0, np.pi)
     along = np.linspace(-half, half, 4 * size)
     kernel = np.zeros((size, size), np.float32)
     rows, columns = half + along * np.sin(angle), half + along * np.cos(angle)
     kernel[rows.round().astype(int), columns.round().astype(int)] = 1
-    blurred = cv2.filter2D(image, -1, kernel / kernel.sum(), borderType=cv2.BORDER_REFLECT)
-    return image + _blob(image.shape, place, area, rng) * (blurred - image)
+    window, opacity = _blob(image.shape, place, area, rng)
+    below = image[window].astype(np.float32)
+    blurred = cv2.filter2D(below, -1, kernel / kernel.sum(), borderType=cv2.BORDER_REFLECT)
+    return _mix(image, window, opacity, blurred)
 
 
-def _warp(image, other, place, area, rng):
-    del other
+def _warp(image, product, other, place, area, rng):
+    del product, other
     reach = np.clip(np.sqrt(area) * rng.uniform(0.8, 1.5), 6, 22)
-    right, down = _turned(image.shape, place, 0.0)
+    window = _window(image.shape, place - 2 * reach, place + 2 * reach)  # e^-16 is left there.
+    right, down = _around(place, window, 0.0)
     strength = np.exp(-(((right**2 + down**2) / reach**2) ** 2))
     kind = rng.random()
     if kind < 0.4:  # Pushed.
@@ -186,48 +217,67 @@ def _warp(image, other, place, area, rng):
         zoom = 1 + rng.choice([-0.4, 0.6]) * strength
         x, y = right * zoom, down * zoom
     x, y = (x + place[1]).astype(np.float32), (y + place[0]).astype(np.float32)
-    return cv2.remap(image, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+    moved = cv2.remap(image, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+    return window, moved
 
 
-def _scratch(image, other, place, area, rng):
+def _scratch(image, product, other, place, area, rng):
     del other
-    height, width = image.shape[:2]
     # A line that wanders, drawn four times as fine and averaged.
     step, bend, fine = rng.uniform(2, 5), rng.uniform(0.05, 0.5), 4
     angle = rng.uniform(0, 2 * np.pi)
     angles = angle + np.cumsum(bend * rng.normal(size=max(2, int(np.sqrt(area) * 4 / step))))
-    points = np.cumsum(step * np.stack([np.cos(angles), np.sin(angles)], 1), 0) + place[::-1]
+    points = np.cumsum(step * np.stack([np.sin(angles), np.cos(angles)], 1), 0) + place
+    window = _window(image.shape, points.min(0), points.max(0))
+    height, width = (max(s.stop - s.start, 1) for s in window)
     opacity = np.zeros((height * fine, width * fine), np.float32)
-    for start, end in itertools.pairwise(points):
+    corner = [s.start for s in window]
+    for start, end in itertools.pairwise((fine * (points - corner)).astype(int)[:, ::-1].tolist()):
         thick = max(1, round(fine * rng.uniform(0.6, 2.5)))
-        cv2.line(opacity, *((fine * p).astype(int).tolist() for p in (start, end)), 1.0, thick)
+        cv2.line(opacity, start, end, 1.0, thick)
     opacity = cv2.resize(opacity, (width, height), interpolation=cv2.INTER_AREA)
     opacity = cv2.GaussianBlur(opacity, (0, 0), rng.uniform(0.3, 0.8)).clip(0, 1)
-    opacity = (opacity * foreground(image.astype(np.uint8)))[..., None]
-    return image + opacity * rng.choice([-1, 1]) * rng.uniform(20, 90)
+    opacity = (opacity * product[window])[..., None]
+    return window, image[window] + opacity * rng.choice([-1, 1]) * rng.uniform(20, 90)
 
 
-def _break(image, other, place, area, rng):
+def _break(image, product, other, place, area, rng):
     del other
-    product = foreground(image.astype(np.uint8)).astype(np.uint8)
+    product = product.astype(np.uint8)
     outlines, _ = cv2.findContours(product, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     if rng.random() < 0.5:
         outlines = [cv2.convexHull(outline) for outline in outlines]
     edge = np.concatenate(outlines)[:, 0, ::-1]  # Rows and columns.
     place = edge[np.argmin(((edge - place) ** 2).sum(1))]
-    inside = cv2.erode(product, np.ones((3, 3), np.uint8))[..., None]
-    opacity = _blob(image.shape, place, area, rng) * inside
+    inside = cv2.erode(product, np.ones((3, 3), np.uint8))
+    window, opacity = _blob(image.shape, place, area, rng)
     # What shows instead: what lies behind, as bright as beside the place, with the grain of where
     # it is widest.
-    behind = cv2.erode(1 - product, np.ones((3, 3), np.uint8)).astype(np.float32)[..., None]
-    near = cv2.GaussianBlur(np.concatenate([image * behind, behind], -1), (0, 0), 8.0)
-    overall = (behind * image).sum((0, 1)) / max(behind.sum(), 1)
-    bright = (near[..., :3] + 1e-3 * overall) / (near[..., 3:] + 1e-3)
+    behind = cv2.erode(1 - product, np.ones((3, 3), np.uint8))
+    overall = np.array(cv2.mean(image, behind)[:3])
+    bright = _bright(image, behind, window, overall)
     room = cv2.distanceTransform(1 - product, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    wide = np.argwhere(room >= min(room.max(), 2 * np.sqrt(area)))
-    shift = place - wide[rng.integers(len(wide))]
-    grain = np.roll(behind * (image - bright), shift, (0, 1))
-    return image + opacity * (bright + grain - image)
+    wide = np.flatnonzero(room >= min(room.max(), 2 * np.sqrt(area)))
+    shift = place - divmod(wide[rng.integers(len(wide))], image.shape[1])
+    rows, columns = (
+        (np.arange(s.start, s.stop) - d) % n
+        for s, d, n in zip(window, shift, image.shape, strict=False)
+    )
+    from_there = np.ix_(rows, columns)
+    grain = behind[from_there][..., None] * (image[from_there] - overall)
+    return _mix(image, window, opacity * inside[window][..., None], bright + grain)
+
+
+def _bright(image, behind, window, overall, width=8.0):
+    """How bright what lies behind a product is near each pixel of a window, float32 (h, w, 3)."""
+    wider = _window(image.shape, *np.add([[s.start, s.stop] for s in window], [-24, 24]).T)
+    seen = behind[wider].astype(np.float32)[..., None]
+    near = cv2.GaussianBlur(np.concatenate([image[wider] * seen, seen], -1), (0, 0), width)
+    inner = tuple(
+        slice(s.start - w.start, s.stop - w.start) for s, w in zip(window, wider, strict=True)
+    )
+    near = near[inner]
+    return (near[..., :3] + 1e-3 * overall) / (near[..., 3:] + 1e-3)
 
 
 _KINDS = {

@@ -238,29 +238,40 @@ def _read(
 
     skip = {'image': decode.SkipDecoding(), 'mask': decode.SkipDecoding()}
     source = _builder(prepared).as_data_source(split, decoders=skip)
-    examples = sorted(source, key=lambda e: (e['defect'], e['file']))
-
+    # Encoded images are read twice, lest all of them be held at once.
+    named = [(e['defect'].decode(), e['file'].decode(), bool(e['has_mask'])) for e in source]
+    order = sorted(range(len(named)), key=named.__getitem__)
+    named = [named[i] for i in order]
+    defects, names, has_mask = (tuple(x) for x in zip(*named, strict=True)) if named else ((),) * 3
+    shape, pixels = (len(named), *image_size), np.uint8
+    wanted = {'images': ((*shape, 3), pixels), 'masks': (shape, pixels)}
+    kept = files.allocate(wanted, prepared.parent)
     size = resize if any(resize) else image_size
 
-    def arrays(example: dict) -> tuple[np.ndarray, np.ndarray, bytes]:
+    def fill(place: int, example: dict) -> bytes:
+        """Decodes an image to its place; what it is told by."""
         file = example['file'].decode()
-        image = images.fit(images.decode(example['image'], file), image_size, resize)
+        kept['images'][place] = images.fit(
+            images.decode(example['image'], file), image_size, resize
+        )
         mask = images.decode_mask(example['mask'], file)
+        kept['masks'][place] = images.centre(images.resize_mask(mask, size), image_size)
         # The mask as pixels, since it was encoded here, by whatever version of OpenCV.
         parts = example['image'], np.packbits(mask).tobytes(), bytes([example['has_mask']])
-        names = f'{file}\0{example["defect"].decode()}\0'.encode()
-        content = b''.join(hashlib.sha256(part).digest() for part in (names, *parts))
-        return image, images.centre(images.resize_mask(mask, size), image_size), content
+        heading = f'{file}\0{example["defect"].decode()}\0'.encode()
+        return b''.join(hashlib.sha256(part).digest() for part in (heading, *parts))
 
+    content, at_once = hashlib.sha256(), 64
     with ThreadPoolExecutor() as pool:  # OpenCV and hashlib release the interpreter's lock.
-        found = list(pool.map(arrays, examples))
-    defects = tuple(example['defect'].decode() for example in examples)
+        for start in range(0, len(order), at_once):
+            examples = [source[i] for i in order[start : start + at_once]]
+            for told in pool.map(fill, range(start, start + len(examples)), examples):
+                content.update(told)
     split = splits.Split(
-        images=np.stack([image for image, _, _ in found]),
-        masks=np.stack([mask for _, mask, _ in found]),
-        has_mask=np.array([example['has_mask'] for example in examples], bool),
+        **kept,
+        has_mask=np.array(has_mask, bool),
         labels=np.array([defect != GOOD for defect in defects], np.int32),
         defects=defects,
-        files=tuple(example['file'].decode() for example in examples),
+        files=names,
     )
-    return split, hashlib.sha256(b''.join(content for _, _, content in found)).hexdigest()
+    return split, content.hexdigest()

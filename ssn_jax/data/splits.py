@@ -1,6 +1,5 @@
 """Images in memory: the splits of a data set, and parts of them."""
 
-import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,7 +50,9 @@ class Dataset:
 
 
 def take(split: Split, indices: np.ndarray) -> Split:
-    """The images of a split at the given places."""
+    """The images of a split at the given places; the split itself if these are all."""
+    if np.array_equal(indices, np.arange(len(split.labels))):
+        return split
     return Split(
         images=split.images[indices],
         masks=split.masks[indices],
@@ -60,19 +61,3 @@ def take(split: Split, indices: np.ndarray) -> Split:
         defects=tuple(split.defects[i] for i in indices),
         files=tuple(split.files[i] for i in indices),
     )
-
-
-def join(*splits: Split) -> Split:
-    """The images of several splits, one after the other."""
-
-    def joined(*parts):
-        return sum(parts, ()) if isinstance(parts[0], tuple) else np.concatenate(parts)
-
-    names = [field.name for field in dataclasses.fields(Split)]
-    return Split(*(joined(*(getattr(split, name) for split in splits)) for name in names))
-
-
-def part(split: Split, start: int, stop: int | None = None) -> Split:
-    """The images from one place to another, not copied."""
-    names = [field.name for field in dataclasses.fields(Split)]
-    return Split(*(getattr(split, name)[start:stop] for name in names))

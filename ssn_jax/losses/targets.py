@@ -1,49 +1,46 @@
 """What is known of defects, brought to the feature grid, where losses read it."""
 
-from collections.abc import Iterable
-
 import cv2
 import ml_collections
 import numpy as np
 
-from ssn_jax.data import Split, defects, images
+from ssn_jax.data import defects, images as images_lib
 
 
 def truth(
-    settings: ml_collections.ConfigDict, split: Split, grid: tuple[int, int]
+    settings: ml_collections.ConfigDict, masks: np.ndarray, grid: tuple[int, int]
 ) -> dict[str, np.ndarray]:
-    """What is known of the images, at the feature grid, as `synthesis.place` reads it.
+    """Masks and the weights of their places at the feature grid, as `synthesis.place` reads them.
 
     Args:
       settings: `config.supervision`.
-      split: as `training_split` left it.
+      masks: uint8 (N, H, W) of zeros and ones; zeros where nothing is known.
       grid: height and width (h, w) of the feature grid.
 
     Returns:
-      label (N,), known (N,), and where any mask is known mask and weight (N, h, w, 1): float32.
+      mask and weight, float32 (N, h, w, 1).
     """
-    arrays = {'label': split.labels, 'known': split.has_mask}
-    if split.masks.any():
-        kernel = np.ones((settings.dilation, settings.dilation), np.uint8)
-        dilated = [cv2.dilate(mask, kernel) for mask in split.masks]
-        weights = (
-            distance_weights(mask, settings.distance_weight, settings.distance_power)
-            for mask in dilated
-        )
-        arrays['mask'] = _resize(dilated, grid) >= 0.5
-        arrays['weight'] = _resize(weights, grid)
-    return {name: value.astype(np.float32) for name, value in arrays.items()}
+    kernel = np.ones((settings.dilation, settings.dilation), np.uint8)
+    found = {name: np.ones((len(masks), *grid, 1), np.float32) for name in ('mask', 'weight')}
+    found['mask'][:] = 0
+    for i in np.flatnonzero(masks.any((1, 2))):
+        dilated = cv2.dilate(masks[i], kernel)
+        weights = distance_weights(dilated, settings.distance_weight, settings.distance_power)
+        found['mask'][i, ..., 0] = images_lib.resize(dilated.astype(np.float32), grid) >= 0.5
+        found['weight'][i, ..., 0] = images_lib.resize(weights, grid)
+    return found
 
 
-def product(split: Split, grid: tuple[int, int]) -> np.ndarray:
-    """Where the product is in normal images, at the feature grid (h, w): float32 (N, h, w, 1).
+def product(images: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Where the product is in images (N, H, W, 3), at the feature grid (h, w).
 
-    1 where it covers most of a position; of defective images nothing is said, 0 everywhere.
+    Returns:
+      float32 (N, h, w, 1): 1 where it covers most of a position, else 0.
     """
-    places = np.zeros((len(split.labels), *grid, 1), np.float32)
-    for i in np.flatnonzero(split.labels == 0):
-        seen = defects.foreground(split.images[i]).astype(np.uint8)
-        places[i, :, :, 0] = cv2.resize(seen, grid[::-1], interpolation=cv2.INTER_AREA)
+    places = np.zeros((len(images), *grid, 1), np.float32)
+    for place, image in zip(places, images, strict=True):
+        seen = defects.foreground(image).astype(np.uint8)
+        place[..., 0] = cv2.resize(seen, grid[::-1], interpolation=cv2.INTER_AREA)
     return places
 
 
@@ -73,8 +70,3 @@ def distance_weights(mask: np.ndarray, weight: float = 3.0, power: float = 2.0) 
         inside = regions == region
         weights[inside] = weight * (distance[inside] / distance[inside].max()) ** power
     return weights
-
-
-def _resize(x: Iterable[np.ndarray], size: tuple[int, int]) -> np.ndarray:
-    """Resizes N arrays (H, W) bilinearly to (N, *size, 1)."""
-    return np.stack([images.resize(y.astype(np.float32), size) for y in x])[..., None]

@@ -1,22 +1,24 @@
 """Frozen features of everything that is trained on, computed once."""
 
 from collections.abc import Callable
-import functools
 import math
+import pathlib
 
 from absl import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssn_jax import devices
+from ssn_jax import config as config_lib, devices, files
 from ssn_jax.errors import UserError
 from ssn_jax.fused import engine, forward
 from ssn_jax.losses import targets
 from ssn_jax.models import grid as grid_lib
 
+_BATCH = 16  # Images at a time, and device.
 
-def keep_on_host(config, split, network, backbone, mesh) -> bool:
+
+def keep_on_host(config, shown, network, backbone, mesh) -> bool:
     """Whether features stay on the host: as the config says, or as devices are too small."""
     several = jax.process_count() > 1
     if config.features.place != 'auto' or several:
@@ -26,9 +28,8 @@ def keep_on_host(config, split, network, backbone, mesh) -> bool:
                 'share of the features on its devices.'
             )
         return config.features.place == 'host'
-    needed = layers_bytes(
-        forward.backbone, backbone, split.images.shape, network.frozen, config.features.dtype
-    )
+    layers = layer_shapes(backbone, shown.shape, network.frozen, config.features.dtype)
+    needed = sum(math.prod(x.shape) * x.dtype.itemsize for x in layers)
     limit = (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit', math.inf)
     limit *= mesh.size if mesh else 1  # Which share them.
     # The other half is for a step's own arrays.
@@ -41,116 +42,113 @@ def keep_on_host(config, split, network, backbone, mesh) -> bool:
     return needed > limit / 2
 
 
-def training_data(config, split, network, backbone, mesh, on_host):
-    """Everything that is trained on, as one batch: on the devices of the mesh, or on the host."""
-    logging.info('%d images: their features are computed once', len(split.labels))
-    # SimpleNet keeps an embedding, which is no output of the graph.
-    if mesh is None and engine.choose(config.engine) == 'openvino' and hasattr(network, 'adaptor'):
-        layers = extract_by_openvino(config, backbone, split.images)
-        layers = layers if on_host else jax.device_put(layers)
-    else:
-        layers = extract_layers(
-            functools.partial(forward.backbone, precision=config.precision),
-            backbone,
-            split.images,
-            frozen=network.frozen,
-            mesh=mesh,
-            dtype=config.features.dtype,
-            to_host=on_host,
-        )
-    known, grid = {}, grid_lib.feature_grid(layers)
-    if split.labels.any():
-        known = targets.truth(config.supervision, split, grid)
-    if config.product_share:
-        known['product'] = targets.product(split, grid)
-    if not on_host:
-        known = {k: devices.put_images(mesh, x) for k, x in known.items()}
-    return {'layers': layers} | known
+def training_data(
+    config, shown, network, backbone, mesh, on_host: bool, folder: pathlib.Path
+) -> dict:
+    """Everything that is trained on, as one batch: on the devices of the mesh, or on the host.
 
-
-def extract_layers(
-    backbone: Callable,
-    variables: dict,
-    images: np.ndarray,
-    batch_size: int = 16,
-    frozen: Callable = lambda stages: stages[1:],
-    mesh: jax.sharding.Mesh | None = None,
-    dtype: jax.typing.DTypeLike = jnp.float32,
-    to_host: bool = False,
-) -> tuple[jax.Array | np.ndarray, ...]:
-    """Frozen features of a whole split, computed once and left on the devices.
+    Images are made, extracted and forgotten, part by part.
 
     Args:
-      backbone: `backbone(variables, images)` gives the stages' outputs, as `forward.backbone` does.
-      variables: its arrays.
-      images: uint8 RGB (N, H, W, 3).
-      batch_size: images at a time (and device).
-      frozen: what to keep of the stages' outputs, as the network says.
+      config: the run's.
+      shown: an `augment.Shown`.
+      network: what is trained.
+      backbone: as `fold.fuse_backbone` returns it.
       mesh: the devices that share the images; None is one.
-      dtype: the precision they are kept in.
-      to_host: keep them in the host's memory instead; the mesh is not used then.
+      on_host: whether the batch stays on the host.
+      folder: where what does not fit into the host's memory lies, in a file without a name.
 
     Returns:
-      layer2 and layer3 (N, H_i, W_i, C_i) at their own grids, an eighth of the feature grid's
-      memory; or what `frozen` makes of them. bfloat16 is kept as the bits that it is, uint16, for
-      `restore`: to join or take from bfloat16 arrays, XLA on a CPU makes float32 copies of all.
-      On a mesh they are spread as `devices.map_images` does it, and N may be larger.
+      layers: layer2 and layer3 (N, H_i, W_i, C_i) at their own grids, an eighth of the feature
+      grid's memory, or what `network.frozen` makes of them; with defects label and known (N,); with
+      masks mask and weight, and for `config.product_share` product (N, h, w, 1), at the feature
+      grid. bfloat16 is kept as the bits that it is, uint16, for `restore`: to join or take from
+      bfloat16 arrays, XLA on a CPU makes float32 copies of all. On a mesh they are spread as
+      `devices.map_images` does it, and N may be larger.
     """
+    logging.info('%d images: their features are computed once', len(shown))
+    dtype = config.features.dtype
+    shapes = layer_shapes(backbone, shown.shape, network.frozen, dtype)
+    grid = grid_lib.feature_grid(shapes)
+    masked = bool(shown.labels.any() and shown.masked)
+    names = ['mask', 'weight'] * masked + ['product'] * bool(config.product_share)
+    wanted = dict.fromkeys(names, ((len(shown), *grid, 1), np.float32))
+    spread = mesh is not None and not on_host
+    if spread:
+        wanted['images'] = shown.shape, np.uint8
+    else:
+        wanted |= {f'layer{i}': (x.shape, x.dtype) for i, x in enumerate(shapes)}
+        run = extractor(config, network, backbone, shown.shape[1:3])
+    kept = files.allocate(wanted, folder)
+    for places, images, masks in shown.parts(_BATCH):
+        found = {'images': images} if spread else {}
+        if masked:
+            found |= targets.truth(config.supervision, masks, grid)
+        if config.product_share:
+            # Of defective images nothing is said.
+            normal = shown.labels[places, None, None, None] == 0
+            found['product'] = targets.product(images, grid) * normal
+        if not spread:
+            found |= {f'layer{i}': x for i, x in enumerate(run(images))}
+        for name, values in found.items():
+            kept[name][places] = values
+    if spread:
+        images, layers_of = kept.pop('images'), _frozen_layers(config, network)
+        layers = devices.map_images(mesh, layers_of, backbone, images, _BATCH)
+    else:
+        layers = tuple(kept.pop(f'layer{i}') for i in range(len(shapes)))
+        layers = layers if on_host else jax.device_put(layers)
+    if shown.labels.any():
+        kept |= {'label': np.float32(shown.labels), 'known': np.float32(shown.has_mask)}
+    if not on_host:
+        kept = {name: devices.put_images(mesh, x) for name, x in kept.items()}
+    return {'layers': layers} | kept
 
-    def layers_of(v, x):
-        return tuple(_store(y, dtype) for y in frozen(backbone(v, x)))
 
-    if mesh is not None and not to_host:
-        return devices.map_images(mesh, layers_of, variables, images, batch_size)
+def extractor(config, network, backbone, size: tuple[int, int]) -> Callable:
+    """What makes frozen features of images, on this process's first device.
 
-    # Into arrays of their final size: batches that are joined in the end take twice the memory.
-    @functools.partial(jax.jit, donate_argnums=0)
-    def write(kept, variables, batch, start):
-        layers = layers_of(variables, batch)
-        return [
-            jax.lax.dynamic_update_slice_in_dim(all_of, new, start, 0)
-            for all_of, new in zip(kept, layers, strict=True)
+    Args:
+      config: the run's.
+      network: what is trained.
+      backbone: as `fold.fuse_backbone` returns it.
+      size: of the images.
+
+    Returns:
+      From images, uint8 RGB (n, *size, 3), to what is kept of them, arrays (n, H_i, W_i, C_i) in
+      the host's memory.
+    """
+    dtype = jnp.dtype(config.features.dtype)
+    # SimpleNet keeps an embedding, which is no output of the graph.
+    if hasattr(network, 'adaptor') and engine.choose(config.engine) == 'openvino':
+        from ssn_jax.fused import graph
+
+        model = graph.features(backbone, size, tuple(config.features.layers))
+        compiled = engine.OpenVino(model, size, config_lib.training_precision(config))
+        bits = np.uint16 if dtype == jnp.bfloat16 else dtype
+        return lambda images: [x.astype(dtype).view(bits) for x in compiled(images)]
+    layers_of, variables = jax.jit(_frozen_layers(config, network)), jax.device_put(backbone)
+
+    def run(images):
+        padded = np.zeros((-(-len(images) // _BATCH) * _BATCH, *images.shape[1:]), np.uint8)
+        padded[: len(images)] = images
+        parts = [
+            jax.device_get(layers_of(variables, padded[start : start + _BATCH]))
+            for start in range(0, len(padded), _BATCH)
         ]
+        return [np.concatenate(x)[: len(images)] for x in zip(*parts, strict=True)]
 
-    run = jax.jit(layers_of)
-    variables = jax.device_put(variables)
-    batch_size = min(batch_size, len(images))
-    shapes = jax.eval_shape(layers_of, variables, images[:1])
-    new = np.empty if to_host else jnp.empty
-    kept = [new((len(images), *x.shape[1:]), x.dtype) for x in shapes]
-    for start in range(0, len(images), batch_size):
-        # The last batch is whole too, and begins earlier.
-        start = min(start, len(images) - batch_size)
-        batch = images[start : start + batch_size]
-        if not to_host:
-            kept = write(kept, variables, batch, start)
-            continue
-        for all_of, layer in zip(kept, jax.device_get(run(variables, batch)), strict=True):
-            all_of[start : start + batch_size] = layer
-    return tuple(kept)
+    return run
 
 
-def extract_by_openvino(config, backbone, images: np.ndarray) -> tuple[np.ndarray, ...]:
-    """`extract_layers` on a CPU: of images, uint8 (N, H, W, 3), the layers that the config chooses.
+def _frozen_layers(config, network):
+    precision = config_lib.training_precision(config)
 
-    Returns:
-      Arrays (N, H_i, W_i, C_i) in the host's memory, as `extract_layers` keeps them.
-    """
-    from ssn_jax.fused import graph
+    def layers_of(variables, images):
+        stages = forward.backbone(variables, images, precision)
+        return tuple(_store(x, config.features.dtype) for x in network.frozen(stages))
 
-    size = images.shape[1:3]
-    model = graph.features(backbone, size, tuple(config.features.layers))
-    run = engine.OpenVino(model, size, config.precision)
-    dtype, kept = jnp.dtype(config.features.dtype), None
-    for start in range(0, len(images), 16):
-        found = [x.astype(dtype) for x in run(images[start : start + 16])]
-        if dtype == jnp.bfloat16:
-            found = [x.view(np.uint16) for x in found]
-        if kept is None:
-            kept = tuple(np.empty((len(images), *x.shape[1:]), x.dtype) for x in found)
-        for all_of, x in zip(kept, found, strict=True):
-            all_of[start : start + 16] = x
-    return kept
+    return layers_of
 
 
 def _store(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -160,7 +158,7 @@ def _store(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
 
 
 def restore(x: jax.Array) -> jax.Array:
-    """What was taken of the layers that `extract_layers` keeps, of any shape, to compute with.
+    """What was taken of the layers that `training_data` keeps, of any shape, to compute with.
 
     Of the bits of bfloat16 it makes float32; any other array stays as it is.
     """
@@ -169,14 +167,14 @@ def restore(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, jnp.bfloat16).astype(jnp.float32)
 
 
-def layers_bytes(
-    backbone: Callable,
-    variables: dict,
-    shape: tuple[int, ...],
-    frozen: Callable = lambda stages: stages[1:],
-    dtype: jax.typing.DTypeLike = jnp.float32,
-) -> int:
-    """How much memory `extract_layers` of images of `shape` (N, H, W, 3) takes."""
+def layer_shapes(
+    backbone, shape: tuple[int, ...], frozen: Callable, dtype: jax.typing.DTypeLike
+) -> list[jax.ShapeDtypeStruct]:
+    """Shapes and types of the layers that are kept of images of `shape` (N, H, W, 3)."""
     image = jax.ShapeDtypeStruct((1, *shape[1:]), jnp.uint8)
-    layers = jax.eval_shape(lambda v, x: frozen(backbone(v, x)), variables, image)
-    return shape[0] * sum(x.size for x in layers) * jnp.dtype(dtype).itemsize
+
+    def layers_of(variables, images):
+        return tuple(_store(x, dtype) for x in frozen(forward.backbone(variables, images)))
+
+    found = jax.eval_shape(layers_of, backbone, image)
+    return [jax.ShapeDtypeStruct((shape[0], *x.shape[1:]), x.dtype) for x in found]

@@ -43,24 +43,24 @@ class Job:
 def train(jobs, split, network, backbone_variables, quiet=False):
     """Runs the epochs that are missing; returns each run's final state and its log."""
     config = jobs[0].config
-    labels = augment.shown_labels(config, split.labels)
-    mesh = devices.make_mesh(image_order(config, labels)(0).shape[1])
+    shown = augment.Shown(config, split)
+    mesh = devices.make_mesh(image_order(config, shown.labels)(0).shape[1])
     starts = [find_start(job, mesh) for job in jobs]
     states = [start.state for start in starts]
     missing = sorted({start.done for start in starts} - {config.epochs})
     if missing:
-        split = augment.shown(config, split)
         backbone = fold.fuse_backbone(backbone_variables)
-        on_host = features.keep_on_host(config, split, network, backbone, mesh)
+        on_host = features.keep_on_host(config, shown, network, backbone, mesh)
         with naming_nans(config):
-            contents = features.training_data(config, split, network, backbone, mesh, on_host)
-    del split  # Its copies of the images take as much memory as a part of the features.
+            contents = features.training_data(
+                config, shown, network, backbone, mesh, on_host, jobs[0].folder
+            )
     # A kill between two seeds' checkpoints leaves seeds at different epochs: those of the same
     # go on together.
     for done in missing:
         members = [i for i, start in enumerate(starts) if start.done == done]
         together = [starts[i] for i in members]
-        trained = train_together(together, labels, contents, mesh, on_host, quiet)
+        trained = train_together(together, shown.labels, contents, mesh, on_host, quiet)
         for i, state in zip(members, trained, strict=True):
             states[i] = state
     logs = [start.log for start in starts]

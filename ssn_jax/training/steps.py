@@ -18,7 +18,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from ssn_jax import devices, losses
+from ssn_jax import config as config_lib, devices, losses
 from ssn_jax.models import systems
 from ssn_jax.synthesis import NoiseGenerator
 from ssn_jax.training import features
@@ -225,7 +225,7 @@ def make_part(
             bad = {k: jnp.where(sound[k], b, jnp.minimum(b, start + i)) for k, b in bad.items()}
             return state, jax.tree.map(jnp.add, sums, terms), bad
 
-        with jax.default_matmul_precision(config.precision):
+        with jax.default_matmul_precision(config_lib.training_precision(config)):
             _, terms, sound = jax.eval_shape(advance, state, data, order[0], keys[0])
             sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), terms)
             bad = dict.fromkeys(sound, jnp.int32(NEVER))
