@@ -270,8 +270,9 @@ FIELDS = {
     'precision': Field(
         'float32',
         'Of products: float32, or what is faster on some hardware: bfloat16, on GPUs and TPUs '
-        'tensorfloat32 too.',
-        *_one_of('float32', 'tensorfloat32', 'bfloat16'),
+        'tensorfloat32 too. A finished run alone: int8, or auto: the fastest that leaves scores '
+        'as they are.',
+        *_one_of('float32', 'tensorfloat32', 'bfloat16', 'int8', 'auto'),
     ),
     'engine': Field(
         'auto',
@@ -440,6 +441,11 @@ def identity(config: ml_collections.ConfigDict) -> dict:
     unimportant = ('checkpoint.every', 'checkpoint.keep', 'eval_batch_size', 'data.cache')
     unimportant += ('data.root', 'backbone.weights', 'debug_nans', 'features.place', 'engine')
     return {name: value for name, value in fields(config) if name not in unimportant}
+
+
+def training_precision(config: ml_collections.ConfigDict) -> str:
+    """The precision of training and of the features that it reads."""
+    return 'float32' if config.precision in ('int8', 'auto') else config.precision
 
 
 def with_found(config: ml_collections.ConfigDict, found: dict) -> ml_collections.ConfigDict:

@@ -12,7 +12,7 @@ import ml_collections
 
 from ssn_jax import data, decision, files, run as run_lib
 from ssn_jax.errors import UserError
-from ssn_jax.fused import forward
+from ssn_jax.fused import engine, forward
 from ssn_jax.predictor import Predictor
 
 
@@ -29,7 +29,7 @@ def make_function(model: Predictor) -> Callable:
     config = model.config
 
     def predict(images):
-        return forward.predict(model.fused, preprocess(config, images), False, config.precision)
+        return forward.predict(model.fused, preprocess(config, images), False, model.precision)
 
     return predict
 
@@ -79,15 +79,29 @@ def metadata(model: Predictor) -> dict:
         'config': config.name,
         'category': data.category_of(config.data),
         'epoch': model.epoch,
+        'precision': model.config.precision,
+        'precisions': _tried(model),
         **run_lib.versions(),
     }
+
+
+def _tried(model):
+    """What other precisions change of a finished run, if they were tried."""
+    if not model.workdir or model.epoch != model.config.epochs:
+        return None
+    return (run_lib.read_json(model.workdir / 'results.json') or {}).get('precisions')
 
 
 def to_stablehlo(model: Predictor) -> bytes:
     """A zip archive of `predictor`, for `jax.export.deserialize`, and `metadata.json`.
 
     `predictor` holds StableHLO with symbolic N, H and W and all weights, for CPU, CUDA and TPU.
+
+    Raises:
+      UserError: the model infers in int8.
     """
+    if model.config.precision == 'int8':
+        raise UserError('--format stablehlo has no int8: take openvino, or --precision float32.')
     images = jax.ShapeDtypeStruct(jax.export.symbolic_shape('n, h, w, 3'), jnp.uint8)
     function = jax.jit(make_function(model))
     exported = jax.export.export(function, platforms=('cpu', 'cuda', 'tpu'))(images)
@@ -106,13 +120,16 @@ def to_onnx(model: Predictor, opset: int | None = None) -> bytes:
       opset: of the file; None: 17, which onnxruntime 1.20 and OpenVINO 2024.6 load.
 
     Raises:
-      UserError: the package onnx is missing, or does not know the opset.
+      UserError: the package onnx is missing, or does not know the opset; or the model infers in
+        int8.
     """
     try:
         from ssn_jax.fused import graph
     except ImportError:
         raise UserError("--format onnx needs onnx: pip install 'ssn_jax[cpu]'.") from None
     about = {key: json.dumps(value) for key, value in metadata(model).items()}
+    if model.config.precision == 'int8':
+        raise UserError('--format onnx has no int8: take openvino, or --precision float32.')
     if opset is not None and not graph.OPSET <= opset <= graph.latest_opset():
         raise UserError(
             f'--opset={opset} cannot be used: it is in {graph.OPSET}..{graph.latest_opset()}.'
@@ -120,18 +137,44 @@ def to_onnx(model: Predictor, opset: int | None = None) -> bytes:
     return graph.predictor(model.fused, model.config, True, opset or graph.OPSET, about)
 
 
+def to_openvino(model: Predictor) -> tuple[bytes, bytes]:
+    """OpenVINO's model of any number of images of any size, as .xml and .bin; of any precision.
+
+    The metadata are its `rt_info` under 'ssn_jax', as JSON. What computes in bfloat16 is told when
+    it is compiled (INFERENCE_PRECISION_HINT).
+
+    Raises:
+      UserError: the package openvino is missing.
+    """
+    try:
+        openvino = engine.import_openvino()
+    except ImportError:
+        raise UserError("--format openvino needs openvino: pip install 'ssn_jax[cpu]'.") from None
+    exact = model.config.precision != 'int8'
+    network = openvino.Core().read_model(to_onnx(model)) if exact else model.int8()
+    for key, value in metadata(model).items():
+        network.set_rt_info(json.dumps(value), ['ssn_jax', key])
+    return engine.serialise(network)
+
+
 def write(model: Predictor, form: str, output: pathlib.Path, opset: int | None = None) -> None:
     """Writes a model to a file, whole or not at all.
 
     Args:
       model: of an opened run.
-      form: 'onnx' or 'stablehlo'.
-      output: the file.
+      form: 'onnx', 'stablehlo' or 'openvino'.
+      output: the file; of openvino the .xml, with a .bin beside it.
       opset: as of `to_onnx`.
 
     Raises:
       UserError: the file cannot be written, or packages are missing.
     """
     files.check_output(output, '--output')
-    content = to_onnx(model, opset) if form == 'onnx' else to_stablehlo(model)
+    if form == 'openvino':
+        files.check_output(output.with_suffix('.bin'), '--output')
+        content, weights = to_openvino(model)
+        output.unlink(missing_ok=True)  # Never beside another's weights.
+        files.write_output(output.with_suffix('.bin'), weights, '--output')
+    else:
+        content = to_onnx(model, opset) if form == 'onnx' else to_stablehlo(model)
     files.write_output(output, content, '--output')

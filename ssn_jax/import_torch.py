@@ -12,7 +12,15 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ssn_jax import config as config_lib, data, files, pipeline, run as run_lib, terminal
+from ssn_jax import (
+    config as config_lib,
+    data,
+    files,
+    pipeline,
+    precision,
+    run as run_lib,
+    terminal,
+)
 from ssn_jax.errors import UserError
 from ssn_jax.models import resnet, weights
 from ssn_jax.report import text
@@ -187,6 +195,7 @@ def main(values: flags.FlagValues) -> None:
         raise UserError(f'--step={values.step} is negative: it is a number of batches.')
     terminal.set_up_log(values.quiet)
     config_lib.validate(values.config)
+    precision.check(values.config)
     workdir, path = terminal.path(values.workdir).absolute(), terminal.path(values.weights)
     if values.evaluate:  # What is wrong with the data is told before anything is written.
         data.load(values.config.data, values.config.image_size, values.config.resize)

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+from typing import NamedTuple
 
 from absl import logging
 import jax
@@ -18,6 +19,7 @@ from ssn_jax import (
     devices,
     evaluate,
     metrics,
+    precision,
     predictor,
     run as run_lib,
     seeds,
@@ -58,6 +60,7 @@ def train_and_evaluate(
     if events:
         run_lib.require_tensorboard()
     engine.choose(config.engine)  # What cannot be had is told now.
+    precision.check(config)
     folders = [folder for _, folder in asked]
     with run_lib.remembered() as said:
         found = find_fields(config, folders)
@@ -171,17 +174,22 @@ def measure(job, state, log, material) -> dict:
     """Evaluates a trained run, chooses its threshold and writes both with figures; its results."""
     config, workdir, network = job.config, job.folder, state.variables()
     dataset, split, backbone = material.dataset, material.split, material.backbone
+    job.keep_model(config.epochs, network)
     fused = fold.fuse(backbone, network, systems.build_network(config))
     model = predictor.Predictor(config, fused, config.epochs, workdir=workdir)
-    scores, maps = evaluate.predict(model, dataset.test.images)
-    values, reasons = evaluate.evaluate(scores, maps, dataset.test)
+    tried = {}
+    if config.precision in ('auto', 'int8'):
+        normal, kept_aside = (
+            s.images[np.flatnonzero(s.labels == 0)[: precision.IMAGES]]
+            for s in (split, material.held_out)
+        )
+        model, tried = precision.settle(model, normal, kept_aside if len(kept_aside) else normal)
+    judged = judge(config, model, material)
+    for name in tried:
+        of = judged if name == model.precision else judge(config, model.at(name), material)
+        tried[name] |= {'threshold': of.decision['threshold'], 'metrics': of.metrics}
+    scores, maps, values, reasons, chosen = judged
     log.close(config.epochs, values)
-    chosen = decision.decide(
-        config, lambda images: evaluate.predict_scores(model, images), split, material.held_out
-    )
-    if chosen['threshold'] is not None:
-        on_test = decision.rates(scores, dataset.test.labels, chosen['threshold'])
-        chosen |= {f'test_{name}': value for name, value in on_test.items()}
 
     history = log.history()
     seconds = history.get('seconds')  # An imported checkpoint was not trained here.
@@ -213,16 +221,52 @@ def measure(job, state, log, material) -> dict:
         'versions': run_lib.versions(),
         'engine': model.engine_name,
     }
+    if tried:
+        results['precisions'] = tried
     if values['I-AUROC'] is not None:
         # As the publication chose it: on the images that it is then measured on.
         results['youden_on_test'] = metrics.youden(scores, dataset.test.labels)
-    job.keep_model(config.epochs, network)
     if devices.is_first():
         results['model_sha256'] = run_lib.model_digest(workdir)
         draw_figures(workdir / 'figures', results, dataset.test, maps, scores, log)
     run_lib.write(workdir / 'decision.json', json.dumps(chosen, indent=2) + '\n')
     run_lib.write(workdir / 'results.json', json.dumps(results, indent=2) + '\n')
     return results
+
+
+class Judgement(NamedTuple):
+    """What a trained network says of the test split.
+
+    Attributes:
+      scores: logits (N,).
+      maps: logits (N, H, W).
+      metrics: by name, None where undefined.
+      undefined: the reasons for that.
+      decision: what decision.json holds.
+    """
+
+    scores: np.ndarray
+    maps: np.ndarray
+    metrics: dict[str, float | None]
+    undefined: dict[str, str]
+    decision: dict
+
+
+def judge(config, model: predictor.Predictor, material: Material) -> Judgement:
+    """Evaluates a trained network, and chooses its threshold."""
+    test = material.dataset.test
+    scores, maps = evaluate.predict(model, test.images)
+    values, reasons = evaluate.evaluate(scores, maps, test)
+    chosen = decision.decide(
+        config,
+        lambda images: evaluate.predict_scores(model, images),
+        material.split,
+        material.held_out,
+    )
+    if chosen['threshold'] is not None:
+        on_test = decision.rates(scores, test.labels, chosen['threshold'])
+        chosen |= {f'test_{name}': value for name, value in on_test.items()}
+    return Judgement(scores, maps, values, reasons, chosen | {'precision': model.precision})
 
 
 def loss_grew(history: dict[str, list[float]]) -> bool | None:

@@ -10,6 +10,7 @@ import math
 import pathlib
 from typing import NamedTuple
 
+from absl import logging
 import cv2
 import jax
 import ml_collections
@@ -20,6 +21,8 @@ from ssn_jax.data import images as images_lib
 from ssn_jax.errors import UserError
 from ssn_jax.fused import engine as engine_lib, fold, forward
 from ssn_jax.models import systems
+
+INT8 = 'int8.xml'  # In a run's folder, with int8.bin beside it, if it infers in int8.
 
 
 class Region(NamedTuple):
@@ -173,14 +176,14 @@ class Predictor:
         if self.engine == 'openvino':
             return tuple(self._openvino(images))
         if len(images) == 1:
-            return jax.device_get(_single(self.config.precision)(self._arrays, images))
+            return jax.device_get(_single(self.precision)(self._arrays, images))
         local, chunk, parts = jax.local_device_count(), self.batch_size, []
         for start in range(0, len(images), chunk):
             part = images[start : start + chunk]
             padded = np.zeros((chunk, *part.shape[1:]), np.uint8)
             padded[: len(part)] = part
             spread = padded.reshape(local, -1, *part.shape[1:])
-            found = jax.device_get(_parallel(self.config.precision)(self._replicas, spread))
+            found = jax.device_get(_parallel(self.precision)(self._replicas, spread))
             parts.append([x.reshape(chunk, *x.shape[2:])[: len(part)] for x in found])
         scores, maps = (np.concatenate(x) for x in zip(*parts, strict=True))
         return scores, maps
@@ -200,14 +203,55 @@ class Predictor:
         """What computes, with its version and precision."""
         if self.engine == 'openvino':
             return self._openvino.name
-        return f'XLA (jax {jax.__version__}, {jax.default_backend()}), {self.config.precision}'
+        return f'XLA (jax {jax.__version__}, {jax.default_backend()}), {self.precision}'
+
+    @functools.cached_property
+    def precision(self) -> str:
+        """What it infers in: what its config says, if this machine has that.
+
+        Raises:
+          UserError: int8 is asked for where it cannot be had.
+        """
+        asked = self.config.precision
+        if asked == 'auto':
+            return 'float32'
+        if asked == 'int8' and self.engine != 'openvino':
+            raise UserError(
+                "int8 needs OpenVINO, on a CPU: pip install 'ssn_jax[cpu]', or take "
+                '--precision float32.'
+            )
+        if asked == 'bfloat16' and self.engine == 'openvino' and not engine_lib.has_bfloat16():
+            logging.warning('This processor has no bfloat16: float32 it is.')
+            return 'float32'
+        return asked
+
+    def at(self, precision: str) -> 'Predictor':
+        """The same network in another precision."""
+        config = self.config.copy_and_resolve_references()
+        config.precision = precision
+        return Predictor(config, self.fused, self.epoch, self.decision, self.workdir)
 
     @functools.cached_property
     def _openvino(self):
         from ssn_jax.fused import graph
 
-        config, model = self.config, graph.predictor(self.fused, self.config)
-        return engine_lib.OpenVino(model, tuple(config.image_size), config.precision)
+        config = self.config
+        model = self.int8() if self.precision == 'int8' else graph.predictor(self.fused, config)
+        return engine_lib.OpenVino(model, tuple(config.image_size), self.precision)
+
+    def int8(self):
+        """The network in int8, an OpenVINO model of images of any size.
+
+        Raises:
+          UserError: the run has none.
+        """
+        path = self.workdir and self.workdir / INT8
+        if not path or self.epoch != self.config.epochs or not path.exists():
+            raise UserError(
+                f'{self.workdir} has no int8 form of epoch {self.epoch}: its own command with '
+                '--config.precision=int8 makes one of the last epoch, and trains nothing.'
+            )
+        return engine_lib.read(path)
 
     @functools.cached_property
     def _arrays(self):
@@ -232,7 +276,10 @@ def _parallel(precision):
 
 
 def load(
-    workdir: str | pathlib.Path, threshold: float | None = None, engine: str = 'auto'
+    workdir: str | pathlib.Path,
+    threshold: float | None = None,
+    engine: str = 'auto',
+    precision: str | None = None,
 ) -> Predictor:
     """Opens a run, and compiles it for single frames and for batches.
 
@@ -240,11 +287,14 @@ def load(
       workdir: the run's folder, which may have been moved from where it was trained.
       threshold: the probability from which on a frame is defective; None: as the run decided.
       engine: what computes on a CPU: openvino, xla, or auto: OpenVINO where it is installed.
+      precision: float32, bfloat16 or int8; None: as the run decided.
 
     Raises:
-      UserError: the folder is no run, or holds no trained network yet, or there is no such engine.
+      UserError: the folder is no run, holds no trained network yet, or there is no such engine or
+        precision.
     """
-    model = open_run(workdir, threshold, {'engine': engine})
+    overrides = {'engine': engine} | ({'precision': precision} if precision else {})
+    model = open_run(workdir, threshold, overrides)
     model.compile()
     return model
 
@@ -264,8 +314,16 @@ def open_run(
     """
     workdir = pathlib.Path(workdir).expanduser()
     config = run_lib.read_config(workdir)
-    config.update_from_flattened_dict(overrides or {})
+    # A command that was stopped before it decided has not changed what the run infers in.
+    decided = run_lib.read_json(workdir / 'decision.json') or {}
+    made_in = decided.get('precision', config_lib.training_precision(config))
+    config.update_from_flattened_dict({'precision': made_in} | (overrides or {}))
     config_lib.validate(config)
+    if decided.get('threshold') is not None and config.precision != made_in:
+        logging.warning(
+            'The threshold of %s was chosen in %s: in %s scores differ a little.',
+            *(workdir, made_in, config.precision),
+        )
     stored = run_lib.read_model(workdir)
     if stored.network is None:
         raise UserError(f'{workdir} holds no checkpoint yet: let the run get to its first one.')
@@ -356,7 +414,7 @@ def find_regions(logits: np.ndarray, view: View) -> tuple[list[Region], np.ndarr
     marked = probability >= (np.median(probability) + probability.max()) / 2
     count, labels, stats, _ = cv2.connectedComponentsWithStats(marked.astype(np.uint8))
     # Of the logits: float32 probabilities are all 1 from a logit of 17 on.
-    peaks = np.full(count, -np.inf)
+    peaks = np.full(count, -np.inf, logits.dtype)  # Of one type, NumPy is five times as fast.
     np.maximum.at(peaks, labels[marked], logits[marked])
     pixel = view.scale.prod()
     regions = [

@@ -55,9 +55,10 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> N
     files.check_folder(workdir, '--workdir')
     written = workdir / 'config.json'
     if written.exists():
+        # What a finished run infers in may change.
         theirs, ours = (
-            config_lib.identity(config_lib.from_json(written)),
-            config_lib.identity(config),
+            config_lib.identity(c) | {'precision': config_lib.training_precision(c)}
+            for c in (config_lib.from_json(written), config)
         )
         different = sorted(field for field in ours if ours[field] != theirs[field])
         if different:
@@ -448,7 +449,7 @@ def write_model(workdir: pathlib.Path, model: Model) -> None:
         content = safetensors.numpy.save(arrays, {'epoch': str(model.epoch)})
         if has_model(workdir) and model_digest(workdir) == hashlib.sha256(content).hexdigest():
             return
-        for name in ('results.json', 'decision.json'):
+        for name in ('results.json', 'decision.json', 'int8.xml', 'int8.bin'):
             (workdir / name).unlink(missing_ok=True)
         files.write(workdir / _MODEL, content)
     except OSError as e:

@@ -60,9 +60,11 @@ class Setting:
         found = {}
         for seed in self.configs:
             try:
-                found[seed] = run_lib.read_run(self.run_of(seed))
+                run = run_lib.read_run(self.run_of(seed))
             except UserError:  # None yet, or not whole: the run's command writes them anew.
                 continue
+            if run.config.precision == self.configs[seed].precision:
+                found[seed] = run
         return found
 
 

@@ -92,7 +92,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, fields: tuple[str, ...]) 
     parser.add_argument('--quiet', action='store_true', help='warnings and errors only')
     for name in fields:
         kind, flag = type(config_lib.FIELDS[name].default), f'--config.{name}'
-        names = ['--engine', flag] if name == 'engine' else [flag]
+        names = [f'--{name}', flag] if name in ('engine', 'precision') else [flag]
         about = "instead of the run's own"
         parser.add_argument(*names, dest=f'config.{name}', type=kind, metavar='VALUE', help=about)
 

@@ -1,6 +1,6 @@
 """The fused predictor against the direct form, as JAX and as a graph in other runtimes."""
 
-import importlib.util
+import importlib.metadata
 import subprocess
 import sys
 
@@ -200,7 +200,16 @@ assert not [name for name in sys.modules if name.startswith('openvino_telemetry'
 
 def test_engines_that_are_not_there_are_told(monkeypatch):
     assert engine.choose('xla') == 'xla' and engine.choose('auto') == 'openvino'
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    versions = {'openvino': '2024.6.0', 'onnx': '1.17.0'}
+    monkeypatch.setattr(importlib.metadata, 'version', versions.__getitem__)
+    assert engine.choose('auto') == 'xla'
+    with pytest.raises(UserError, match=r'needs openvino:.*openvino 2025 or newer'):
+        engine.choose('openvino')
+
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, 'version', absent)
     assert engine.choose('auto') == 'xla'
     with pytest.raises(UserError, match=r"--engine=openvino needs openvino.*'ssn_jax\[cpu\]'"):
         engine.choose('openvino')
@@ -208,6 +217,11 @@ def test_engines_that_are_not_there_are_told(monkeypatch):
     assert engine.choose('auto') == 'xla'
     with pytest.raises(UserError, match='is for CPUs'):
         engine.choose('openvino')
+
+
+def test_a_network_that_openvino_cannot_compile_is_told():
+    with pytest.raises(UserError, match=r'OpenVINO .* cannot compile.*engine=xla, in float32'):
+        engine.OpenVino(b'no model', (64, 64))
 
 
 def test_convolve_is_a_convolution_of_the_grid():

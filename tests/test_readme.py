@@ -39,13 +39,15 @@ ADDED = {
     'ssn-jax compare': '',
     'ssn-jax evaluate --workdir runs/mod2': '',
     'ssn-jax predict --workdir runs/mod2': '',
+    'ssn-jax export --workdir runs/mine --format onnx': '',
     'ssn-jax export --workdir runs/mod2 --format onnx': '',
+    'ssn-jax export --workdir runs/mod2 --format openvino': '',
     'ssn-jax export --workdir runs/mod2 --format stablehlo': '',
     'ssn-jax report': '',
-    'ssn-jax benchmark --json': '--configs=drawn --turns=7 --no_direct',
+    'ssn-jax benchmark --json': '--configs=drawn --turns=7',
 }
-# Not run here: the environment's own commands, and what tests/test_devices.py runs.
-LEFT_OUT = re.compile(r'(make|\. \.venv|pip install)\b|.*--coordinator')
+# Not run here: the environment's own commands, and what tests/test_devices.py and test_gpu.py run.
+LEFT_OUT = re.compile(r'(make|\. \.venv|pip install|scripts/gpu\.sh)\b|.*--coordinator')
 # Values that only make a command longer.
 SHORTER = {'beta=0.5,0.1,0.05,0.0015': 'beta=0.1', 'seed=0,1,2': 'seed=0,1', 'seeds=5': 'seeds=2'}
 

@@ -1,8 +1,11 @@
 """What computes a folded network: OpenVINO on a CPU where it is installed, else XLA."""
 
-import importlib.util
+import importlib
+import importlib.metadata
 import logging as py_logging
+import pathlib
 import sys
+import tempfile
 import threading
 
 from absl import logging
@@ -11,7 +14,8 @@ import numpy as np
 
 from ssn_jax.errors import UserError
 
-_PACKAGES = ('openvino', 'onnx')  # The second one to write the graph that the first one reads.
+# By package, the first version that will do: onnx writes the graph that OpenVINO reads.
+_PACKAGES = {'openvino': 2025, 'onnx': 1}
 
 
 def choose(asked: str) -> str:
@@ -22,66 +26,126 @@ def choose(asked: str) -> str:
     """
     if asked == 'xla':
         return 'xla'
-    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    missing = [name for name, least in _PACKAGES.items() if _version(name) < least]
     on_cpu = jax.default_backend() == 'cpu'
     if asked == 'openvino' and not on_cpu:
         raise UserError(f'--engine=openvino is for CPUs: here JAX has a {jax.default_backend()}.')
     if asked == 'openvino' and missing:
         raise UserError(
-            f"--engine=openvino needs {' and '.join(missing)}: pip install 'ssn_jax[cpu]'."
+            f"--engine=openvino needs {' and '.join(missing)}: pip install 'ssn_jax[cpu]' "
+            f'(openvino {_PACKAGES["openvino"]} or newer).'
         )
     if on_cpu and missing:
-        logging.info("XLA computes; pip install 'ssn_jax[cpu]' for OpenVINO, which is faster.")
+        logging.info(
+            "XLA computes; pip install 'ssn_jax[cpu]' for OpenVINO, which is faster (%s: absent, "
+            'or too old).',
+            ', '.join(missing),
+        )
     return 'openvino' if on_cpu and not missing else 'xla'
 
 
-def import_openvino():
-    """The package openvino, imported without what its import does besides.
+def _version(package):
+    """The first number of an installed package's version; -1 without the package."""
+    try:
+        return int(importlib.metadata.version(package).split('.')[0])
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return -1
 
-    It reports to its makers, from a fork of this process, which has JAX's threads; and it takes
-    absl's handler from the log.
+
+def import_quietly(package: str):
+    """OpenVINO or NNCF, imported without what their import does besides.
+
+    They report to their makers, from a fork of this process, which has JAX's threads; and OpenVINO
+    takes absl's handler from the log.
     """
     handlers, telemetry = list(py_logging.root.handlers), 'openvino_telemetry'
     absent = telemetry not in sys.modules
     if absent:
         sys.modules[telemetry] = None  # As if it was not installed.
-    import openvino
+    try:
+        return importlib.import_module(package)
+    finally:
+        if absent:
+            del sys.modules[telemetry]
+        py_logging.root.handlers[:] = handlers
 
-    if absent:
-        del sys.modules[telemetry]
-    py_logging.root.handlers[:] = handlers
-    return openvino
+
+def import_openvino():
+    """The package openvino, by `import_quietly`."""
+    return import_quietly('openvino')
+
+
+def has_bfloat16() -> bool:
+    """Whether this processor computes in bfloat16."""
+    core = import_openvino().Core()
+    return 'BF16' in core.get_property('CPU', 'OPTIMIZATION_CAPABILITIES')
+
+
+def read(path: pathlib.Path):
+    """An OpenVINO model from its .xml and .bin.
+
+    Raises:
+      UserError: one of them is missing or damaged.
+    """
+    try:
+        return import_openvino().Core().read_model(path)
+    except RuntimeError as e:
+        raise UserError(
+            f'{path} or {path.with_suffix(".bin").name} beside it cannot be read '
+            f'({_last_line(e)}): the command that made them makes them anew.'
+        ) from None
+
+
+def _last_line(error):
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def serialise(model) -> tuple[bytes, bytes]:
+    """An OpenVINO model as the contents of its .xml and .bin."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / 'model.xml'
+        import_openvino().save_model(model, path, compress_to_fp16=False)
+        return path.read_bytes(), path.with_suffix('.bin').read_bytes()
 
 
 class OpenVino:
-    """An ONNX model compiled for this CPU; it takes images one by one, on all cores.
+    """A model compiled for this CPU; it takes images one by one, on all cores.
 
     Threads may share one: each has requests of its own.
     """
 
-    def __init__(self, model: bytes, size: tuple[int, int], precision: str = 'float32'):
+    def __init__(self, model, size: tuple[int, int], precision: str = 'float32'):
         """Compiles a model.
 
         Args:
-          model: as `graph.py` writes it, with one input of images.
+          model: ONNX as `graph.py` writes it, with one input of images; or OpenVINO's.
           size: their height and width.
-          precision: float32, or bfloat16 where the processor has it.
+          precision: float32, bfloat16 where the processor has it, or int8, of a model that
+            `quantise` made.
+
+        Raises:
+          UserError: it cannot be compiled.
         """
         openvino = import_openvino()
         core = openvino.Core()
-        rounded = precision == 'bfloat16'
-        if rounded and 'BF16' not in core.get_property('CPU', 'OPTIMIZATION_CAPABILITIES'):
-            logging.warning('This processor has no bfloat16: float32 it is.')
-            rounded = False
-        self.name = f'OpenVINO {openvino.__version__.split("-")[0]}, '
-        self.name += 'bfloat16' if rounded else 'float32'
-        graph = core.read_model(model)
-        graph.reshape([1, *size, 3])
+        precision = precision if precision != 'bfloat16' or has_bfloat16() else 'float32'
+        version = openvino.__version__.split('-')[0]
+        known = precision if precision in ('bfloat16', 'int8') else 'float32'
+        self.name = f'OpenVINO {version}, {known}'
         options = {
             'PERFORMANCE_HINT': 'LATENCY',
-            'INFERENCE_PRECISION_HINT': 'bf16' if rounded else 'f32',
+            'INFERENCE_PRECISION_HINT': 'bf16' if precision == 'bfloat16' else 'f32',
         }
-        self._compiled = core.compile_model(graph, 'CPU', options)
+        try:
+            graph = core.read_model(model) if isinstance(model, bytes) else model
+            graph.reshape([1, *size, 3])
+            self._compiled = core.compile_model(graph, 'CPU', options)
+        except RuntimeError as e:
+            raise UserError(
+                f'OpenVINO {version} cannot compile this network ({_last_line(e)}): engine=xla, in '
+                'float32, computes without it.'
+            ) from None
         self._requests = threading.local()
 
     def __call__(self, images: np.ndarray) -> list[np.ndarray]:

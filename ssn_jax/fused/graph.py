@@ -39,7 +39,7 @@ class _Builder:
         self.count += 1
         output = name or f't{self.count}'
         names = [x if isinstance(x, str) else self.constant(x) for x in inputs]
-        self.nodes.append(helper.make_node(operation, names, [output], **attributes))
+        self.nodes.append(helper.make_node(operation, names, [output], output, **attributes))
         return output
 
     def conv(
@@ -190,7 +190,7 @@ def _convolve(b, layers, kernel, bias):
     joined = b.add('Concat', *columns_of, axis=2) if len(columns_of) > 1 else columns_of[0]
     y = b.add('MatMul', np.concatenate(rows_of, 1), joined)
     bias = bias.transpose(2, 0, 1) if bias.ndim == 3 else bias[:, None, None]
-    return b.add('Add', y, bias)
+    return b.add('Sub', y, -bias)  # NNCF 3.4 fails on what is added to a constant's product.
 
 
 # --- Networks -------------------------------------------------------------------------------------
@@ -269,8 +269,7 @@ def _model(b, outputs, size, opset, metadata=None):
     opsets = [helper.make_opsetid('', opset)]
     least = helper.find_min_ir_version_for(opsets)
     model = helper.make_model(graph, opset_imports=opsets, ir_version=least)
-    for key, value in (metadata or {}).items():
-        model.metadata_props.add(key=key, value=value)
+    helper.set_model_props(model, metadata or {})
     return model.SerializeToString()
 
 

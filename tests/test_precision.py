@@ -1,0 +1,191 @@
+"""In which precision a run infers: what is measured, what is chosen, and what cannot be had."""
+
+import importlib.util
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+
+from ssn_jax import cli, config as config_lib, pipeline, precision, predictor, run as run_lib
+from ssn_jax.errors import UserError
+from ssn_jax.fused import engine
+
+pytestmark = pytest.mark.usefixtures('small_programs')
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), np.uint8)
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    """A run that was measured in int8, and its results."""
+    workdir = tiny.fake_run(tmp_path_factory.mktemp('int8'), precision='int8')
+    return workdir, tiny.finish(workdir)
+
+
+def test_a_run_in_int8(finished):
+    """What it changed is written down, and everything after it infers as it decided."""
+    workdir, results = finished
+    assert set(results['precisions']) == {'float32', 'int8'}
+    exact, coarse = (results['precisions'][name] for name in ('float32', 'int8'))
+    assert exact['change'] == 0 < coarse['change'] and min(exact['ms'], coarse['ms']) > 0
+    assert results['decision']['precision'] == 'int8' and results['engine'].endswith('int8')
+    assert results['metrics'] == coarse['metrics'] and set(exact['metrics']) == set(
+        coarse['metrics']
+    )
+    assert results['decision']['threshold'] == coarse['threshold'] != exact['threshold']
+
+    model = predictor.open_run(workdir)
+    assert model.precision == 'int8'
+    scores, maps = model.logits(IMAGES)
+    expected, expected_maps = predictor.open_run(workdir, None, {'precision': 'float32'}).logits(
+        IMAGES
+    )
+    assert (scores != expected).any()
+    # Coarse, and of random weights: alike is all that can be said.
+    assert np.corrcoef(maps.ravel(), expected_maps.ravel())[0, 1] > 0.5
+
+
+def test_the_export_of_a_run_in_int8(finished, tmp_path):
+    """Both files in a folder of their own are all that OpenVINO needs."""
+    workdir, results = finished
+    files = {name: tmp_path / f'{name}.xml' for name in ('int8', 'float32')}
+    for name, file in files.items():
+        cli.COMMANDS['export'](
+            [
+                *('--workdir', str(workdir), '--format', 'openvino', '--precision', name),
+                *('--output', str(file), '--quiet'),
+            ]
+        )
+        network = engine.read(file)
+        about = {key: json.loads(x.value) for key, x in network.get_rt_info()['ssn_jax'].items()}
+        assert about['precision'] == name and about['precisions'] == results['precisions']
+        assert about['threshold'] == results['decision']['threshold']
+        expected = predictor.open_run(workdir, None, {'precision': name}).logits(IMAGES)
+        found = engine.OpenVino(network, (64, 64))(IMAGES)
+        for ours, theirs in zip(found, expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    size, exact = (file.with_suffix('.bin').stat().st_size for file in files.values())
+    assert size < 0.5 * exact
+    for wrong, said in (
+        (['onnx', '--output', str(tmp_path / 'x')], 'onnx has no int8: take openvino'),
+        (['stablehlo', '--output', str(tmp_path / 'x')], 'stablehlo has no int8'),
+        (['openvino', '--output', str(tmp_path / 'x')], 'it ends in .xml'),
+        (['openvino', '--opset', '20', '--output', str(tmp_path / 'x.xml')], 'is of --format onnx'),
+    ):
+        with pytest.raises(UserError, match=said):
+            cli.COMMANDS['export'](['--workdir', str(workdir), '--format', *wrong])
+    assert not list(tmp_path.glob('x*'))
+
+
+def test_another_model_takes_int8_with_it(finished, tmp_path):
+    """What was quantised of other weights is deleted when they change."""
+    workdir = shutil.copytree(finished[0], tmp_path / 'run')
+    stored = run_lib.read_model(workdir)
+    run_lib.write_model(workdir, stored)
+    assert (workdir / predictor.INT8).exists()
+    run_lib.write_model(workdir, run_lib.Model(stored.backbone, stored.network, 2))
+    assert not (workdir / predictor.INT8).exists()
+
+
+@pytest.mark.parametrize(
+    ('tolerated', 'chosen'), [(-1.0, {'float32'}), (np.inf, {'float32', 'bfloat16', 'int8'})]
+)
+def test_auto_is_the_fastest_that_changes_little(tolerated, chosen, tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, '_TOLERATED', tolerated)
+    workdir = tiny.fake_run(tmp_path, precision='auto')
+    model = predictor.open_run(workdir, None, {'precision': 'auto'})
+    settled, tried = precision.settle(model, IMAGES, IMAGES)
+    expected = {'float32', 'int8'} | ({'bfloat16'} if engine.has_bfloat16() else set())
+    assert set(tried) == expected
+    fastest = min(tried, key=lambda name: tried[name]['ms'])
+    assert settled.precision in chosen
+    assert settled.precision == ('float32' if tolerated < 0 else fastest)
+
+
+def test_a_run_infers_in_what_it_decided_in(tmp_path, caplog):
+    """Whatever its config.json says by now, or an older decision.json does not."""
+    workdir = tiny.fake_run(tmp_path, precision='auto')
+    assert predictor.open_run(workdir).precision == 'float32'
+    predictor.open_run(workdir, None, {'precision': 'tensorfloat32'})
+    assert 'was chosen in float32: in tensorfloat32' in caplog.text
+    caplog.clear()
+    decided = json.loads((workdir / 'decision.json').read_text())
+    (workdir / 'decision.json').write_text(json.dumps(decided | {'precision': 'bfloat16'}))
+    assert predictor.open_run(workdir).config.precision == 'bfloat16'
+    assert 'was chosen in' not in caplog.text
+    assert predictor.open_run(workdir, None, {'precision': 'float32'}).precision == 'float32'
+    assert 'was chosen in bfloat16' in caplog.text
+
+
+@pytest.mark.parametrize('images', [1, 3])
+def test_scores_without_a_spread_are_not_compared(images, tmp_path):
+    """Of one image, or of the same one, nothing says how much a change is."""
+    model = predictor.open_run(tiny.fake_run(tmp_path), None, {'precision': 'auto'})
+    settled, tried = precision.settle(model, IMAGES, np.repeat(IMAGES[:1], images, 0))
+    assert settled.precision == 'float32' and tried['int8']['change'] is None
+    json.dumps(tried, allow_nan=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('asked', ['int8', 'auto'])
+def test_training_with_a_precision_for_what_is_finished(asked, tmp_path):
+    """Trains as float32 does, to the last bit, and goes on with a run that was trained so."""
+    tiny.write_data(tmp_path / 'data')
+    tiny.write_weights(tmp_path / 'resnet18.safetensors')
+    losses = []
+    for name in ('float32', asked):
+        config = tiny.config(tmp_path, precision=name)
+        results = pipeline.train_and_evaluate(config, tmp_path / name, quiet=True)
+        losses.append((tmp_path / name / 'train.csv').read_text().rpartition(',')[0])
+    assert losses[0] == losses[1] and set(results['precisions']) >= {'float32', 'int8'}
+    again = pipeline.train_and_evaluate(config, tmp_path / 'float32', quiet=True)
+    assert set(again['precisions']) >= {'float32', 'int8'}
+    assert (tmp_path / 'float32' / 'train.csv').read_text().rpartition(',')[0] == losses[0]
+
+
+def test_a_damaged_int8_form_is_told(finished, tmp_path):
+    workdir = shutil.copytree(finished[0], tmp_path / 'run')
+    (workdir / 'int8.bin').unlink()
+    with pytest.raises(UserError, match=r'int8.xml or int8.bin beside it cannot be read'):
+        predictor.open_run(workdir).logits(IMAGES)
+
+
+def test_quantising_says_nothing_on_stdout(tmp_path, capsys):
+    model = predictor.open_run(tiny.fake_run(tmp_path), None, {'precision': 'int8'})
+    precision.settle(model, IMAGES, IMAGES)
+    assert capsys.readouterr().out == ''
+
+
+def test_int8_that_is_not_there(tmp_path):
+    workdir = tiny.fake_run(tmp_path)
+    with pytest.raises(UserError, match=r'no int8 form of epoch 1.*--config.precision=int8'):
+        predictor.open_run(workdir, None, {'precision': 'int8'}).logits(IMAGES)
+    with pytest.raises(UserError, match='int8 needs OpenVINO'):
+        predictor.open_run(workdir, None, {'precision': 'int8', 'engine': 'xla'}).logits(IMAGES)
+
+
+def test_what_int8_needs_is_told_before_training(monkeypatch):
+    config = config_lib.default_config()
+    config.precision = 'int8'
+    precision.check(config)
+    config.engine = 'xla'
+    with pytest.raises(UserError, match='needs OpenVINO'):
+        precision.check(config)
+    config.engine = 'auto'
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(UserError, match=r"needs nncf.*'ssn_jax\[int8\]'"):
+        precision.check(config)
+
+
+def test_what_infers_changes_no_training(tmp_path):
+    config = tiny.config(tmp_path)
+    workdir = tiny.fake_run(tmp_path)
+    for name in ('int8', 'auto'):
+        config.precision = name
+        run_lib.check_workdir(config, workdir)
+        assert config_lib.training_precision(config) == 'float32'
+    config.precision = 'bfloat16'
+    with pytest.raises(UserError, match='different: precision'):
+        run_lib.check_workdir(config, workdir)
