@@ -10,6 +10,7 @@ import cv2
 import ml_collections
 import numpy as np
 import pytest
+from tensorflow_datasets.core import shuffle
 
 from ssn_jax import data
 from ssn_jax.data import builders, images, records
@@ -298,6 +299,13 @@ def test_two_roots_do_not_meet_in_the_cache(load, tmp_path):
             os.utime(file, (0, 0))
     assert load(root=tmp_path / 'a').train.images[0, 0, 0, 0] == 1
     assert load(root=tmp_path / 'b').train.images[0, 0, 0, 0] == 2
+
+
+def test_a_set_of_any_size_is_prepared(load, tmp_path, monkeypatch):
+    """TFDS's shuffler would take TensorFlow for more than 1 GB of it."""
+    monkeypatch.setattr(shuffle, 'MAX_MEM_BUFFER_SIZE', 10)
+    make_category(tmp_path / 'root/nut')
+    assert load().test.labels.tolist() == [1, 0, 0, 1]
 
 
 def test_two_processes_prepare_at_once(tmp_path):

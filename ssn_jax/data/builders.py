@@ -4,14 +4,14 @@ Layouts differ in where their records come from, so the builder is handed its re
 stored as they were encoded: one prepared set serves every image size.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from ssn_jax.data import images
-from ssn_jax.data.layouts import GOOD, SPLITS, Record
+from ssn_jax.data.layouts import GOOD, Record
 from ssn_jax.errors import UserError
 
 
@@ -23,16 +23,6 @@ class Inspection(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     # Nothing is ever downloaded. TFDS would search the package for checksums of downloads, with a
     # library that it does not declare.
     url_infos: ClassVar[dict] = {}
-
-    def __init__(self, *, records: Iterable[Record] = (), **kwargs):
-        """Constructs the builder.
-
-        Args:
-          records: what to prepare; consumed only by `download_and_prepare`.
-          **kwargs: as for every TFDS builder (`data_dir`, ...).
-        """
-        self._records = records
-        super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = {
@@ -48,16 +38,11 @@ class Inspection(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             features=tfds.features.FeaturesDict(features),
         )
 
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-        records = list(self._records)
-        return {
-            split: self._generate_examples([record for record in records if record.split == split])
-            for split in SPLITS
-        }
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
+        raise NotImplementedError('records.py writes the examples, in order.')
 
-    def _generate_examples(self, records: Iterable[Record]) -> Iterator[tuple[str, dict]]:
-        for record in records:
-            yield record.file, example(record)
+    def _generate_examples(self) -> Iterator:
+        raise NotImplementedError
 
 
 def example(record: Record) -> dict:

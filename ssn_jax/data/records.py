@@ -8,10 +8,9 @@ one of them is damaged.
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-import contextlib
 from dataclasses import dataclass
 import hashlib
-import io
+import itertools
 import json
 import os
 from pathlib import Path
@@ -212,22 +211,32 @@ def _problem(prepared: Path) -> str | None:
 
 
 def _build(source: _Source, folder: Path) -> None:
-    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import sequential_writer
 
-    tfds.disable_progress_bar()
-    builder = _builder(folder, source.records)
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS speaks of downloads; there are none
-        builder.download_and_prepare(
-            download_config=tfds.download.DownloadConfig(try_download_gcs=False),
-            file_format='array_record',
-        )
+    from ssn_jax.data import builders
+
+    # Not by download_and_prepare: what is more than 1 GB it shuffles with TensorFlow, which is not
+    # there.
+    info = _builder(folder).info
+    Path(info.data_dir).mkdir(parents=True)
+    writer = sequential_writer.SequentialWriter(
+        info, max_examples_per_shard=2**31, file_format='array_record'
+    )
+    writer.initialize_splits(list(layouts.SPLITS))
+    records = iter(source.records)
+    while some := list(itertools.islice(records, 64)):
+        of = {split: [] for split in layouts.SPLITS}
+        for record in some:
+            of[record.split].append(builders.example(record))
+        writer.add_examples(of)
+    writer.close_all()
 
 
-def _builder(folder: Path, records: Iterable[Record] = ()):
+def _builder(folder: Path):
     # Imported where needed: TFDS takes longer to import than everything else here together.
     from ssn_jax.data import builders
 
-    return builders.Inspection(records=records, data_dir=folder)
+    return builders.Inspection(data_dir=folder, file_format='array_record')
 
 
 def _read(
