@@ -138,6 +138,17 @@ FIELDS = {
         "Of positions: share of a normal image's that lie on the product; 0: anywhere, all alike.",
         *_SHARE,
     ),
+    'position.code': Field(
+        False,
+        'Of image_score=map: the head is told where a position lies: for products that lie alike.',
+    ),
+    'position.misplaced': Field(
+        0.0,
+        'With position.code: weight of normal features that are said to lie elsewhere, as a fourth '
+        'kind of anomaly; 0: none.',
+        lambda value: value >= 0,
+        'it is at least 0',
+    ),
     'map_loss': Field(
         'l1_focal',
         'Of image_score=map: l1_focal (published) or cross_entropy.',
@@ -193,6 +204,7 @@ FIELDS = {
         'Of each normal image, turned ones too, with a defect drawn into them.',
         *_whole(0, 100),
     ),
+    'drawn.large': Field(0.0, 'Share of the drawn defects that are large pastes.', *_SHARE),
     'drawn.seed': Field(
         0, 'Where defects are drawn and how they look; and how copies are turned.', *_SEED
     ),
@@ -375,6 +387,16 @@ def _together(config: ml_collections.ConfigDict) -> Iterator[tuple[bool, str, st
         config.product_share == 0 or config.positions > 0,
         'product_share',
         'positions are chosen with --config.image_score=map and --config.positions above 0 only',
+    )
+    yield (
+        not config.position.code or of_map,
+        'position.code',
+        'it is for --config.image_score=map',
+    )
+    yield (
+        config.position.misplaced == 0 or config.position.code,
+        'position.misplaced',
+        'it needs --config.position.code=True',
     )
     yield (
         config.drawn.copies == 0 or system == 'supersimplenet',

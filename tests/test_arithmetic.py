@@ -132,6 +132,7 @@ def test_backbones(name, size, convolutions):
     [
         systems.SuperSimpleNet('linear', True),
         systems.SuperSimpleNet('conv'),
+        systems.SuperSimpleNet(classify=False, waves=6),
         SimpleNet(embedding=96, hidden=64),
     ],
 )
@@ -154,6 +155,7 @@ GAMES = {
     'gap_cam': {'system': 'gap_cam', 'supervision.kind': 'labels'},
     'map': {
         **{'image_score': 'map', 'map_loss': 'cross_entropy'},
+        **{'position.code': True, 'position.misplaced': 0.5},
         **{'noise.kind': 'learned', 'noise.shell': (0.25, 1.0)},
     },
     'simplenet': {'system': 'simplenet', 'simplenet.embedding': 14, 'simplenet.hidden': 32},

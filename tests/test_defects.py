@@ -91,6 +91,19 @@ def test_defects_follow_from_the_seed():
     np.testing.assert_array_equal(draw_all(images, 2, 0)[0][0], first[0][0])
 
 
+def test_large_pastes_come_as_often_as_asked():
+    image, other = product(0, (96, 96))[0], product(1, (96, 96))[0]
+    areas = {}
+    for large in (0.0, 0.4, 1.0):
+        drawn = (
+            defects.draw([image, other].__getitem__, 2, i, 60, 0, large)[1] for i in range(120)
+        )
+        areas[large] = np.array([mask.mean() for mask in drawn])
+    assert (areas[0.0] > 0.05).mean() < 0.05 < (areas[0.4] > 0.05).mean()
+    assert (areas[0.4] > 0.05).mean() < 0.75 * (areas[1.0] > 0.05).mean()
+    assert areas[1.0].max() > 0.15
+
+
 def make_split():
     """Two normal images, and a defective one whose mask is unknown."""
     rng = np.random.default_rng(0)

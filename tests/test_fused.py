@@ -101,7 +101,12 @@ def test_fused_is_direct_with_bottlenecks(adapted):
 
 @pytest.mark.parametrize(
     'network',
-    [SuperSimpleNet(), SuperSimpleNet('conv', classify=False, layers=(1, 2, 3)), GapCam()],
+    [
+        SuperSimpleNet(),
+        SuperSimpleNet('conv', classify=False, layers=(1, 2, 3)),
+        SuperSimpleNet(classify=False, layers=(1, 2, 3), waves=6),
+        GapCam(),
+    ],
 )
 def test_fused_is_direct_with_depthwise_convolutions(network):
     check('efficientnet_lite0', network, 2, (45, 70), 0)
@@ -147,7 +152,9 @@ def test_the_graph_is_the_fused_form(network, size):
     check_graph('resnet18', backbone_variables, network, variables, size)
 
 
-@pytest.mark.parametrize('network', [SuperSimpleNet(layers=(1, 2, 3)), GapCam()])
+@pytest.mark.parametrize(
+    'network', [SuperSimpleNet(classify=False, layers=(1, 2, 3), waves=6), GapCam()]
+)
 @pytest.mark.parametrize('backbone', ['efficientnet_lite0', 'wide_resnet50_2'])
 def test_the_graph_of_other_backbones(backbone, network):
     check_graph(backbone, *models(backbone, network), (45, 70))

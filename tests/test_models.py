@@ -348,6 +348,22 @@ def test_features_at_sampled_places_are_those_of_the_grid(grid):
     rule.check_close(sampled, expected, 40)
 
 
+def test_position_code_by_hand():
+    """Rows first: at the corners sin and cos of ±pi / 2 and ±pi, in the middle of 0."""
+    code = grid_lib.position_code((3, 5), 2)
+    assert code.shape == (3, 5, 8) and code.dtype == np.float32
+    expected = {
+        (0, 0): [-1, 0, 0, -1, -1, 0, 0, -1],
+        (1, 2): [0, 0, 1, 1, 0, 0, 1, 1],
+        (2, 0): [1, 0, 0, -1, -1, 0, 0, -1],
+        (1, 3): [0, 0, 1, 1, np.sqrt(0.5), 1, np.sqrt(0.5), 0],
+    }
+    for place, values in expected.items():
+        np.testing.assert_allclose(code[place], values, atol=1e-6)
+    assert len({row.tobytes() for row in code.reshape(-1, 8)}) == 15
+    assert np.isfinite(grid_lib.position_code((1, 2), 2)).all()
+
+
 @pytest.mark.parametrize('size', [(8, 12), (9, 11), (1, 2)])
 def test_layer1_joins_layer2_at_its_places(size):
     """A value of layer1 is the average around the place that a convolution of stride 2 reads."""

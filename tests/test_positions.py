@@ -81,11 +81,15 @@ def test_shares_of_noise_and_defects():
     kind = jnp.array([0.0, 0, 1, 1, 2, 2, 2, 2])
     taught = jnp.array([True, True, True, False, True, True, True, True])
     expected = [0.5, 0.5, 0.5, 0, 0.125, 0.125, 0.125, 0.125]
-    np.testing.assert_array_equal(positions._shares(kind, taught), expected)
+    np.testing.assert_array_equal(positions._shares(kind, taught, 0.5), expected)
     # Of one kind of anomaly alone, it has all.
-    only = positions._shares(kind, taught * (kind != 1))
+    only = positions._shares(kind, taught * (kind != 1), 0.5)
     np.testing.assert_array_equal(only, [0.5, 0.5, 0, 0, 0.25, 0.25, 0.25, 0.25])
-    assert not np.isnan(positions._shares(kind, taught * False)).any()
+    assert not np.isnan(positions._shares(kind, taught * False, 0.5)).any()
+    # What is misplaced has its own weight, whatever else there is.
+    kind = kind.at[4:6].set(3)
+    expected = [0.5, 0.5, 0.5, 0, 0.25, 0.25, 0.25, 0.25]
+    np.testing.assert_array_equal(positions._shares(kind, taught, 0.5), expected)
 
 
 @pytest.mark.parametrize('kind', ['l1_focal', 'cross_entropy'])
@@ -140,6 +144,38 @@ def test_training_on_a_few_positions_learns(kind):
     assert np.mean(loss[-4:]) < 0.9 * np.mean(loss[:4])
     if kind == 'learned':  # An adversary cannot hide by doing nothing.
         assert all(0.5 <= m['noise_rms'] <= 1.0 for m in history)
+
+
+def test_places_that_are_sampled_are_those_of_the_features():
+    layers = make_layers(3)
+    sampled = positions._sample(jax.random.key(3), {'layers': layers}, 50, 0.0)
+    features = np.asarray(upscale_pool(layers)).reshape(3, -1, sum(CHANNELS))
+    images = np.repeat(np.arange(3), 50)
+    rule.check_close(sampled.features, features[images, np.asarray(sampled.places)], 40)
+
+
+def test_what_is_misplaced_is_learned():
+    """Two halves that look unlike, told apart by where they lie: swapped, they are anomalies."""
+    fields = {'position.code': True, 'position.misplaced': 1.0, 'noise.std': 0.0}
+    config = make_config(**fields, positions=32, map_loss='cross_entropy')
+    config.batch_size, config.epochs = 4, 1
+    network = systems.build_network(config)
+    layers = make_layers(4, 8, 8)
+    halves = [np.asarray(x).copy() * 0.1 for x in layers]
+    for x in halves:
+        x[:, : x.shape[1] // 2] += 1
+    layers = tuple(map(jnp.asarray, halves))
+    state = steps.init_state(config, jax.random.key(1), sum(CHANNELS))
+    epoch = steps.make_epoch(config, 1)
+    for i in range(150):
+        state, _ = epoch(state, {'layers': layers}, np.arange(4)[None], jax.random.key(i))
+    features = upscale_pool(layers)
+    upright, turned = (
+        network.apply(state.variables(), x)[0][:, 2:-2] for x in (features, features[:, ::-1])
+    )
+    assert turned.mean() > upright.mean() + 0.5
+    score = network.apply(state.variables(), features[:, ::-1])[1]
+    assert (score > network.apply(state.variables(), features)[1]).all()
 
 
 def test_score_is_the_maximum_of_the_map():

@@ -58,8 +58,10 @@ class Shown:
             source = self._defective[member]
             return split.images[source][_FLIPS[flip]], split.masks[source][_FLIPS[flip]]
         rest -= 4 * len(self._defective)
-        copies, seed = self._drawn.copies, self._drawn.seed
-        return defects.draw(self._normal_or_turned, self._plain, rest, copies, seed)
+        drawn = self._drawn
+        return defects.draw(
+            *(self._normal_or_turned, self._plain, rest), drawn.copies, drawn.seed, drawn.large
+        )
 
     def _normal_or_turned(self, index):
         rest = index - len(self._normal)

@@ -21,6 +21,7 @@ import numpy as np
 
 # Areas in pixels of an image of 256x256; log-uniform between the two.
 _AREAS = (20.0, 500.0)
+_LARGE = (500.0, 25000.0)
 # What differs by more than so many levels of 255 is part of the defect.
 _VISIBLE = 10
 # A defect has at least so many pixels, or is drawn again (at most _TRIES times).
@@ -30,7 +31,7 @@ _MARGIN = 8
 
 
 def draw(
-    image_of: Callable, count: int, index: int, copies: int, seed: int
+    image_of: Callable, count: int, index: int, copies: int, seed: int, large: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws one defect into one of several copies of one of the normal images.
 
@@ -41,6 +42,7 @@ def draw(
         to the next too.
       copies: how many copies of each image there are.
       seed: place and looks follow from it, and from the index, alone.
+      large: share of the copies that get a large paste instead.
 
     Returns:
       The copy, and its mask, uint8 (H, W) of zeros and ones.
@@ -48,6 +50,8 @@ def draw(
     image, copy = divmod(index, copies)
     rng = np.random.default_rng([seed, image, copy])
     other, image = image_of(rng.integers(count)), image_of(image)
+    if large and rng.random() < large:
+        return draw_one(image, other, 'paste', rng, _LARGE)
     kinds = _kinds_of(image)
     return draw_one(image, other, kinds[index % len(kinds)], rng)
 
@@ -62,7 +66,11 @@ def _kinds_of(image):
 
 
 def draw_one(
-    image: np.ndarray, other: np.ndarray, kind: str, rng: np.random.Generator
+    image: np.ndarray,
+    other: np.ndarray,
+    kind: str,
+    rng: np.random.Generator,
+    areas: tuple[float, float] = _AREAS,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws a defect of a kind (see above) into a copy of an image.
 
@@ -71,6 +79,7 @@ def draw_one(
       other: where a paste comes from, of the same shape.
       kind: paste, tone, smear, warp, scratch or break.
       rng: source of every choice.
+      areas: least and largest, in pixels of an image of 256x256.
 
     Returns:
       The image, and the mask of what has visibly changed, uint8 (H, W).
@@ -80,7 +89,7 @@ def draw_one(
     scale = image.shape[0] * image.shape[1] / 256**2
     for _ in range(_TRIES):
         place = np.array(divmod(places[rng.integers(len(places))], image.shape[1]))
-        area = scale * np.exp(rng.uniform(*np.log(_AREAS)))
+        area = scale * np.exp(rng.uniform(*np.log(areas)))
         window, drawn = _KINDS[kind](image, product, other, place, area, rng)
         drawn = drawn.clip(0, 255).astype(np.uint8)
         # OpenCV's maximum of the channels: NumPy is slow along an axis of three.

@@ -92,7 +92,6 @@ def _fuse_heads(params, stats, network, channels):
     layers, or 'adapted', which meets an adaptor's output; 'bias'; a 'constant' (k, k, 1, D), which
     meets ones; 'map', which meets the other head's logits; 'score'.
     """
-    del channels
     adaptor, heads, linear = params['adaptor'], {}, network.adaptor == 'linear'
     if linear:
         weight, bias = adaptor['projection']['kernel'], adaptor['projection']['bias']
@@ -116,8 +115,12 @@ def _fuse_heads(params, stats, network, channels):
         seg = params['seg_head']
         hidden = _fold(seg['hidden'], seg['norm'], stats['seg_head']['norm'])
         if linear:
+            own = len(weight)
+            of_code, hidden['kernel'] = hidden['kernel'][own:], hidden['kernel'][:own]
             hidden['bias'] += bias @ hidden['kernel']
-            hidden['kernel'] = weight @ hidden['kernel']
+            # The code comes as more channels of the first layer.
+            kernel = np.split(weight @ hidden['kernel'], [channels[0]])
+            hidden['kernel'] = np.concatenate([kernel[0], of_code, kernel[1]])
         heads['hidden'] = hidden | {'out': seg['out']['kernel'][:, 0]}
     return heads
 

@@ -133,6 +133,7 @@ def heads(fused: fold.Fused, layers: tuple[jax.Array, ...]) -> tuple[jax.Array, 
         adapted = grid_lib.convolve(layers, of['adaptor']['kernel']) + of['adaptor']['bias']
         adapted = jax.nn.relu(adapted)
     if not gap_cam:
+        layers = grid_lib.with_code(layers, network.waves)
         kernel, bias = of['hidden']['kernel'], of['hidden']['bias']
         hidden = grid_lib.project(layers, kernel) if linear else adapted @ kernel
         logits = jax.nn.leaky_relu(hidden + bias, SLOPE) @ of['hidden']['out']

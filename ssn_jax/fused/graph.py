@@ -147,17 +147,25 @@ def _select(b, outputs, layers):
 # --- The feature grid -----------------------------------------------------------------------------
 
 
-def _project(b, layers, kernel, bias):
-    """`grid.project` and a bias: each layer meets its part of the kernel (sum of C_i, D) first."""
+def _project(b, layers, kernel, bias, waves):
+    """`grid.project` and a bias: each layer meets its part of the kernel (sum of C_i, D) first.
+
+    What the position code of so many waves meets is a constant of the first layer's.
+    """
     grid, parts, start = tuple(2 * n for n in layers[0][1]), [], 0
     for x, size, channels in layers:
         part = kernel[None, None, start : start + channels]
         start += channels
+        y = b.conv(x, part)
+        if waves and not parts:
+            code = grid_lib.position_code(size, waves)
+            y = b.add('Add', y, (code @ kernel[start : start + 4 * waves]).transpose(2, 0, 1))
+            start += 4 * waves
         # A little more than the factor: rounded down it gives the size, its only purpose.
         scales = [1.0, 1.0, *((m + 0.01) / n for n, m in zip(size, grid, strict=True))]
         parts.append(
             b.add(
-                *('Resize', b.conv(x, part), '', np.array(scales, np.float32)),
+                *('Resize', y, '', np.array(scales, np.float32)),
                 mode='linear',
                 coordinate_transformation_mode='align_corners',
             )
@@ -207,7 +215,7 @@ def _heads(b, fused, layers):
     if not gap_cam:
         hidden = heads['hidden']
         if linear:
-            y = _project(b, layers, hidden['kernel'], hidden['bias'])
+            y = _project(b, layers, hidden['kernel'], hidden['bias'], network.waves)
         else:
             y = b.conv(adapted, hidden['kernel'][None, None], hidden['bias'])
         logits = b.conv(b.add('LeakyRelu', y, alpha=SLOPE), hidden['out'][None, None, :, None])

@@ -54,13 +54,29 @@ def make_map_loss(
         noise = noise_fn(generator, clean, k_noise) * noisy[:, None]
         [scale] = synthesis.noise_scales(config.noise.unit, adapted)
         seen = jnp.concatenate([adapted, clean + noise * scale])
-        logits, of_head = apply(seen, 'segment')
-        logits = logits[:, 0]
-
         weight = jnp.concatenate([sampled.weight, noisy])
         kind = jnp.concatenate([sampled.defective, 2 * jnp.ones_like(noisy)])
+        options = {}
+        if network.waves:
+            codes = network.places(feature_grid(batch['layers']))
+            codes = codes.reshape(-1, codes.shape[-1])
+            places = jnp.concatenate([sampled.places, sampled.places[: sampled.first : 2]])
+            if config.position.misplaced:
+                # What is normal, said to lie where another image's position does.
+                moved = slice(1, sampled.first, 2)
+                elsewhere = jnp.roll(sampled.places[moved], config.positions or 1)
+                elsewhere = jax.random.permutation(jax.random.fold_in(key, 1), elsewhere)
+                seen = jnp.concatenate([seen, adapted[moved]])
+                places = jnp.concatenate([places, elsewhere])
+                normal = sampled.weight[moved] * (1 - sampled.defective[moved])
+                weight = jnp.concatenate([weight, normal])
+                kind = jnp.concatenate([kind, 3 * jnp.ones_like(normal)])
+            options = {'code': codes[places]}
+        logits, of_head = apply(seen, 'segment', **options)
+        logits = logits[:, 0]
+
         target = kind > 0
-        share = weight * _shares(kind, weight > 0)
+        share = weight * _shares(kind, weight > 0, config.position.misplaced)
         if config.map_loss == 'cross_entropy':
             # Beyond a margin the truncated L1 is content; this one goes on telling apart.
             terms = {
@@ -80,19 +96,20 @@ def make_map_loss(
     return loss_fn
 
 
-def _shares(kind, taught):
+def _shares(kind, taught, misplaced):
     """Each position's share (K,): 1 of the normal ones (kind 0), 1 of the anomalous ones together.
 
     Drawn or true defects (1) and noise (2) share alike: noise is endless, defects are few, and what
-    there is less of would be drowned.
+    there is less of would be drowned. What is misplaced (3) has its own weight besides.
     """
-    counts = jnp.stack([(taught * (kind == k)).sum() for k in range(3)])
-    kinds = jnp.array([1.0, *[jnp.maximum((counts[1:] > 0).sum(), 1)] * 2])
-    return taught / (jnp.maximum(counts, 1) * kinds)[kind.astype(jnp.int32)]
+    counts = jnp.stack([(taught * (kind == k)).sum() for k in range(4)])
+    kinds = 1.0 / jnp.maximum((counts[1:3] > 0).sum(), 1)
+    weights = jnp.stack([jnp.ones(()), kinds, kinds, jnp.asarray(misplaced, jnp.float32)])
+    return taught * (weights / jnp.maximum(counts, 1))[kind.astype(jnp.int32)]
 
 
 class _Sample(NamedTuple):
-    """Positions of a batch: features (K, C), (K,) whether defective, (K,) how much they count.
+    """Positions of a batch: features (K, C); (K,) whether defective, how much they count, where.
 
     The first `first` ones are those of the first half of the images, normal ones if there are any.
     """
@@ -100,6 +117,7 @@ class _Sample(NamedTuple):
     features: jax.Array
     defective: jax.Array
     weight: jax.Array
+    places: jax.Array
     first: int
 
 
@@ -130,12 +148,13 @@ def _sample(key, batch, positions, product_share):
         weight = jnp.take_along_axis(worth[images], places, 1)
         rows = sample_features(layers, places, images)
         defective = jnp.broadcast_to(label[images], places.shape)
-        return rows.reshape(-1, rows.shape[-1]), defective.reshape(-1), weight.reshape(-1)
+        rows = rows.reshape(-1, rows.shape[-1])
+        return rows, *(x.reshape(-1) for x in (defective, weight, places))
 
     images = jnp.arange(n)
     if 'label' not in batch:
-        features, defective, weight = draw(key, images, positions)
-        return _Sample(features, defective, weight, len(weight))
+        found = draw(key, images, positions)
+        return _Sample(*found, len(found[1]))
     # Defects are small, and the same few positions soon come again: most are taken of the half
     # that the normal images come first in, whatever their number in this batch is.
     images = jnp.argsort(label[:, 0], stable=True)

@@ -42,6 +42,35 @@ def selected_channels(channels: Sequence[int], layers: tuple[int, ...]) -> list[
     return [first, channels[2]] if 3 in layers else [first]
 
 
+def position_code(size: tuple[int, int], waves: int) -> np.ndarray:
+    """A Fourier code of where positions lie: sin and cos of k * pi / 2 times y and x in -1..1.
+
+    Args:
+      size: of a layer (h, w).
+      waves: k = 1..waves.
+
+    Returns:
+      float32 (h, w, 4 * waves): neighbours have like codes, at every size of images.
+    """
+    k = np.arange(1, waves + 1) * np.pi / 2
+    parts = []
+    for axis, n in enumerate(size):
+        place = np.linspace(-1, 1, n) if n > 1 else np.zeros(1)
+        angles = np.expand_dims(place[:, None] * k, 1 - axis)
+        parts += [np.sin(angles), np.cos(angles)]
+    shape = (*size, waves)
+    return np.concatenate([np.broadcast_to(x, shape) for x in parts], -1).astype(np.float32)
+
+
+def with_code(layers: tuple[jax.Array, ...], waves: int) -> tuple[jax.Array, ...]:
+    """Layers (N, H_i, W_i, C_i) whose first has a position code behind its channels."""
+    if not waves:
+        return layers
+    first, *rest = layers
+    code = jnp.broadcast_to(position_code(first.shape[1:3], waves), (*first.shape[:3], 4 * waves))
+    return (jnp.concatenate([first, code.astype(first.dtype)], -1), *rest)
+
+
 def _halve(x, axis):
     """Averages of three neighbours around every other place of an axis, of two at its ends."""
     size = x.shape[axis]

@@ -61,12 +61,14 @@ class SuperSimpleNet(_OnFeatureGrid):
       adapt_cls_features: whether the classification head sees adapted features (first paper,
         ICPR 2024) or the frozen ones (journal version).
       classify: whether there is a classification head; without, the score is the map's maximum.
+      waves: of the position code that the segmentation head reads beside the features; 0 for none.
       layers: of the backbone, as `grid.select_layers` takes them.
     """
 
     adapt_cls_features: bool = False
     classify: bool = True
     layers: tuple[int, ...] = (2, 3)
+    waves: int = 0
 
     def setup(self):
         super().setup()
@@ -74,9 +76,23 @@ class SuperSimpleNet(_OnFeatureGrid):
         if self.classify:
             self.cls_head = ClassificationHead()
 
-    def segment(self, adapted: jax.Array, train: bool = False) -> jax.Array:
-        """Adapted features (..., C) to anomaly logits (..., 1), each position by itself."""
-        return self.seg_head(adapted, train)
+    def segment(
+        self, adapted: jax.Array, code: jax.Array | None = None, train: bool = False
+    ) -> jax.Array:
+        """Adapted features (..., C) to anomaly logits (..., 1), each position by itself.
+
+        With `waves` it reads the positions' `code` (..., 4 * waves) too, as `places` has it.
+        """
+        seen = jnp.concatenate([adapted, code], -1) if self.waves else adapted
+        return self.seg_head(seen, train)
+
+    @nn.nowrap
+    def places(self, grid: tuple[int, int]) -> jax.Array | None:
+        """The code of each position of a feature grid (H, W, 4 * waves); None without."""
+        if not self.waves:
+            return None
+        code = grid_lib.position_code(tuple(n // 2 for n in grid), self.waves)
+        return grid_lib.upscale_pool((code[None],))[0]
 
     def discriminate(
         self,
@@ -90,7 +106,10 @@ class SuperSimpleNet(_OnFeatureGrid):
         With `stop_map_gradient` the classification loss does not reach the segmentation head
         through the map (unsupervised training).
         """
-        logits = self.seg_head(adapted, train)
+        code = self.places(adapted.shape[1:3])
+        if code is not None:
+            code = jnp.broadcast_to(code, (*adapted.shape[:3], code.shape[-1]))
+        logits = self.segment(adapted, code, train)
         if not self.classify:
             return logits, logits.max((1, 2, 3))
         seen = jax.lax.stop_gradient(logits) if stop_map_gradient else logits
@@ -248,4 +267,5 @@ def build_network(config: ml_collections.ConfigDict) -> SuperSimpleNet | GapCam 
         config.adapt_cls_features,
         classify=config.image_score == 'head',
         layers=tuple(config.features.layers),
+        waves=6 * config.position.code,
     )
