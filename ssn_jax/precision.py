@@ -16,8 +16,7 @@ from ssn_jax.predictor import INT8, Predictor
 # No score may change by more than this share of the standard deviation of normal scores.
 _TOLERATED = 0.1
 _TURNS = 15
-_JUDGED = 200  # Images whose scores are compared.
-IMAGES = 300  # No more are needed than so many of each kind.
+IMAGES = 200  # So many normal images are enough.
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -40,7 +39,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 def settle(
     model: Predictor, learned: np.ndarray, judged: np.ndarray
 ) -> tuple[Predictor, dict[str, dict]]:
-    """A trained network in the precision that its config asks for.
+    """A trained network in the precision that its config asks for, int8 or auto.
 
     'auto' is the fastest that changes no score by more than a tenth of the normal scores' standard
     deviation.
@@ -48,16 +47,14 @@ def settle(
     Args:
       model: of a run's folder, which receives int8.xml where int8 is asked for or tried.
       learned: normal images that were trained on, uint8 (N, *image_size, 3): int8's ranges are
-        those of their features.
+        those of their features. Of these and the judged ones `IMAGES` are enough.
       judged: normal images, (M, *image_size, 3), whose scores are compared.
 
     Returns:
-      The predictor, and by precision, where several were tried, ms: the median time of an image;
-      change: the largest of a score, in standard deviations of the normal ones.
+      The predictor, and by precision that was tried, ms: the median time of an image; change: the
+      largest of a score, in standard deviations of the normal ones, None where these are alike.
     """
     asked = model.config.precision
-    if asked not in ('auto', 'int8'):
-        return model, {}
     names = _candidates(model) if asked == 'auto' else ['float32', 'int8']
     models = {name: model.at(name) for name in names}
     if 'int8' in names:
@@ -68,7 +65,6 @@ def settle(
                 raise
             logging.warning('This network is not tried in int8: %s', ' '.join(str(e).split()))
             del models['int8']
-    judged = judged[:_JUDGED]
     scores = {name: each.logits(judged)[0] for name, each in models.items()}
     seconds = _take_turns(models, judged)
     spread, tried = float(scores['float32'].std()), {}

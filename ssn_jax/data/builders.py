@@ -1,7 +1,7 @@
 """The TensorFlow Datasets builder of every layout.
 
-Layouts differ in where their records come from, so the builder is handed its records. Images are
-stored as they were encoded: one prepared set serves every image size.
+Layouts differ in where their records come from alone; `records.py` writes them. Images are stored
+as they were encoded: one prepared set serves every image size.
 """
 
 from collections.abc import Iterator
@@ -39,10 +39,10 @@ class Inspection(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
-        raise NotImplementedError('records.py writes the examples, in order.')
+        raise NotImplementedError('records.py writes the examples.')
 
     def _generate_examples(self) -> Iterator:
-        raise NotImplementedError
+        raise NotImplementedError('records.py writes the examples.')
 
 
 def example(record: Record) -> dict:

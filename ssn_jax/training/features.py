@@ -86,8 +86,9 @@ def training_data(
             found |= targets.truth(config.supervision, masks, grid)
         if config.product_share:
             # Of defective images nothing is said.
-            normal = shown.labels[places, None, None, None] == 0
-            found['product'] = targets.product(images, grid) * normal
+            normal = shown.labels[places] == 0
+            found['product'] = np.zeros((len(images), *grid, 1), np.float32)
+            found['product'][normal] = targets.product(images[normal], grid)
         if not spread:
             found |= {f'layer{i}': x for i, x in enumerate(run(images))}
         for name, values in found.items():
