@@ -67,7 +67,7 @@ def _open(arguments: argparse.Namespace, overrides: dict, threshold: float | Non
 def train(argv: list[str]) -> None:
     r"""Trains a config, or goes on with it, and measures it on its test images.
 
-    ssn-jax train --config drawn --config.data.name=folder --config.data.root=ROOT \
+    ssn-jax train --config auto --config.data.name=folder --config.data.root=ROOT \
       --workdir runs/mine
 
     --config names a config of the package (--config mod2) or a file of your own. The same command

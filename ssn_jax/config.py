@@ -19,8 +19,11 @@ from ssn_jax.errors import UserError
 
 # Raised when an older run's config.json can no longer be understood.
 VERSION = 1
-# Fields of older runs that changed nothing in them.
-_GONE = {'noise': ('shuffle_groups', 'shuffle_strength')}
+# Fields of older runs that changed nothing in them, or only their training.
+_GONE = {
+    'noise': ('shuffle_groups', 'shuffle_strength', 'shell', 'static_share'),
+    'drawn': ('copies', 'large'),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +75,12 @@ FIELDS = {
         'How many runs at once: seed, seed + 1, ..., each in its own folder.',
         *_whole(1),
     ),
-    'epochs': Field(300, 'How often all training images are shown.', *_whole(1)),
+    'epochs': Field(
+        300,
+        'How often all training images are shown; 0, with drawn defects: found, as many as their '
+        'number and the product need.',
+        *_whole(0),
+    ),
     'batch_size': Field(32, 'Images per step, before they are doubled.', *_whole(1)),
     'image_size': Field(
         (256, 256),
@@ -138,17 +146,6 @@ FIELDS = {
         "Of positions: share of a normal image's that lie on the product; 0: anywhere, all alike.",
         *_SHARE,
     ),
-    'position.code': Field(
-        False,
-        'Of image_score=map: the head is told where a position lies: for products that lie alike.',
-    ),
-    'position.misplaced': Field(
-        0.0,
-        'With position.code: weight of normal features that are said to lie elsewhere, as a fourth '
-        'kind of anomaly; 0: none.',
-        lambda value: value >= 0,
-        'it is at least 0',
-    ),
     'map_loss': Field(
         'l1_focal',
         'Of image_score=map: l1_focal (published) or cross_entropy.',
@@ -193,43 +190,49 @@ FIELDS = {
         'it is in -1..1, and below 1',
     ),
     'perlin.empty': Field(0.5, 'Probability of an empty mask.', *_BELOW_1),
+    'product.angle': Field(
+        'same',
+        'How the product lies in the images: same, at any angle, or auto: found from them.',
+        *_one_of('same', 'any', 'auto'),
+    ),
+    'product.place': Field(
+        'any',
+        'Its place: the same, any, or auto; with the same the head is told where a position is.',
+        *_one_of('same', 'any', 'auto'),
+    ),
+    'product.surface': Field(
+        'object',
+        'What the images show: an object and what is around it, a texture, or auto.',
+        *_one_of('object', 'texture', 'auto'),
+    ),
+    'misplaced': Field(
+        0.5,
+        'With product.place=same: weight of normal features that are said to lie elsewhere, as a '
+        'fourth kind of anomaly.',
+        *_AMOUNT,
+    ),
     'turned_copies': Field(
-        0,
-        'Copies of each normal training image, turned by any angle: for products that lie at any '
-        'angle.',
+        5,
+        'With product.angle=any: copies of each normal training image, turned by any angle.',
         *_whole(0, 100),
     ),
-    'drawn.copies': Field(
+    'drawn.count': Field(
         0,
-        'Of each normal image, turned ones too, with a defect drawn into them.',
-        *_whole(0, 100),
+        'Images with a defect drawn into them; normal ones, turned ones too, take turns.',
+        *_whole(0, 10**6),
     ),
-    'drawn.large': Field(0.0, 'Share of the drawn defects that are large pastes.', *_SHARE),
     'drawn.seed': Field(
         0, 'Where defects are drawn and how they look; and how copies are turned.', *_SEED
     ),
     'noise.kind': Field('static', 'static (Gaussian) or learned (a generator).'),
     'noise.unit': Field(
         'absolute',
-        "Of std, beta, shell: absolute (feature units) or feature_std (each channel's own).",
+        "Of std and beta: absolute (feature units) or feature_std (each channel's own).",
         *_one_of('absolute', 'feature_std'),
     ),
     'noise.std': Field(0.015, 'Standard deviation of static noise.', *_AMOUNT),
     'noise.bounded': Field(True, 'Learned: beta * tanh(raw); False: raw (v1).'),
     'noise.beta': Field(0.1, 'Learned: the bound.', *_AMOUNT),
-    'noise.shell': Field(
-        (0.0, 0.0),
-        'Learned: least and largest root mean square instead of beta.',
-        lambda value: (
-            len(value) == 2
-            and _numbers(value)
-            and (not any(value) or 0 < value[0] <= value[1] < math.inf)
-        ),
-        'it is (0, 0), or (least, largest), both above 0 and rising',
-    ),
-    'noise.static_share': Field(
-        0.0, 'Learned: share of the positions that get static noise instead.', *_SHARE
-    ),
     'noise.z_dim': Field(32, 'Learned: channels of the random input; 0 for none (v1).', *_AMOUNT),
     'noise.penalty': Field(
         10.0, "Learned: weight of mean(noise^2) in the generator's loss.", *_AMOUNT
@@ -389,23 +392,23 @@ def _together(config: ml_collections.ConfigDict) -> Iterator[tuple[bool, str, st
         'positions are chosen with --config.image_score=map and --config.positions above 0 only',
     )
     yield (
-        not config.position.code or of_map,
-        'position.code',
-        'it is for --config.image_score=map',
+        config.product.place == 'any' or of_map,
+        'product.place',
+        'another than any is for --config.image_score=map',
     )
     yield (
-        config.position.misplaced == 0 or config.position.code,
-        'position.misplaced',
-        'it needs --config.position.code=True',
-    )
-    yield (
-        config.drawn.copies == 0 or system == 'supersimplenet',
-        'drawn.copies',
+        config.drawn.count == 0 or system == 'supersimplenet',
+        'drawn.count',
         'drawn defects are for --config.system=supersimplenet',
     )
     yield (
-        config.drawn.copies == 0 or supervision.kind != 'labels',
-        'drawn.copies',
+        config.drawn.count > 0 or config.epochs > 0,
+        'epochs',
+        'it must be at least 1; 0, to be found, is for --config.drawn.count above 0',
+    )
+    yield (
+        config.drawn.count == 0 or supervision.kind != 'labels',
+        'drawn.count',
         'the mask of a drawn defect is known, so with defects use --config.supervision.kind=masks',
     )
     yield (

@@ -11,9 +11,8 @@ from ssn_jax.data import layouts, synthetic
 
 CATEGORY = 'bearing'
 TRAIN = (
-    'ssn-jax train --config drawn --config.backbone.name=efficientnet_lite0 '
-    f'--config.data.category={CATEGORY} --config.turned_copies=1 --config.decision.holdout=0.33 '
-    '--workdir {workdir}'
+    f'ssn-jax train --config edge --config.data.category={CATEGORY} '
+    '--config.decision.holdout=0.33 --workdir {workdir}'
 )
 PREDICT = (
     'ssn-jax predict --workdir {workdir} --input {workdir}/images --output {workdir}/predictions'

@@ -145,7 +145,7 @@ def allocate(like: Mapping[str, tuple], folder: pathlib.Path) -> dict[str, np.nd
             raise UserError(
                 f'no room ({needed}, and {room:.1f} GB of the disk of {folder}: {e.strerror}): '
                 'choose a smaller --config.image_size, fewer --config.turned_copies or '
-                '--config.drawn.copies, or a --workdir or --config.data.cache on a larger disk.'
+                '--config.drawn.count, or a --workdir or --config.data.cache on a larger disk.'
             ) from None
         logging.info('On the disk of %s: %s (%s)', folder, ', '.join(like), needed)
     return {

@@ -75,8 +75,9 @@ def fit_config(
             config.supervision.kind = 'labels'  # Nothing else teaches this system.
     # What a checkpoint of theirs cannot have.
     config.features.layers, config.image_score, config.positions = (2, 3), 'head', 0
+    config.epochs = config.epochs or config_lib.FIELDS['epochs'].default
     config.map_loss, config.product_share, config.optimizer.average = 'l1_focal', 0.0, 0.0
-    config.noise.kind = 'static'
+    config.noise.kind, config.product.place = 'static', 'any'
     first = tensors.get(f'{_GENERATOR}model.0.weight')
     if first is not None and first.ndim == 4:
         config.noise.kind = 'learned'

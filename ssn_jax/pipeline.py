@@ -27,7 +27,7 @@ from ssn_jax import (
 )
 from ssn_jax.fused import engine, fold
 from ssn_jax.models import systems, weights
-from ssn_jax.training import loop
+from ssn_jax.training import loop, product
 
 
 def train_and_evaluate(
@@ -63,9 +63,14 @@ def train_and_evaluate(
     precision.check(config)
     folders = [folder for _, folder in asked]
     with run_lib.remembered() as said:
-        found = find_fields(config, folders)
+        found = find_backbone(config, folders)
         config = config_lib.with_found(config, found)
         material = gather(config, folders)
+        normal = material.split.images[material.split.labels == 0]
+        found |= product.find(config, normal, material.backbone)
+        config = config_lib.with_found(config, found)
+        found |= loop.find_epochs(config, material.split)
+        config = config_lib.with_found(config, found)
 
     devices.wait_for_all('workdir checked')  # Before the first one writes there.
     network = systems.build_network(config)
@@ -133,10 +138,10 @@ def gather(config: ml_collections.ConfigDict, folders: list[pathlib.Path]) -> Ma
     return Material(dataset, split, held_out, backbone, origin)
 
 
-def find_fields(config: ml_collections.ConfigDict, folders: list[pathlib.Path]) -> dict:
-    """The config's fields that a run finds for itself, as it found them when it began.
+def find_backbone(config: ml_collections.ConfigDict, folders: list[pathlib.Path]) -> dict:
+    """All fields that a run found for itself when it began; of one that begins, its backbone.
 
-    For now they are the backbone of a run on embedded data, which must begin without network.
+    That is for embedded data, with which a run must begin without network.
     """
     for folder in folders:
         found = run_lib.read_found(folder)

@@ -296,7 +296,8 @@ def write_tables(workdir: pathlib.Path, rows: Sequence[Setting], failed: Mapping
     writer.writerow([*rows[0].setting, 'seeds', 'failed', 'epochs', *spread, 'seconds'])
     shown = []
     for row, runs in finished:
-        config = next(iter(row.configs.values()))
+        # A finished run's has what it found.
+        config = runs[0].config if runs else next(iter(row.configs.values()))
         lost = [seed for label, seed in failed if label == row.label]
         values = [_mean_and_std(run.results['metrics'][n] for run in runs) for n in metrics.METRICS]
         seconds, _ = _mean_and_std(run.results.get('train_seconds') for run in runs)

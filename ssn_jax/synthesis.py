@@ -98,22 +98,6 @@ def bounded_noise(raw: jax.Array, beta: float | None) -> jax.Array:
     return raw if beta is None else beta * jnp.tanh(raw)
 
 
-def shell_noise(raw: jax.Array, shell: tuple[float, float]) -> jax.Array:
-    """A generator's raw output (..., C) as noise of its direction, whose size lies in a shell.
-
-    The size is the root mean square over channels. It can neither vanish, where the discriminator
-    would have to guess, nor grow without bound, where it would learn nothing; GLASS (Chen et al.,
-    ECCV 2024, section 3.2) holds noise that climbs the discriminator's gradient in such a shell.
-
-    Args:
-      raw: any values.
-      shell: least and largest size; that of raw goes from one to the other by x / (1 + x).
-    """
-    size = jnp.sqrt((raw**2).mean(-1, keepdims=True) + 1e-12)
-    low, high = shell
-    return (low + (high - low) * size / (1 + size)) * raw / size
-
-
 def noise_scales(unit: str, *grids: jax.Array) -> list[jax.Array | float]:
     """What noise is multiplied with before it is added to each of several feature grids.
 
@@ -197,16 +181,7 @@ def make_noise(config: ml_collections.ConfigDict) -> Callable:
     def learned(generator, adapted, key):
         z = jax.random.normal(key, (*adapted.shape[:-1], settings.z_dim))
         raw = NoiseGenerator().apply({'params': generator}, jax.lax.stop_gradient(adapted), z)
-        if any(settings.shell):
-            noise = shell_noise(raw, settings.shell)
-        else:
-            noise = bounded_noise(raw, settings.beta if settings.bounded else None)
-        if not settings.static_share:
-            return noise
-        k_static, k_which = jax.random.split(jax.random.fold_in(key, 1))
-        static = static_noise(k_static, adapted.shape, settings.std)
-        which = jax.random.bernoulli(k_which, settings.static_share, (*adapted.shape[:-1], 1))
-        return jnp.where(which, static, noise)
+        return bounded_noise(raw, settings.beta if settings.bounded else None)
 
     return learned if settings.kind == 'learned' else static
 

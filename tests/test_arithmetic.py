@@ -55,7 +55,6 @@ POSITIONS = {
         (3, 3),
         (40960, 3),
     ),
-    'noise in a shell': (lambda x: synthesis.shell_noise(x, (0.25, 1.0)), 8, (*ROWS, 3)),
     'noise in bounds': (lambda x: synthesis.bounded_noise(x, 0.1), 2, (*ROWS, 3)),
     # As shares of the normal distribution: in its tails float32 has few values left.
     'static noise': (
@@ -155,8 +154,7 @@ GAMES = {
     'gap_cam': {'system': 'gap_cam', 'supervision.kind': 'labels'},
     'map': {
         **{'image_score': 'map', 'map_loss': 'cross_entropy'},
-        **{'position.code': True, 'position.misplaced': 0.5},
-        **{'noise.kind': 'learned', 'noise.shell': (0.25, 1.0)},
+        **{'product.place': 'same', 'misplaced': 0.5, 'noise.kind': 'learned'},
     },
     'simplenet': {'system': 'simplenet', 'simplenet.embedding': 14, 'simplenet.hidden': 32},
 }

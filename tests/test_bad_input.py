@@ -175,7 +175,6 @@ CASES = {
         (f"{SIZED}('a','b')", '--config.image_size='),
         ('--config.image_size=__import__("os").mkdir("unpickled")', '--config.image_size'),
         ('--config.noise.beta=nan', '--config.noise.beta=nan'),
-        ("--config.noise.shell=(0.25,'x')", '--config.noise.shell='),
         ('--config.optimizer.drops=(0.9,0.1)', 'rising fractions'),
         ("--config.optimizer.drops=('x',)", '--config.optimizer.drops='),
         ('--config.optimizer.clip_norm=-1', '--config.optimizer.clip_norm=-1.0'),

@@ -132,7 +132,7 @@ def test_loss_of_all_positions_by_hand(kind):
 
 @pytest.mark.parametrize('kind', ['static', 'learned'])
 def test_training_on_a_few_positions_learns(kind):
-    config = make_config(**{'noise.kind': kind, 'positions': 16, 'noise.shell': (0.5, 1.0)})
+    config = make_config(**{'noise.kind': kind, 'positions': 16})
     config.batch_size, config.epochs = 4, 20
     layers = make_layers(4, 8, 8)
     state = steps.init_state(config, jax.random.key(1), sum(CHANNELS))
@@ -142,8 +142,6 @@ def test_training_on_a_few_positions_learns(kind):
         history.append(metrics)
     loss = [float(m['loss']) for m in history]
     assert np.mean(loss[-4:]) < 0.9 * np.mean(loss[:4])
-    if kind == 'learned':  # An adversary cannot hide by doing nothing.
-        assert all(0.5 <= m['noise_rms'] <= 1.0 for m in history)
 
 
 def test_places_that_are_sampled_are_those_of_the_features():
@@ -156,7 +154,7 @@ def test_places_that_are_sampled_are_those_of_the_features():
 
 def test_what_is_misplaced_is_learned():
     """Two halves that look unlike, told apart by where they lie: swapped, they are anomalies."""
-    fields = {'position.code': True, 'position.misplaced': 1.0, 'noise.std': 0.0}
+    fields = {'product.place': 'same', 'misplaced': 1.0, 'noise.std': 0.0}
     config = make_config(**fields, positions=32, map_loss='cross_entropy')
     config.batch_size, config.epochs = 4, 1
     network = systems.build_network(config)

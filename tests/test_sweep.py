@@ -27,7 +27,7 @@ def plan(workdir, *axes, **fields):
 
 def test_values_are_of_their_fields_type():
     axes = ('seed=0,2', 'noise.bounded=true,False', 'noise.beta=1,1e-3', 'data.category=a,b c')
-    axes += ('noise.shell=(0.3,1.0),(0.1, 0.5)',)
+    axes += ('optimizer.drops=(0.3,1.0),(0.1, 0.5)',)
     parsed = sweep.parse_axes(base(), axes)
     assert [list(values.values()) for values in parsed.values()] == [
         *([0, 2], [True, False], [1.0, 1e-3], ['a', 'b c'], [(0.3, 1.0), (0.1, 0.5)])

@@ -20,8 +20,8 @@ class Shown:
     """All images that the steps are shown: normal ones, then defective ones.
 
     The normal images come first, then their turned copies (those of an image side by side), then
-    the four flips of all defective ones, at last copies of the normal and turned ones with a defect
-    drawn into each (again side by side).
+    the four flips of all defective ones, at last normal and turned ones with a defect drawn into
+    each.
 
     Attributes:
       labels: int32 (N,), 0 normal and 1 defective.
@@ -30,11 +30,12 @@ class Shown:
     """
 
     def __init__(self, config: ml_collections.ConfigDict, split: Split):
-        """Takes a config's `turned_copies` and `drawn`, and the training images."""
-        self._split, self._turned, self._drawn = split, config.turned_copies, config.drawn
+        """Takes a config's `turned_copies`, `product` and `drawn`, and the training images."""
+        self._split, self._product, self._drawn = split, config.product, config.drawn
+        self._turned = config.turned_copies if config.product.angle == 'any' else 0
         self._normal, self._defective = (np.flatnonzero(split.labels == i) for i in (0, 1))
         self._plain, flipped = len(self._normal) * (1 + self._turned), 4 * len(self._defective)
-        drawn = self._plain * self._drawn.copies
+        drawn = self._drawn.count if self._plain else 0
         self.labels = np.repeat(np.int32([0, 1]), [self._plain, flipped + drawn])
         known = np.tile(split.has_mask[self._defective], 4)
         self.has_mask = np.concatenate([np.ones(self._plain, bool), known, np.ones(drawn, bool)])
@@ -58,9 +59,8 @@ class Shown:
             source = self._defective[member]
             return split.images[source][_FLIPS[flip]], split.masks[source][_FLIPS[flip]]
         rest -= 4 * len(self._defective)
-        drawn = self._drawn
         return defects.draw(
-            *(self._normal_or_turned, self._plain, rest), drawn.copies, drawn.seed, drawn.large
+            self._normal_or_turned, self._plain, rest, self._drawn.seed, self._product
         )
 
     def _normal_or_turned(self, index):
@@ -68,7 +68,7 @@ class Shown:
         if rest < 0:
             return self._split.images[self._normal[index]]
         source, copy = divmod(rest, self._turned)
-        rng = np.random.default_rng([self._drawn.seed, source, copy])
+        rng = np.random.default_rng([self._drawn.seed, 1, source, copy])
         return turn(self._split.images[self._normal[source]], rng.uniform(0, 360))
 
     def parts(self, size: int) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:

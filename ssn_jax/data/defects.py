@@ -2,106 +2,110 @@
 
 Noise in feature space is told by what no image can cause, and a discriminator that has learnt to
 tell it need not know a scratch. Drawn defects are crude, but their features are those of images.
-Six kinds, each in a random place of the product:
-
-- paste: a piece of another image, turned (Li et al., "CutPaste", CVPR 2021);
-- tone: darker or brighter, with less or more contrast;
-- smear: blurred along a line;
-- warp: pushed, twisted, or drawn together;
-- scratch: a thin line that wanders, darker or brighter;
-- break: a piece of the edge is missing, half the time of what sticks out; not on textures.
+`KINDS` lists them. Every length and area is relative to the image.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import functools
 import itertools
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-# Areas in pixels of an image of 256x256; log-uniform between the two.
-_AREAS = (20.0, 500.0)
-_LARGE = (500.0, 25000.0)
 # What differs by more than so many levels of 255 is part of the defect.
 _VISIBLE = 10
-# A defect has at least so many pixels, or is drawn again (at most _TRIES times).
-_LEAST, _TRIES = 15, 20
-# Pixels around what is drawn that a kind can see: a smear's half width, and the mask's closing.
-_MARGIN = 8
+# A defect has at least this area (see `unit`), or is drawn again (at most _TRIES times).
+_LEAST, _TRIES = 15.0, 20
+# What is around a defect that it can change: a smear's half width, and the mask's closing.
+_MARGIN = 8.0
+
+
+class Kind(NamedTuple):
+    """A kind of drawn defects.
+
+    Attributes:
+      draw: `(image, product, other, place, area, rng) -> window, drawn`: the image uint8 RGB
+        (H, W, 3); where the product is, bool (H, W); another image of its shape; row and column;
+        pixels; the source of every choice. It draws into a window of the image, given as two
+        slices, and returns it with what it then shows, float32 (h, w, 3). Nothing changes at the
+        window's edges.
+      share: how often it is drawn, beside the others' shares.
+      areas: least and largest; log-uniform between the two. In `unit`s squared: of 65,536.
+      only: what it is for: an object or a texture, or products of the same 'place' or 'angle', as
+        what is but moved or turned is no defect of others; '' for all.
+    """
+
+    draw: Callable
+    share: int
+    areas: tuple[float, float]
+    only: str = ''
 
 
 def draw(
-    image_of: Callable, count: int, index: int, copies: int, seed: int, large: float = 0.0
+    image_of: Callable, count: int, index: int, seed: int, product: Mapping[str, str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws one defect into one of several copies of one of the normal images.
+    """Draws a defect into one of the normal images, which take turns.
 
     Args:
       image_of: from an index to a normal image, uint8 RGB (H, W, 3).
       count: of these images.
-      index: of the copy; those of an image are side by side. The kinds take turns, from one image
-        to the next too.
-      copies: how many copies of each image there are.
+      index: of the drawn one.
       seed: place and looks follow from it, and from the index, alone.
-      large: share of the copies that get a large paste instead.
+      product: `config.product`.
 
     Returns:
-      The copy, and its mask, uint8 (H, W) of zeros and ones.
+      The image, and the defect's mask, uint8 (H, W) of zeros and ones.
     """
-    image, copy = divmod(index, copies)
-    rng = np.random.default_rng([seed, image, copy])
-    other, image = image_of(rng.integers(count)), image_of(image)
-    if large and rng.random() < large:
-        return draw_one(image, other, 'paste', rng, _LARGE)
-    kinds = _kinds_of(image)
-    return draw_one(image, other, kinds[index % len(kinds)], rng)
+    copy, image = divmod(index, count)
+    rng = np.random.default_rng([seed, 0, image, copy])
+    shares = kinds_of(product)
+    kind = rng.choice(list(shares), p=np.array(list(shares.values())) / sum(shares.values()))
+    return draw_one(image_of(image), image_of(rng.integers(count)), kind, rng)
 
 
-def _kinds_of(image):
-    """The kinds that an image can have: nothing breaks off where no edge of a product is in view.
-
-    A texture fills the image, and the half of it that `foreground` finds lies on its border too.
-    """
-    in_view = _border(foreground(image)).mean() < 0.25
-    return [kind for kind in _KINDS if kind != 'break' or in_view]
+def kinds_of(product: Mapping[str, str]) -> dict[str, int]:
+    """The kinds of defects that products have that are as `config.product` says: their shares."""
+    fit = {'', product['surface']} | {x for x in ('place', 'angle') if product[x] == 'same'}
+    return {name: kind.share for name, kind in KINDS.items() if kind.only in fit}
 
 
 def draw_one(
-    image: np.ndarray,
-    other: np.ndarray,
-    kind: str,
-    rng: np.random.Generator,
-    areas: tuple[float, float] = _AREAS,
+    image: np.ndarray, other: np.ndarray, kind: str, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws a defect of a kind (see above) into a copy of an image.
+    """Draws a defect into a copy of an image.
 
     Args:
       image: uint8 RGB (H, W, 3).
-      other: where a paste comes from, of the same shape.
-      kind: paste, tone, smear, warp, scratch or break.
+      other: another image of the same shape.
+      kind: a name in `KINDS`.
       rng: source of every choice.
-      areas: least and largest, in pixels of an image of 256x256.
 
     Returns:
       The image, and the mask of what has visibly changed, uint8 (H, W).
     """
-    product = foreground(image)
+    draw_kind, areas = KINDS[kind].draw, KINDS[kind].areas
+    product, square = foreground(image), unit(image) ** 2
     places = np.flatnonzero(product)
-    scale = image.shape[0] * image.shape[1] / 256**2
+    close = np.ones(2 * (2 * round(2 * unit(image)) + 1,), np.uint8)
     for _ in range(_TRIES):
         place = np.array(divmod(places[rng.integers(len(places))], image.shape[1]))
-        area = scale * np.exp(rng.uniform(*np.log(areas)))
-        window, drawn = _KINDS[kind](image, product, other, place, area, rng)
+        area = square * np.exp(rng.uniform(*np.log(areas)))
+        window, drawn = draw_kind(image, product, other, place, area, rng)
         drawn = drawn.clip(0, 255).astype(np.uint8)
         # OpenCV's maximum of the channels: NumPy is slow along an axis of three.
         difference = functools.reduce(cv2.max, cv2.split(cv2.absdiff(drawn, image[window])))
-        mask = cv2.morphologyEx(
-            (difference > _VISIBLE).astype(np.uint8), cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8)
-        )
-        if mask.sum() >= _LEAST:
+        mask = cv2.morphologyEx((difference > _VISIBLE).astype(np.uint8), cv2.MORPH_CLOSE, close)
+        if mask.sum() >= _LEAST * square:
             break
     changed, whole = image.copy(), np.zeros(image.shape[:2], np.uint8)
     changed[window], whole[window] = drawn, mask
     return changed, whole
+
+
+def unit(image: np.ndarray) -> float:
+    """The length in pixels of an image (H, W, 3) that all lengths are in: 1 at 256x256."""
+    return np.sqrt(image.shape[0] * image.shape[1]) / 256
 
 
 def foreground(image: np.ndarray) -> np.ndarray:
@@ -111,24 +115,26 @@ def foreground(image: np.ndarray) -> np.ndarray:
     """
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     _, bright = cv2.threshold(grey, 0, 1, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
-    product = 1 - bright if _border(bright).mean() > 0.5 else bright
+    product = 1 - bright if border(bright).mean() > 0.5 else bright
     product = cv2.dilate(product, np.ones((5, 5), np.uint8)) > 0
     return product if product.any() else np.ones_like(product)
 
 
-def _border(x):
+def border(x: np.ndarray) -> np.ndarray:
     """The values (2H + 2W,) along the edges of an image (H, W)."""
     return np.concatenate([x[0], x[-1], x[:, 0], x[:, -1]])
 
 
-# A kind draws into a window of the image, given as two slices, and returns it with what it then
-# shows, float32 (h, w, 3). Nothing changes at the window's edges.
+# --- Windows, shapes, and what shows below --------------------------------------------------------
 
 
-def _window(shape, low, high):
+def _window(image, low, high):
     """The slices of an image's rows and columns from `low` to `high`, and a margin more."""
-    low, high = np.floor(low).astype(int) - _MARGIN, np.ceil(high).astype(int) + _MARGIN + 1
-    return tuple(slice(max(a, 0), min(b, n)) for a, b, n in zip(low, high, shape, strict=False))
+    margin = int(np.ceil(_MARGIN * unit(image)))
+    low, high = np.floor(low).astype(int) - margin, np.ceil(high).astype(int) + margin + 1
+    ends = zip(low, high, image.shape, strict=False)
+    # Some of the image at least, whatever lies outside.
+    return tuple(slice(min(max(a, 0), n - 1), max(min(b, n), 1)) for a, b, n in ends)
 
 
 def _around(place, window, angle):
@@ -144,18 +150,21 @@ def _around(place, window, angle):
     )
 
 
-def _blob(shape, place, area, rng):
-    """A bent ellipse with a ragged, soft edge: its window, and opacities (h, w, 1) in 0..1."""
-    aspect = np.exp(rng.uniform(0, np.log(8)))
+def _blob(image, place, area, rng, soft=1.0, aspects=8.0):
+    """A bent ellipse with a ragged edge: its window, and opacities (h, w, 1) in 0..1.
+
+    `soft` times wider than usual is its edge, and up to `aspects` times as long as wide it is.
+    """
+    aspect = np.exp(rng.uniform(0, np.log(aspects)))
     long = np.sqrt(area * aspect / np.pi)
     short, angle, bend = long / aspect, rng.uniform(0, np.pi), 0.3 * rng.normal() / max(long, 1)
     waves = [(n, rng.uniform(0, 2 * np.pi), 0.12 * rng.normal()) for n in (2, 3, 5)]
-    edge = rng.uniform(0.7, 1.5)
+    edge = min(rng.uniform(0.7, 1.5) * soft * unit(image), 2 * short)
     # No farther than so many radii from the middle is anything left of it.
     least = np.prod([1 - abs(height) for _, _, height in waves])
     reach = (1 + edge / (2 * short)) / max(least, 0.1)
     far = np.hypot(reach * long, reach * short + abs(bend) * (reach * long) ** 2)
-    window = _window(shape, place - far, place + far)
+    window = _window(image, place - far, place + far)
     along, across = _around(place, window, angle)
     along, across = along / np.float32(long), (across + bend * along**2) / np.float32(short)
     radius, direction = np.hypot(along, across), np.arctan2(across, along)
@@ -171,7 +180,59 @@ def _mix(image, window, opacity, drawn):
     return window, below + opacity * (drawn - below)
 
 
+def _shifted(image, window, shift):
+    """What of an image lies `shift` (rows, columns) before a window, float32; its ends meet."""
+    rows, columns = (
+        (np.arange(s.start, s.stop) - round(d)) % n
+        for s, d, n in zip(window, shift, image.shape, strict=False)
+    )
+    return image[np.ix_(rows, columns)].astype(np.float32)
+
+
+def _step(area, rng):
+    """A shift (rows, columns) in any direction, of half to twice the size of an area."""
+    angle, length = rng.uniform(0, 2 * np.pi), np.sqrt(area) * rng.uniform(0.5, 2)
+    return length * np.array([np.sin(angle), np.cos(angle)])
+
+
+def _filled(image, window, hidden, rng):
+    """A window of the image, float32, where what is hidden (h, w, 1) continues what is around it.
+
+    Averages of what can be seen, from one scale to the next, and noise as there is beside them.
+    """
+    reach = 12 * unit(image)
+    corners = np.array([[s.start, s.stop] for s in window], np.float32).T
+    wider = _window(image, corners[0] - reach, corners[1] + reach)
+    inner = tuple(
+        slice(s.start - w.start, s.stop - w.start) for s, w in zip(window, wider, strict=True)
+    )
+    seen = np.ones((*image[wider].shape[:2], 1), np.float32)
+    seen[inner] = hidden < 0.02
+    levels = [(image[wider] * seen, seen)]
+    while min(seen.shape[:2]) > 1 and (seen == 0).any():
+        value, seen = (
+            cv2.resize(x, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA) for x in levels[-1]
+        )
+        seen = seen[..., None]
+        levels.append((value, seen))
+    filled = None
+    for value, seen in reversed(levels):
+        known = value / np.maximum(seen, 1e-6)
+        if filled is not None:
+            filled = cv2.resize(filled, value.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+            known = np.where(seen > 0, known, filled)
+        filled = known
+    below = image[wider].astype(np.float32)
+    grain = np.abs(below - cv2.blur(below, (3, 3)))[levels[0][1][..., 0] > 0]
+    noise = 1.5 * np.median(grain) * rng.standard_normal((*hidden.shape[:2], 1), np.float32)
+    return filled[inner] + noise if grain.size else filled[inner]
+
+
+# --- The kinds ------------------------------------------------------------------------------------
+
+
 def _paste(image, product, other, place, area, rng):
+    """A piece of another image, turned (Li et al., "CutPaste", CVPR 2021)."""
     del product
     height, width = image.shape[:2]
     turn = cv2.getRotationMatrix2D((width / 2, height / 2), rng.uniform(0, 360), 1)
@@ -180,43 +241,105 @@ def _paste(image, product, other, place, area, rng):
     where = foreground(other) if rng.random() < 0.7 else np.ones((height, width), bool)
     origins = np.flatnonzero(where)
     shift = place - divmod(origins[rng.integers(len(origins))], width)
-    window, opacity = _blob(image.shape, place, area, rng)
-    rows, columns = (np.arange(s.start, s.stop) - d for s, d in zip(window, shift, strict=True))
-    return _mix(image, window, opacity, other[np.ix_(rows % height, columns % width)])
+    window, opacity = _blob(image, place, area, rng)
+    return _mix(image, window, opacity, _shifted(other, window, shift))
+
+
+def _double(image, product, other, place, area, rng):
+    """What the image shows not far from there, once more."""
+    del product, other
+    window, opacity = _blob(image, place, area, rng)
+    return _mix(image, window, opacity, _shifted(image, window, _step(area, rng)))
+
+
+def _remove(image, product, other, place, area, rng):
+    """A part is missing: what is around goes on."""
+    del product, other
+    window, opacity = _blob(image, place, area, rng)
+    return _mix(image, window, opacity, _filled(image, window, opacity, rng))
+
+
+def _move(image, product, other, place, area, rng):
+    """A part is missing, and lies beside its place."""
+    del product, other
+    window, opacity = _blob(image, place, area, rng)
+    _, drawn = _mix(image, window, opacity, _filled(image, window, opacity, rng))
+    shift = _step(area, rng).round().astype(int)
+    low, high = np.array([[s.start, s.stop] for s in window]).T
+    both = _window(image, np.minimum(low, low + shift), np.maximum(high, high + shift))
+    whole, over = image.astype(np.float32), np.zeros((*image.shape[:2], 1), np.float32)
+    whole[window], over[window] = drawn, opacity
+    return both, whole[both] + _shifted(over, both, shift) * (
+        _shifted(image, both, shift) - whole[both]
+    )
+
+
+def _turn(image, product, other, place, area, rng):
+    """A part is turned."""
+    del product, other
+    window, opacity = _blob(image, place, area, rng, aspects=1.5)
+    along, across = _around(place, window, rng.uniform(0.3, 2 * np.pi - 0.3))
+    x, y = along + np.float32(place[1]), across + np.float32(place[0])
+    turned = cv2.remap(image, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+    return _mix(image, window, opacity, turned.astype(np.float32))
 
 
 def _tone(image, product, other, place, area, rng):
+    """Darker or brighter, with less or more contrast."""
     del product, other
-    window, opacity = _blob(image.shape, place, area, rng)
+    window, opacity = _blob(image, place, area, rng)
     below = image[window].astype(np.float32)
     mean = (opacity * below).sum((0, 1)) / max(opacity.sum(), 1e-6)
     level = rng.choice([-1, 1]) * rng.uniform(15, 70)
     return _mix(image, window, opacity, mean + rng.uniform(0.3, 1.3) * (below - mean) + level)
 
 
-def _smear(image, product, other, place, area, rng):
+def _stain(image, product, other, place, area, rng):
+    """A stain with a soft edge, coloured where the image is."""
     del product, other
-    size = 2 * int(rng.integers(2, 7)) + 1
+    window, opacity = _blob(image, place, area, rng, soft=rng.uniform(1, 12))
+    below = image[window].astype(np.float32)
+    tint = rng.uniform(0.2, 0.9, 3)
+    if (image[..., 0] == image[..., 2]).all():
+        tint[:] = tint[0]
+    bright = 255 * (rng.random() < 0.3)
+    return _mix(image, window, opacity, bright + tint.astype(np.float32) * (below - bright))
+
+
+def _smear(image, product, other, place, area, rng):
+    """Blurred along a line."""
+    del product, other
+    size = 2 * max(1, round(rng.uniform(2, 6.5) * unit(image))) + 1
     half, angle = size // 2, rng.uniform(0, np.pi)
     along = np.linspace(-half, half, 4 * size)
     kernel = np.zeros((size, size), np.float32)
     rows, columns = half + along * np.sin(angle), half + along * np.cos(angle)
     kernel[rows.round().astype(int), columns.round().astype(int)] = 1
-    window, opacity = _blob(image.shape, place, area, rng)
+    window, opacity = _blob(image, place, area, rng)
     below = image[window].astype(np.float32)
     blurred = cv2.filter2D(below, -1, kernel / kernel.sum(), borderType=cv2.BORDER_REFLECT)
     return _mix(image, window, opacity, blurred)
 
 
-def _warp(image, product, other, place, area, rng):
+def _blur(image, product, other, place, area, rng):
+    """Blurred on all sides."""
     del product, other
-    reach = np.clip(np.sqrt(area) * rng.uniform(0.8, 1.5), 6, 22)
-    window = _window(image.shape, place - 2 * reach, place + 2 * reach)  # e^-16 is left there.
+    window, opacity = _blob(image, place, area, rng, soft=3)
+    below = image[window].astype(np.float32)
+    blurred = cv2.GaussianBlur(below, (0, 0), rng.uniform(1, 4) * unit(image))
+    return _mix(image, window, opacity, blurred)
+
+
+def _warp(image, product, other, place, area, rng):
+    """Pushed, twisted, or drawn together."""
+    del product, other
+    reach = max(np.sqrt(area) * rng.uniform(0.8, 1.5), 6 * unit(image))
+    window = _window(image, place - 2 * reach, place + 2 * reach)  # e^-16 is left there.
     right, down = _around(place, window, 0.0)
     strength = np.exp(-(((right**2 + down**2) / reach**2) ** 2))
     kind = rng.random()
     if kind < 0.4:  # Pushed.
-        angle, way = rng.uniform(0, 2 * np.pi), rng.uniform(2, 6)
+        angle, way = rng.uniform(0, 2 * np.pi), rng.uniform(0.1, 0.3) * reach + unit(image)
         x, y = right + way * strength * np.cos(angle), down + way * strength * np.sin(angle)
     elif kind < 0.8:  # Twisted.
         angle = rng.choice([-1, 1]) * rng.uniform(0.3, 1) * strength
@@ -230,27 +353,60 @@ def _warp(image, product, other, place, area, rng):
     return window, moved
 
 
-def _scratch(image, product, other, place, area, rng):
-    del other
-    # A line that wanders, drawn four times as fine and averaged.
-    step, bend, fine = rng.uniform(2, 5), rng.uniform(0.05, 0.5), 4
-    angle = rng.uniform(0, 2 * np.pi)
-    angles = angle + np.cumsum(bend * rng.normal(size=max(2, int(np.sqrt(area) * 4 / step))))
-    points = np.cumsum(step * np.stack([np.sin(angles), np.cos(angles)], 1), 0) + place
-    window = _window(image.shape, points.min(0), points.max(0))
+def _line(image, points, widths, rng):
+    """A line through points (n, 2), of widths (n - 1,): window, opacities (h, w, 1) in 0..1."""
+    fine = 4  # Times as fine it is drawn, and averaged.
+    window = _window(image, points.min(0), points.max(0))
     height, width = (max(s.stop - s.start, 1) for s in window)
     opacity = np.zeros((height * fine, width * fine), np.float32)
     corner = [s.start for s in window]
-    for start, end in itertools.pairwise((fine * (points - corner)).astype(int)[:, ::-1].tolist()):
-        thick = max(1, round(fine * rng.uniform(0.6, 2.5)))
-        cv2.line(opacity, start, end, 1.0, thick)
+    ends = (fine * (points - corner)).astype(int)[:, ::-1].tolist()
+    for (start, end), thick in zip(itertools.pairwise(ends), widths, strict=True):
+        cv2.line(opacity, start, end, 1.0, max(1, round(fine * thick)))
     opacity = cv2.resize(opacity, (width, height), interpolation=cv2.INTER_AREA)
-    opacity = cv2.GaussianBlur(opacity, (0, 0), rng.uniform(0.3, 0.8)).clip(0, 1)
-    opacity = (opacity * product[window])[..., None]
+    opacity = cv2.GaussianBlur(opacity, (0, 0), rng.uniform(0.3, 0.8) * unit(image)).clip(0, 1)
+    return window, opacity[..., None]
+
+
+def _scratch(image, product, other, place, area, rng):
+    """A thin line that wanders, darker or brighter."""
+    del other
+    step, bend = rng.uniform(2, 5) * unit(image), rng.uniform(0.05, 0.5)
+    angle = rng.uniform(0, 2 * np.pi)
+    angles = angle + np.cumsum(bend * rng.normal(size=max(2, int(np.sqrt(area) * 4 / step))))
+    points = np.cumsum(step * np.stack([np.sin(angles), np.cos(angles)], 1), 0) + place
+    widths = rng.uniform(0.6, 2.5, len(points) - 1) * unit(image)
+    window, opacity = _line(image, points, widths, rng)
+    opacity = opacity * product[window][..., None]
     return window, image[window] + opacity * rng.choice([-1, 1]) * rng.uniform(20, 90)
 
 
+def _thread(image, product, other, place, area, rng):
+    """A line along or across the texture's own direction: added, or hidden by what lies beside."""
+    del product, other
+    width = rng.uniform(1, 4) * unit(image)
+    angle = _direction(image) + rng.choice([0, np.pi / 2]) + 0.02 * rng.normal()
+    way = np.array([np.sin(angle), np.cos(angle)])
+    half = min(area / width, 2 * max(image.shape)) / 2
+    points = place + half * np.linspace(-1, 1, 9)[:, None] * way
+    points = points + np.cumsum(0.1 * unit(image) * rng.normal(size=(9, 2)), 0)
+    window, opacity = _line(image, points, np.full(8, width), rng)
+    below = image[window].astype(np.float32)
+    if rng.random() < 0.5:
+        return _mix(image, window, opacity, below + rng.choice([-1, 1]) * rng.uniform(20, 70))
+    beside = rng.choice([-1, 1]) * width * rng.uniform(1, 2.5) * np.array([way[1], -way[0]])
+    return _mix(image, window, opacity, _shifted(image, window, beside))
+
+
+def _direction(image):
+    """The direction of an image's lines in radians, but for quarter turns: threads cross."""
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    across = cv2.Sobel(grey, -1, 1, 0) + 1j * cv2.Sobel(grey, -1, 0, 1)
+    return np.angle((across**4 / (np.abs(across) ** 2 + 1)).sum()) / 4
+
+
 def _break(image, product, other, place, area, rng):
+    """A piece of the edge is missing, half the time of what sticks out."""
     del other
     product = product.astype(np.uint8)
     outlines, _ = cv2.findContours(product, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
@@ -259,7 +415,7 @@ def _break(image, product, other, place, area, rng):
     edge = np.concatenate(outlines)[:, 0, ::-1]  # Rows and columns.
     place = edge[np.argmin(((edge - place) ** 2).sum(1))]
     inside = cv2.erode(product, np.ones((3, 3), np.uint8))
-    window, opacity = _blob(image.shape, place, area, rng)
+    window, opacity = _blob(image, place, area, rng)
     # What shows instead: what lies behind, as bright as beside the place, with the grain of where
     # it is widest.
     behind = cv2.erode(1 - product, np.ones((3, 3), np.uint8))
@@ -268,32 +424,39 @@ def _break(image, product, other, place, area, rng):
     room = cv2.distanceTransform(1 - product, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     wide = np.flatnonzero(room >= min(room.max(), 2 * np.sqrt(area)))
     shift = place - divmod(wide[rng.integers(len(wide))], image.shape[1])
-    rows, columns = (
-        (np.arange(s.start, s.stop) - d) % n
-        for s, d, n in zip(window, shift, image.shape, strict=False)
-    )
-    from_there = np.ix_(rows, columns)
-    grain = behind[from_there][..., None] * (image[from_there] - overall)
+    grain = _shifted(behind[..., None], window, shift) * (_shifted(image, window, shift) - overall)
     return _mix(image, window, opacity * inside[window][..., None], bright + grain)
 
 
-def _bright(image, behind, window, overall, width=8.0):
+def _bright(image, behind, window, overall):
     """How bright what lies behind a product is near each pixel of a window, float32 (h, w, 3)."""
-    wider = _window(image.shape, *np.add([[s.start, s.stop] for s in window], [-24, 24]).T)
+    reach = 24 * unit(image)
+    corners = np.array([[s.start, s.stop] for s in window]).T
+    wider = _window(image, corners[0] - reach, corners[1] + reach)
     seen = behind[wider].astype(np.float32)[..., None]
-    near = cv2.GaussianBlur(np.concatenate([image[wider] * seen, seen], -1), (0, 0), width)
-    inner = tuple(
-        slice(s.start - w.start, s.stop - w.start) for s, w in zip(window, wider, strict=True)
-    )
-    near = near[inner]
+    near = np.concatenate([image[wider] * seen, seen], -1)
+    near = cv2.GaussianBlur(near, (0, 0), reach / 3)
+    near = near[
+        tuple(
+            slice(s.start - w.start, s.stop - w.start) for s, w in zip(window, wider, strict=True)
+        )
+    ]
     return (near[..., :3] + 1e-3 * overall) / (near[..., 3:] + 1e-3)
 
 
-_KINDS = {
-    'paste': _paste,
-    'tone': _tone,
-    'smear': _smear,
-    'warp': _warp,
-    'scratch': _scratch,
-    'break': _break,
+KINDS = {
+    'paste': Kind(_paste, 4, (20.0, 500.0)),
+    'swap': Kind(_paste, 2, (500.0, 26000.0), 'place'),
+    'double': Kind(_double, 2, (50.0, 5000.0), 'place'),
+    'move': Kind(_move, 2, (50.0, 5000.0), 'place'),
+    'turn': Kind(_turn, 2, (100.0, 26000.0), 'angle'),
+    'remove': Kind(_remove, 1, (20.0, 26000.0)),
+    'break': Kind(_break, 3, (20.0, 500.0), 'object'),
+    'warp': Kind(_warp, 4, (20.0, 500.0)),
+    'scratch': Kind(_scratch, 3, (20.0, 500.0)),
+    'thread': Kind(_thread, 2, (20.0, 1000.0), 'texture'),
+    'tone': Kind(_tone, 3, (20.0, 500.0)),
+    'stain': Kind(_stain, 1, (20.0, 26000.0)),
+    'smear': Kind(_smear, 3, (20.0, 500.0)),
+    'blur': Kind(_blur, 1, (20.0, 26000.0)),
 }

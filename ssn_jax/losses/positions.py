@@ -61,7 +61,7 @@ def make_map_loss(
             codes = network.places(feature_grid(batch['layers']))
             codes = codes.reshape(-1, codes.shape[-1])
             places = jnp.concatenate([sampled.places, sampled.places[: sampled.first : 2]])
-            if config.position.misplaced:
+            if config.misplaced:
                 # What is normal, said to lie where another image's position does.
                 moved = slice(1, sampled.first, 2)
                 elsewhere = jnp.roll(sampled.places[moved], config.positions or 1)
@@ -76,7 +76,7 @@ def make_map_loss(
         logits = logits[:, 0]
 
         target = kind > 0
-        share = weight * _shares(kind, weight > 0, config.position.misplaced)
+        share = weight * _shares(kind, weight > 0, config.misplaced)
         if config.map_loss == 'cross_entropy':
             # Beyond a margin the truncated L1 is content; this one goes on telling apart.
             terms = {

@@ -267,5 +267,5 @@ def build_network(config: ml_collections.ConfigDict) -> SuperSimpleNet | GapCam 
         config.adapt_cls_features,
         classify=config.image_score == 'head',
         layers=tuple(config.features.layers),
-        waves=6 * config.position.code,
+        waves=6 * (config.product.place == 'same'),
     )

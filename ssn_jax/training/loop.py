@@ -22,6 +22,10 @@ from ssn_jax.fused import fold
 from ssn_jax.models import backbones
 from ssn_jax.training import checkpoint, features, steps
 
+# How many steps drawn defects are learnt in, by the product's angle: there are more images of it
+# where that may be any.
+_STEPS = {'same': 1500, 'any': 6000}
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -218,6 +222,17 @@ def image_order(config, labels):
     return lambda epoch: sampling.balanced_order(
         config.seed, epoch, total - defective, defective, config.batch_size
     )
+
+
+def find_epochs(config, split) -> dict[str, int]:
+    """The field epochs, where it is to be found (0): for `_STEPS` steps; else nothing."""
+    if config.epochs:
+        return {}
+    per_epoch = len(image_order(config, augment.Shown(config, split).labels)(0))
+    steps_wanted = _STEPS[config.product.angle]
+    epochs = max(1, round(steps_wanted / per_epoch))
+    logging.info('Found: --config.epochs=%d, of %d steps each', epochs, per_epoch)
+    return {'epochs': epochs}
 
 
 def describe_bad(bad: dict[str, int]) -> tuple[int, str] | None:

@@ -1,0 +1,13 @@
+"""auto.py on EfficientNet-Lite0: for small computers.
+
+ssn-jax train --config edge
+"""
+
+from ssn_jax.config import load
+
+
+def get_config():
+    config = load('auto')
+    config.name = 'edge'
+    config.backbone.name = 'efficientnet_lite0'
+    return config

@@ -1,0 +1,71 @@
+"""What is found of a product in its normal images."""
+
+import cv2
+import numpy as np
+import pytest
+import rule
+
+from ssn_jax.config import default_config
+from ssn_jax.data import augment
+from ssn_jax.training import product
+
+
+def thing(rng):
+    """A bright key on a dark ground: nothing of it is alike from two sides."""
+    image = np.full((128, 128, 3), 40.0)
+    cv2.circle(image, (44, 64), 20, (190, 170, 160), -1)
+    cv2.line(image, (60, 64), (100, 64), (180, 180, 150), 9)
+    cv2.rectangle(image, (84, 64), (92, 82), (200, 160, 160), -1)
+    return image + rng.normal(0, 6, image.shape)
+
+
+def woven(rng):
+    """Threads across the whole image, which begin anywhere."""
+    rows, columns = np.mgrid[:128, :128] + rng.uniform(0, 64, (2, 1, 1))
+    image = 120 + 40 * np.sin(rows / 1.5) + 15 * np.sin(columns / 4)
+    return image[..., None].repeat(3, -1) + rng.normal(0, 6, (128, 128, 3))
+
+
+def images_of(kind, count, seed=0):
+    rng = np.random.default_rng(seed)
+    images = [woven(rng) if kind == 'woven' else thing(rng) for _ in range(count)]
+    images = [image.clip(0, 255).astype(np.uint8) for image in images]
+    if kind == 'turned':
+        images = [augment.turn(image, rng.uniform(0, 360)) for image in images]
+    if kind == 'shifted':
+        images = [np.roll(image, rng.integers(-24, 24, 2), (0, 1)) for image in images]
+    return np.stack(images)
+
+
+def config_of(**fields):
+    config = default_config()
+    config.image_score, config.engine = 'map', 'xla'
+    config.product.update(angle='auto', place='auto', surface='auto')
+    config.product.update(fields)
+    return config
+
+
+FOUND = {
+    'same': ('same', 'same', 'object'),
+    'turned': ('any', 'any', 'object'),
+    'shifted': ('same', 'any', 'object'),
+    'woven': ('same', 'any', 'texture'),
+}
+
+
+@pytest.mark.parametrize('kind', FOUND)
+def test_what_is_found(kind):
+    found = product.find(config_of(), images_of(kind, 24), rule.backbone('resnet18'))
+    assert found == dict(
+        zip(('product.angle', 'product.place', 'product.surface'), FOUND[kind], strict=True)
+    )
+
+
+def test_only_what_is_asked_is_looked_for():
+    images = images_of('same', 12)
+    config = config_of(angle='same', place='any', surface='object')
+    assert product.find(config, images, None) == {}
+    config = config_of(place='any', angle='any')
+    assert product.find(config, images[:2], rule.backbone('resnet18')) == {
+        'product.surface': 'object'
+    }
