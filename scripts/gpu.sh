@@ -52,11 +52,11 @@ categories=(bottle screw)
 [[ $data ]] || categories=(bearing screw)
 # XLA everywhere, which is what computes on a GPU.
 common=(--config.engine=xla "--config.data.root=$data")
-drawn=() timed=(--configs 'mod1_a,drawn') turns=()
+auto=() timed=(--configs 'mod1_a,edge,auto') turns=()
 if [[ $trial ]]; then
   common+=('--config.image_size=(64, 64)' --config.batch_size=8 --config.sparse=False)
-  drawn=(--config.epochs=1 --config.turned_copies=1 --config.drawn.copies=1)
-  timed=(--configs drawn) turns=(--turns 7)
+  auto=(--config.epochs=1 --config.drawn.count=8)
+  timed=(--configs auto) turns=(--turns 7)
 fi
 "$python" "$here/gpu.py" begin "$results" "epochs=$epochs trial=${trial:-0}" || exit 1
 
@@ -138,16 +138,15 @@ exit(not all(map(f, ("anomalib", "torch", "timm"))))'
 }
 
 of_resnet18=(--config.backbone.name=resnet18 "--config.backbone.weights=$weights")
-of_lite0=(--config.backbone.name=efficientnet_lite0)
 first="--config.data.category=${categories[0]}" second="--config.data.category=${categories[1]}"
 
 step latency "$python" -m ssn_jax benchmark "${timed[@]}" --json "${turns[@]}"
-train "drawn-lite0-${categories[0]}" --config drawn "$first" "${of_lite0[@]}" "${drawn[@]}"
-precisions "drawn-lite0-${categories[0]}"
+train "edge-${categories[0]}" --config edge "$first" "${auto[@]}"
+precisions "edge-${categories[0]}"
 against
-train "drawn-resnet18-${categories[0]}" --config drawn "$first" "${of_resnet18[@]}" "${drawn[@]}"
-train "drawn-lite0-${categories[1]}" --config drawn "$second" "${of_lite0[@]}" "${drawn[@]}"
-train "drawn-resnet18-${categories[1]}" --config drawn "$second" "${of_resnet18[@]}" "${drawn[@]}"
+train "auto-${categories[0]}" --config auto "$first" "${of_resnet18[@]}" "${auto[@]}"
+train "edge-${categories[1]}" --config edge "$second" "${auto[@]}"
+train "auto-${categories[1]}" --config auto "$second" "${of_resnet18[@]}" "${auto[@]}"
 train "mod1_a-${categories[0]}" --config mod1_a "$first" "${of_resnet18[@]}" \
   "--config.epochs=$epochs"
 precisions "mod1_a-${categories[0]}"

@@ -64,6 +64,8 @@ def load_config(text: str):
     if backbone and not field.allows(backbone):
         raise UserError(f'--configs={text} cannot be used, its backbone: {field.rule}.')
     config.backbone.name = backbone or config.backbone.name
+    if config.product.place == 'auto':
+        config.product.place = 'same'  # The dearer one.
     return config
 
 

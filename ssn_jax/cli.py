@@ -357,7 +357,7 @@ def compare(argv: list[str]) -> None:
 def benchmark(argv: list[str]) -> None:
     """Measures inference with random weights, beside anomalib's models if asked.
 
-    ssn-jax benchmark --configs drawn:efficientnet_lite0,drawn,mod1_a,baseline --against anomalib
+    ssn-jax benchmark --configs edge,auto,mod1_a,baseline --against anomalib
 
     Speed does not depend on the weights. All that is compared runs in this process, by turns.
     Copies from and to the host are included, and of our networks what comes before them: they are

@@ -17,8 +17,8 @@ import ml_collections
 
 from ssn_jax.errors import UserError
 
-# Raised when an older run's config.json can no longer be understood.
-VERSION = 1
+# Raised when older runs mean something else: 2, with image_score=map the smoothed map's maximum.
+VERSION = 2
 # Fields of older runs that changed nothing in them, or only their training.
 _GONE = {
     'noise': ('shuffle_groups', 'shuffle_strength', 'shell', 'static_share'),
@@ -498,6 +498,12 @@ def from_json(path: pathlib.Path) -> ml_collections.ConfigDict:
                 f'{path} was written by a newer ssn_jax (config version {values["version"]}, '
                 f'this one knows {VERSION}): update ssn_jax.'
             )
+        if values['version'] < 2 and values.get('image_score') == 'map':
+            raise UserError(
+                f'{path} is of an older ssn_jax, whose scores were maxima of the map before it is '
+                'smoothed: its threshold would be wrong now. Train it again, in a new --workdir.'
+            )
+        values['version'] = VERSION
         for group, names in _GONE.items():
             for name in names:
                 values.get(group, {}).pop(name, None)

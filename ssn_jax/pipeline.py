@@ -234,6 +234,16 @@ def measure(job, state, log, material) -> dict:
     if devices.is_first():
         results['model_sha256'] = run_lib.model_digest(workdir)
         draw_figures(workdir / 'figures', results, dataset.test, maps, scores, log)
+        if config.drawn.count:
+            from ssn_jax.report import figures
+
+            figures.drawn_defects(
+                workdir / 'figures' / 'drawn.png',
+                split.images[split.labels == 0],
+                config.product,
+                f'{config.name} · {dataset.category} · defects that were drawn into normal images',
+                config.drawn.seed,
+            )
     run_lib.write(workdir / 'decision.json', json.dumps(chosen, indent=2) + '\n')
     run_lib.write(workdir / 'results.json', json.dumps(results, indent=2) + '\n')
     return results

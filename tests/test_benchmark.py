@@ -18,7 +18,7 @@ PEER = OURS | {'name': 'STFPM', 'published': published.PEERS['STFPM']}
 
 def asked(**changes):
     """What the command is given, as `cli.benchmark` hands it on."""
-    values = {'configs': ['drawn'], 'against': None, 'precisions': ['float32'], 'batches': [1]}
+    values = {'configs': ['auto'], 'against': None, 'precisions': ['float32'], 'batches': [1]}
     return argparse.Namespace(**values | {'turns': 7, 'xla': False, 'json': True} | changes)
 
 
@@ -40,7 +40,7 @@ def rows(monkeypatch):
     precisions = ('float32', 'bfloat16')
     forms = [
         (OURS | {'name': name, 'precision': p}, lambda images: lambda: None)
-        for name, p in itertools.product(('drawn', 'mod1_a'), precisions)
+        for name, p in itertools.product(('auto', 'mod1_a'), precisions)
     ]
     forms += [(PEER | {'precision': p}, lambda images: lambda: None) for p in precisions]
     forms += [(PEER | {'engine': 'torch', 'precision': 'float32'}, fails)]
@@ -54,9 +54,9 @@ def test_rows_have_times_and_ratios(rows):
         assert row['batch'] == 3 and row['ms'] < row['ms_p95']
     np.testing.assert_allclose([row['ms'] for row in rows[:-1]], 1.5 * 2.0 ** np.arange(6))
     # Against ours at the same precision: the third row, of mod1_a, takes four times drawn's.
-    assert rows[2]['faster'] == pytest.approx({'drawn': 4, 'mod1_a': 1})
-    assert rows[4]['faster'] == pytest.approx({'drawn': 16, 'mod1_a': 4})
-    assert rows[5]['faster'] == pytest.approx({'drawn': 16, 'mod1_a': 4})
+    assert rows[2]['faster'] == pytest.approx({'auto': 4, 'mod1_a': 1})
+    assert rows[4]['faster'] == pytest.approx({'auto': 16, 'mod1_a': 4})
+    assert rows[5]['faster'] == pytest.approx({'auto': 16, 'mod1_a': 4})
 
 
 def test_what_cannot_be_converted_says_so_in_its_row(rows):
@@ -66,12 +66,12 @@ def test_what_cannot_be_converted_says_so_in_its_row(rows):
 
 def test_our_own_mistakes_are_raised():
     with pytest.raises(RuntimeError, match='no such operation'):
-        benchmark.measure([(OURS | {'name': 'drawn', 'precision': 'float32'}, fails)], 1, 1)
+        benchmark.measure([(OURS | {'name': 'auto', 'precision': 'float32'}, fails)], 1, 1)
 
 
 def test_without_bfloat16_there_is_none(monkeypatch):
     monkeypatch.setattr(benchmark, '_has_bfloat16', lambda: False)
-    form = OURS | {'name': 'drawn', 'precision': 'bfloat16'}, lambda images: lambda: None
+    form = OURS | {'name': 'auto', 'precision': 'bfloat16'}, lambda images: lambda: None
     (row,) = benchmark.measure([form], 1, 1)
     assert row['failed'] == 'this processor has no bfloat16'
 
@@ -80,7 +80,7 @@ def test_the_table_lists_published_accuracy(rows):
     head, *lines = (line.split() for line in benchmark.table(rows))
     words = 'engine precision M params GFLOP I-AUROC AUPRO batch ms 95 % drawn mod1_a'
     assert head == words.split()
-    assert lines[0][:8] == ['drawn', 'openvino', 'float32', '2.0', '1.5', '-', '-', '3']
+    assert lines[0][:8] == ['auto', 'openvino', 'float32', '2.0', '1.5', '-', '-', '3']
     assert lines[4][:8] == ['STFPM', 'openvino', 'float32', '2.0', '1.5', '95.5', '92.1', '3']
     assert lines[4][-2:] == ['16.00', '4.00']
     fast = [row | {'published': published.PEERS['FastFlow']} for row in rows[:1]]
@@ -104,7 +104,7 @@ def test_without_anomalib_the_error_says_how_to_install_it(absent, monkeypatch):
 
 
 def test_our_own_networks_are_measured():
-    found = benchmark.run(asked(configs=['drawn:efficientnet_lite0']))
+    found = benchmark.run(asked(configs=['edge']))
     (row,) = found['rows']
     assert row['name'] == 'drawn:efficientnet_lite0' and row['backbone'] == 'efficientnet_lite0'
     assert row['precision'] == 'float32' and 0 < row['ms'] <= row['ms_p95']
@@ -128,7 +128,7 @@ def test_the_models_of_anomalib_are_measured():
             allowed = 0.05 if row['name'] == 'FastFlow' else 1e-4
             error = np.abs(actual - expected).max() / np.abs(expected).max()
             assert error < allowed, (row['name'], error)
-    ours = benchmark.our_forms('drawn', ['openvino'], ['float32'])
+    ours = benchmark.our_forms('auto', ['openvino'], ['float32'])
     rows = benchmark.measure(ours + forms, 1, 1)
     assert len(rows) == 13 and not [row for row in rows if 'failed' in row]
-    assert all(row['ms'] > 0 and row['faster']['drawn'] > 0 for row in rows)
+    assert all(row['ms'] > 0 and row['faster']['auto'] > 0 for row in rows)

@@ -91,7 +91,9 @@ def test_training_from_the_disk_is_training_from_memory(tmp_path, monkeypatch):
     losses = {}
     for free in (2**40, 0):
         monkeypatch.setattr(files, 'free_memory', lambda free=free: free)
-        config = tiny.config(tmp_path, **{'turned_copies': 1, 'drawn.copies': 2, 'epochs': 2})
+        config = tiny.config(
+            tmp_path, **{'product.angle': 'any', 'turned_copies': 1, 'drawn.count': 24, 'epochs': 2}
+        )
         config.update(image_score='map', sparse=True, positions=8, map_loss='cross_entropy')
         workdir = tmp_path / f'run{free}'
         pipeline.train_and_evaluate(config, workdir, quiet=True)

@@ -57,7 +57,8 @@ def direct(backbone, backbone_variables, network, variables, images):
     model = backbones.BACKBONES[backbone]
     stages = jax.jit(model.apply)(backbone_variables, model.normalise(images))
     logits, scores = network.apply(variables, network.features(network.frozen(stages)))
-    return scores, network.full_size_map(logits, images.shape[1:3])[..., 0]
+    maps = network.full_size_map(logits, images.shape[1:3])[..., 0]
+    return maps.max((1, 2)) if scores is None else scores, maps
 
 
 def check_predictions(actual, expected, backbone='resnet18'):

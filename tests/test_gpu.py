@@ -55,12 +55,12 @@ def test_it_is_stopped_and_goes_on(tmp_path):
     tiny.write_weights(tmp_path / 'w.safetensors')
     shutil.copytree(tmp_path / 'data/nut', tmp_path / 'data/bottle')
     command = ('results', '--trial', '--data', 'data', '--weights', 'w.safetensors')
-    only = 'latency|drawn-lite0-bottle*|mod1_a-bottle|mod1_a-bottle-float32'
+    only = 'latency|edge-bottle*|mod1_a-bottle|mod1_a-bottle-float32'
     command += ('--epochs', 12, '--only', only)
     results = tmp_path / 'results'
 
     status, out, _ = end(start(tmp_path, *command, '--seconds', 1))
-    assert status == 124 and 'goes on with latency drawn-lite0-bottle mod1_a-bottle' in out
+    assert status == 124 and 'goes on with latency edge-bottle mod1_a-bottle' in out
     assert json.loads((results / 'summary.json').read_text())['runs'] == {}
 
     process, losses = start(tmp_path, *command), results / 'runs/mod1_a-bottle/train.csv'
@@ -71,9 +71,7 @@ def test_it_is_stopped_and_goes_on(tmp_path):
     status, out, err = end(process)
     assert status == 143 and out.endswith('goes on with mod1_a-bottle.\n'), (out, err)
     assert not (results / 'mod1_a-bottle.out').exists()
-    assert list(json.loads((results / 'summary.json').read_text())['runs']) == [
-        'drawn-lite0-bottle'
-    ]
+    assert list(json.loads((results / 'summary.json').read_text())['runs']) == ['edge-bottle']
 
     status, out, err = end(start(tmp_path, *command))
     assert status == 0, (out, err, (results / 'log.txt').read_text()[-2000:])
@@ -94,7 +92,7 @@ def test_it_is_stopped_and_goes_on(tmp_path):
             assert f'{100 * value:.2f} %' in text
         assert run['evaluated_again'] == 0
 
-    off = summary['runs']['drawn-lite0-bottle']['off_cpu']
+    off = summary['runs']['edge-bottle']['off_cpu']
     assert list(off) == ['float32', 'tensorfloat32', 'bfloat16']
     assert max(off['float32'].values()) < gpu.ROUNDING and 'float32 is kept' in text
 
@@ -153,6 +151,6 @@ def test_metrics_that_are_printed_again(tmp_path):
 
 
 def test_rows_of_a_benchmark():
-    row = {'name': 'drawn', 'engine': 'xla', 'precision': 'float32', 'batch': 1, 'ms': 2.5}
+    row = {'name': 'auto', 'engine': 'xla', 'precision': 'float32', 'batch': 1, 'ms': 2.5}
     assert gpu.timed({'device': 'x', 'rows': [row, {'name': 'no time'}]}) == [row]
     assert gpu.timed([row]) == [row]

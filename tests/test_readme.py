@@ -27,7 +27,8 @@ SHORT = (
 REAL = '--config.data.root={data}/mvtec_ad --config.data.category=bottle'
 # Beginnings of commands, and what is added to them. A new command needs an entry here.
 ADDED = {
-    'ssn-jax train --config drawn': f'{SHORT} --config.turned_copies=1 --config.drawn.copies=2',
+    'ssn-jax train --config auto': f'{SHORT} --config.drawn.count=8',
+    'ssn-jax train --config edge': f'{SHORT} --config.drawn.count=8',
     'ssn-jax predict --workdir runs/mine': '',
     'ssn-jax train --config mod2 --config.seeds': f'{SHORT} {REAL}',
     'ssn-jax train --config mod2 --config.noise': f'{SHORT} {REAL}',
@@ -44,7 +45,7 @@ ADDED = {
     'ssn-jax export --workdir runs/mod2 --format openvino': '',
     'ssn-jax export --workdir runs/mod2 --format stablehlo': '',
     'ssn-jax report': '',
-    'ssn-jax benchmark --json': '--configs=drawn --turns=7',
+    'ssn-jax benchmark --json': '--configs=auto --turns=7',
 }
 # Not run here: the environment's own commands, and what tests/test_devices.py and test_gpu.py run.
 LEFT_OUT = re.compile(r'(make|\. \.venv|pip install|scripts/gpu\.sh)\b|.*--coordinator')

@@ -84,11 +84,20 @@ def cut_model(run):
     (run / 'model.safetensors').write_bytes(content[:-40])
 
 
+def older(run, **fields):
+    """The config that a run of version 1 has."""
+    values = json.loads((run / 'config.json').read_text())
+    values |= {'version': 1, 'image_score': 'map'} | fields
+    values['noise']['shell'], values['drawn']['copies'] = [0.0, 0.0], 4
+    (run / 'config.json').write_text(json.dumps(values))
+
+
 BAD = {
     'nowhere': shutil.rmtree,
     'no run': lambda run: (run / 'config.json').unlink(),
     'no checkpoint': without_network,
     'newer ssn_jax': lambda run: (run / 'config.json').write_text('{"version": 1000}'),
+    'before it is smoothed': older,
     'no config': lambda run: (run / 'config.json').write_text('{'),
     'model.safetensors does not exist': lambda run: (run / 'model.safetensors').unlink(),
     'model.safetensors is damaged': cut_model,
@@ -106,6 +115,12 @@ def test_what_is_no_run_is_one_line(name, copy):
     with pytest.raises(UserError, match=WORDS.get(name, name)) as raised:
         predictor.open_run(copy)
     assert str(copy) in str(raised.value) and '\n' not in str(raised.value)
+
+
+def test_an_older_run_with_a_head_is_understood(copy):
+    config = config_lib.from_json(copy / 'config.json')
+    older(copy, image_score='head')
+    assert config_lib.from_json(copy / 'config.json').to_dict() == config.to_dict()
 
 
 # --- Runs that are moved --------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def config_of(name, folder, data='data'):
     config.epochs, config.batch_size, config.image_size = 1, 8, SIZE
     config.backbone.update(name='resnet18', weights=str(folder / 'w.safetensors'))
     config.data.update(name='ksdd2', root=str(folder / data), cache=str(folder / 'cache'))
-    config.drawn.copies = min(config.drawn.copies, 2)
+    config.drawn.count = min(config.drawn.count, 24)
     config.resize = (72, 56)
     if config.system == 'simplenet':
         config.simplenet.update(embedding=96, hidden=32)
@@ -104,7 +104,7 @@ def test_supersimplenet_with_masks(folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['simplenet', 'mod2_bounded', 'drawn'])
+@pytest.mark.parametrize('name', ['simplenet', 'mod2', 'auto'])
 def test_unsupervised_systems_leave_defects_out_of_training(name, folder, trained):
     check(results_of(trained(name)), trained(name), config_of(name, folder))
 

@@ -41,7 +41,8 @@ def predict(
     def run(images):
         stages = _backbone(fused.backbone, images)
         scores, logits = heads(fused, grid_lib.select_layers(stages, fused.network.layers))
-        return scores, fused.network.full_size_map(logits[..., None], images.shape[1:3])[..., 0]
+        maps = fused.network.full_size_map(logits[..., None], images.shape[1:3])[..., 0]
+        return maps.max((1, 2)) if scores is None else scores, maps
 
     with jax.default_matmul_precision(precision):
         return grid_lib.by_image(run, images, _IMAGES, one_by_one)
@@ -118,8 +119,10 @@ def _conv(conv, x, stride=1):
     return x + conv['bias']
 
 
-def heads(fused: fold.Fused, layers: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+def heads(fused: fold.Fused, layers: tuple[jax.Array, ...]) -> tuple[jax.Array | None, jax.Array]:
     """Scores (N,) and anomaly logits (N, h, w) at the network's own grid.
+
+    Without a classification head scores are None: they are the maxima of the maps for people.
 
     Args:
       fused: as `fold.fuse` returns it.
@@ -138,7 +141,7 @@ def heads(fused: fold.Fused, layers: tuple[jax.Array, ...]) -> tuple[jax.Array, 
         hidden = grid_lib.project(layers, kernel) if linear else adapted @ kernel
         logits = jax.nn.leaky_relu(hidden + bias, SLOPE) @ of['hidden']['out']
         if not network.classify:
-            return logits.max((1, 2)), logits
+            return None, logits
 
     cls = of['cls']
     if 'adapted' in cls:

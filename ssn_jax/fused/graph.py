@@ -220,7 +220,7 @@ def _heads(b, fused, layers):
             y = b.conv(adapted, hidden['kernel'][None, None], hidden['bias'])
         logits = b.conv(b.add('LeakyRelu', y, alpha=SLOPE), hidden['out'][None, None, :, None])
         if not network.classify:
-            return _flat(b, b.add('GlobalMaxPool', logits)), logits
+            return None, logits
     cls = heads['cls']
     if 'adapted' in cls:
         x = b.conv(adapted, cls['adapted'], cls['bias'])
@@ -310,9 +310,10 @@ def predictor(
     grid = tuple(
         n * (1 if isinstance(fused.network, systems.SimpleNet) else 2) for n in layers[0][1]
     )
-    rows, columns = fused.network.map_matrices(grid, size)
+    maps = b.rows_and_columns(logits, *fused.network.map_matrices(grid, size))
+    scores = scores or _flat(b, b.add('GlobalMaxPool', maps))
     b.add('Identity', scores, name=OUTPUTS[0])
-    b.add('Squeeze', b.rows_and_columns(logits, rows, columns), np.int64([1]), name=OUTPUTS[1])
+    b.add('Squeeze', maps, np.int64([1]), name=OUTPUTS[1])
     float32 = TensorProto.FLOAT
     outputs = [
         helper.make_tensor_value_info(OUTPUTS[0], float32, ['n']),

@@ -1,4 +1,4 @@
-"""The loss of a network whose score is its map's maximum: every position is judged by itself.
+"""The loss of a network without a classification head: every position is judged by itself.
 
 Adaptor and segmentation head look at one position at a time, so any sample of positions gives an
 unbiased estimate of the loss, at a cost that follows from the sample and not from the grid.

@@ -45,7 +45,7 @@ class _OnFeatureGrid(nn.Module):
     def setup(self):
         self.adapt_features = ADAPTORS[self.adaptor](name='adaptor')
 
-    def __call__(self, features: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, features: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """Evaluates a feature grid (N, H, W, C): anomaly logits (N, H, W, 1), score logits (N,)."""
         return self.discriminate(self.adapt(features), features)
 
@@ -60,7 +60,8 @@ class SuperSimpleNet(_OnFeatureGrid):
     Attributes:
       adapt_cls_features: whether the classification head sees adapted features (first paper,
         ICPR 2024) or the frozen ones (journal version).
-      classify: whether there is a classification head; without, the score is the map's maximum.
+      classify: whether there is a classification head; without, the score is the maximum of the
+        map for people, which is known with the image's size alone, and None here.
       waves: of the position code that the segmentation head reads beside the features; 0 for none.
       layers: of the backbone, as `grid.select_layers` takes them.
     """
@@ -100,7 +101,7 @@ class SuperSimpleNet(_OnFeatureGrid):
         features: jax.Array,
         train: bool = False,
         stop_map_gradient: bool = False,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array | None]:
         """Adapted and frozen features, both (N, H, W, C), to anomaly logits and score logits.
 
         With `stop_map_gradient` the classification loss does not reach the segmentation head
@@ -111,7 +112,7 @@ class SuperSimpleNet(_OnFeatureGrid):
             code = jnp.broadcast_to(code, (*adapted.shape[:3], code.shape[-1]))
         logits = self.segment(adapted, code, train)
         if not self.classify:
-            return logits, logits.max((1, 2, 3))
+            return logits, None
         seen = jax.lax.stop_gradient(logits) if stop_map_gradient else logits
         cls_features = adapted if self.adapt_cls_features else features
         return logits, self.cls_head(cls_features, seen, train)

@@ -20,6 +20,7 @@ import numpy as np
 from sklearn import metrics as sklearn_metrics
 
 from ssn_jax import files, metrics
+from ssn_jax.data import defects
 from ssn_jax.report import overlays as overlays_lib
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -96,6 +97,31 @@ def _tint(images: np.ndarray, maps: np.ndarray) -> tuple[list[np.ndarray], cm.Sc
     high = high if high > low else low + 1e-3
     tinted = [overlays_lib.tint(*pair, low, high) for pair in zip(images, maps, strict=True)]
     return tinted, cm.ScalarMappable(colors.Normalize(low, high), 'viridis')
+
+
+def drawn_defects(
+    path: Path, images: np.ndarray, product: Mapping[str, str], title: str, seed: int = 0
+) -> None:
+    """Defects of each kind as training draws them, outlined, on images of the run.
+
+    Args:
+        path: file to write.
+        images: normal ones, uint8 RGB (N, H, W, 3).
+        product: `config.product`: what of it decides which kinds there are.
+        title: what is seen.
+        seed: of places and looks.
+    """
+    kinds, rows = list(defects.kinds_of(product)), []
+    for row in range(3):
+        rngs = [np.random.default_rng([seed, 2, row, i]) for i in range(len(kinds))]
+        pairs = [images[rng.integers(len(images), size=2)] for rng in rngs]
+        drawn = [
+            defects.draw_one(*pair, kind, rng)
+            for pair, kind, rng in zip(pairs, kinds, rngs, strict=True)
+        ]
+        rows.append([(_outline(*one), '', 'black') for one in drawn])
+    with _grid(path, title, kinds, rows, 1):
+        pass
 
 
 def pick_best_worst(scores: np.ndarray, labels: np.ndarray, k: int) -> tuple[list[int], list[int]]:
