@@ -1,5 +1,8 @@
 """Drawn defects: where they are, that masks tell the truth, and that they follow from a seed."""
 
+import re
+
+import commands
 import cv2
 from hypothesis import given, settings, strategies as st
 import numpy as np
@@ -66,8 +69,8 @@ WOVEN = {'angle': 'same', 'place': 'any', 'surface': 'texture'}
 def test_kinds_of_products():
     """What is moved is a defect where places are the same, and nothing breaks off a texture."""
     same, anywhere, woven = (set(defects.kinds_of(x)) for x in (SAME, ANY, WOVEN))
-    assert same - anywhere == {'swap', 'double', 'move', 'turn'}
-    assert woven - anywhere == {'turn', 'thread'}
+    assert same - anywhere == {'swap', 'double', 'move', 'turn', 'remove'}
+    assert woven - anywhere == {'turn', 'thread', 'remove'}
     assert anywhere - woven == {'break'}
 
 
@@ -105,6 +108,16 @@ def test_what_is_hidden_continues_what_is_around():
     hidden[20:40, 20:40] = 1
     filled = defects._filled(image, window, hidden, np.random.default_rng(0))
     assert np.abs(filled - ramp[window]).max() < 12
+
+
+def test_the_docs_list_every_kind():
+    page = (commands.ROOT / 'docs' / 'supervision.md').read_text()
+    rows = re.findall(r'^\| `(\w+)` \| [^|]+ \| (\d+) \| ([\d.]+) to ([\d.]+) \|', page, re.M)
+    listed = {name: (int(share), float(low), float(high)) for name, share, low, high in rows}
+    assert listed == {
+        name: (kind.share, *(float(f'{100 * area / 256**2:.1g}') for area in kind.areas))
+        for name, kind in defects.KINDS.items()
+    }
 
 
 def draw_all(images, count, seed, product=ANY):

@@ -32,14 +32,15 @@ class Kind(NamedTuple):
         window's edges.
       share: how often it is drawn, beside the others' shares.
       areas: least and largest; log-uniform between the two. In `unit`s squared: of 65,536.
-      only: what it is for: an object or a texture, or products of the same 'place' or 'angle', as
-        what is but moved or turned is no defect of others; '' for all.
+      only: what it is for, if not for all: an 'object', a 'texture', products of the same 'place'
+        or 'angle'. What is but moved or turned is no defect of others, nor is what looks as if the
+        product lay elsewhere.
     """
 
     draw: Callable
     share: int
     areas: tuple[float, float]
-    only: str = ''
+    only: tuple[str, ...] = ()
 
 
 def draw(
@@ -66,8 +67,8 @@ def draw(
 
 def kinds_of(product: Mapping[str, str]) -> dict[str, int]:
     """The kinds of defects that products have that are as `config.product` says: their shares."""
-    fit = {'', product['surface']} | {x for x in ('place', 'angle') if product[x] == 'same'}
-    return {name: kind.share for name, kind in KINDS.items() if kind.only in fit}
+    fit = {product['surface']} | {x for x in ('place', 'angle') if product[x] == 'same'}
+    return {k: kind.share for k, kind in KINDS.items() if not kind.only or fit & {*kind.only}}
 
 
 def draw_one(
@@ -446,17 +447,17 @@ def _bright(image, behind, window, overall):
 
 KINDS = {
     'paste': Kind(_paste, 4, (20.0, 500.0)),
-    'swap': Kind(_paste, 2, (500.0, 26000.0), 'place'),
-    'double': Kind(_double, 2, (50.0, 5000.0), 'place'),
-    'move': Kind(_move, 2, (50.0, 5000.0), 'place'),
-    'turn': Kind(_turn, 2, (100.0, 26000.0), 'angle'),
-    'remove': Kind(_remove, 1, (20.0, 26000.0)),
-    'break': Kind(_break, 3, (20.0, 500.0), 'object'),
+    'swap': Kind(_paste, 2, (500.0, 26000.0), ('place',)),
+    'double': Kind(_double, 2, (50.0, 5000.0), ('place',)),
+    'move': Kind(_move, 2, (50.0, 5000.0), ('place',)),
+    'turn': Kind(_turn, 2, (100.0, 26000.0), ('angle',)),
+    'remove': Kind(_remove, 2, (20.0, 26000.0), ('place', 'texture')),
+    'break': Kind(_break, 3, (20.0, 500.0), ('object',)),
     'warp': Kind(_warp, 4, (20.0, 500.0)),
     'scratch': Kind(_scratch, 3, (20.0, 500.0)),
-    'thread': Kind(_thread, 2, (20.0, 1000.0), 'texture'),
+    'thread': Kind(_thread, 2, (20.0, 2000.0), ('texture',)),
     'tone': Kind(_tone, 3, (20.0, 500.0)),
-    'stain': Kind(_stain, 1, (20.0, 26000.0)),
+    'stain': Kind(_stain, 2, (20.0, 26000.0)),
     'smear': Kind(_smear, 3, (20.0, 500.0)),
-    'blur': Kind(_blur, 1, (20.0, 26000.0)),
+    'blur': Kind(_blur, 2, (20.0, 26000.0)),
 }

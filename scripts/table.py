@@ -1,0 +1,185 @@
+"""Measures the recommended recipes, and what each of their parts is worth, on several data sets.
+
+    python scripts/table.py --sets mvtec_ad:MVTEC/bottle folder:AITEX/02 \
+      --weights RESNET18.safetensors --workdir table
+
+A set is data.name:data.root/data.category. The rows: configs/auto.py and configs/edge.py, each
+with --seeds seeds; the nearest neighbour on the same features; and configs/edge.py without each of
+its parts, with one seed. Every training is a command of its own in a folder of its own; the same
+command goes on with what is missing, and --rows chooses some. table.md has the metrics after the
+last epoch in percent, the minutes of the whole command and the milliseconds of an image. Nothing
+else should run meanwhile.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+from ssn_jax import config as config_lib, data, metrics, predictor, terminal
+from ssn_jax.fused import fold
+from ssn_jax.models import grid as grid_lib, systems, weights
+from ssn_jax.training import features
+
+# Of each row its config, and what differs from it.
+ROWS = {
+    'auto': ('auto', {}),
+    'edge': ('edge', {}),
+    'neighbours, ResNet18': ('auto', None),
+    'neighbours, EfficientNet-Lite0': ('edge', None),
+    'edge, nothing drawn': ('edge', {'drawn.count': 0, 'epochs': 450}),
+    'edge, at any angle': ('edge', {'product.angle': 'any'}),
+    'edge, at the same angle': ('edge', {'product.angle': 'same'}),
+    'edge, at any place': ('edge', {'product.place': 'any'}),
+    'edge, at the same place': ('edge', {'product.place': 'same'}),
+    'edge, place without misplaced features': ('edge', {'misplaced': 0.0}),
+    'edge, positions anywhere': ('edge', {'product_share': 0.0}),
+    'edge, the published loss': ('edge', {'map_loss': 'l1_focal'}),
+    'edge, no average of weights': ('edge', {'optimizer.average': 0.0}),
+    'edge, layers 2 and 3': ('edge', {'features.layers': '(2,3)'}),
+}
+SHOWN = ('I-AUROC', 'AP-det', 'AUPRO', 'AP-loc')
+
+
+def main() -> None:
+    """Runs what is missing, and writes the table after each run."""
+    parser = terminal.Parser('table', __doc__)
+    parser.add_argument('--sets', nargs='+', required=True, metavar='NAME:ROOT/CATEGORY')
+    parser.add_argument('--weights', required=True, metavar='FILE', help="ResNet18's")
+    parser.add_argument('--workdir', type=terminal.path, required=True)
+    parser.add_argument('--rows', nargs='+', default=list(ROWS), choices=ROWS, metavar='ROW')
+    parser.add_argument(
+        '--fields', nargs='+', default=[], metavar='FIELD=VALUE', help='of all runs'
+    )
+    parser.add_argument('--seeds', type=int, default=3, help='of auto and edge (%(default)s)')
+    arguments = parser.parse_args()
+    for row in arguments.rows:
+        for one in arguments.sets:
+            for seed in range(arguments.seeds if row in ('auto', 'edge') else 1):
+                done = row_file(arguments.workdir, row, one, seed)
+                if not done.exists():
+                    print(f'{row} on {one}, seed {seed}', flush=True)
+                    found = measure(row, one, seed, arguments, done.parent)
+                    done.write_text(json.dumps(found))
+                    (arguments.workdir / 'table.md').write_text(table(arguments))
+
+
+def row_file(workdir: pathlib.Path, row: str, one: str, seed: int) -> pathlib.Path:
+    """What one run of a row has come to; it lies in the run's folder."""
+    name = row.replace(', ', '-').replace(' ', '_')
+    return workdir / name / pathlib.Path(one).name / f'seed-{seed}' / 'row.json'
+
+
+def measure(row: str, one: str, seed: int, arguments, folder: pathlib.Path) -> dict:
+    """Metrics, minutes of the whole command and, of a run, milliseconds of an image."""
+    name, _, place = one.partition(':')
+    base, changes = ROWS[row]
+    given = {'data.name': name, 'seed': seed, 'drawn.seed': seed}
+    given |= {
+        'data.root': str(pathlib.Path(place).parent),
+        'data.category': pathlib.Path(place).name,
+    }
+    if base == 'auto':
+        given['backbone.weights'] = arguments.weights
+    began = time.perf_counter()
+    if changes is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        config = config_lib.load(base)
+        config.update_from_flattened_dict(given)
+        found = {'metrics': neighbours(config)}
+    else:
+        flags = [f'--config.{field}={value}' for field, value in (given | changes).items()]
+        flags += [f'--config.{field}' for field in arguments.fields]
+        command = [sys.executable, '-m', 'ssn_jax', 'train', '--config', base, '--quiet']
+        subprocess.run([*command, *flags, '--workdir', str(folder)], check=True)
+        found = {'metrics': json.loads((folder / 'results.json').read_text())['metrics']}
+    found['minutes'] = (time.perf_counter() - began) / 60
+    if changes is not None:
+        found['ms'] = milliseconds(folder)
+    return found
+
+
+def neighbours(config, tenth: int = 10) -> dict:
+    """The metrics of the nearest neighbour on the features that a config reads.
+
+    As PatchCore (Roth et al., CVPR 2022) with a random tenth of the patches: the distance of each
+    position's features, at layer2's grid and averaged over 3x3, to the nearest of normal images;
+    the map is smoothed as ours is, and the score is its maximum.
+    """
+    dataset = data.load(config.data, config.image_size, config.resize)
+    backbone, _ = weights.load_backbone(config.backbone.name, config.backbone.weights, False)
+    run = features.extractor(
+        config, systems.build_network(config), fold.fuse_backbone(backbone), config.image_size
+    )
+
+    def patches(images):
+        layers = [np.asarray(features.restore(x), np.float32) for x in run(images)]
+        return np.asarray(grid_lib.upscale_pool(tuple(layers), scale=1))
+
+    parts = range(0, len(dataset.train.labels), 16)
+    normal = dataset.train.images[dataset.train.labels == 0]
+    rows = np.concatenate(
+        [x.reshape(-1, x.shape[-1]) for x in (patches(normal[i : i + 16]) for i in parts) if len(x)]
+    )
+    rng = np.random.default_rng(config.seed)
+    bank = rows[rng.choice(len(rows), len(rows) // tenth, replace=False)]
+    squares, maps = (bank**2).sum(1), []
+    for image in dataset.test.images:
+        asked = patches(image[None])[0]
+        flat = asked.reshape(-1, asked.shape[-1])
+        nearest = ((flat**2).sum(1)[:, None] + squares - 2 * flat @ bank.T).min(1)
+        maps.append(np.sqrt(np.maximum(nearest, 0)).reshape(asked.shape[:2]))
+    maps = np.stack(maps)[..., None].astype(np.float32)
+    maps = np.asarray(grid_lib.full_size_map(maps, config.image_size))[..., 0]
+    test = dataset.test
+    found, _ = metrics.evaluate(maps.max((1, 2)), maps, test.labels, test.masks, test.has_mask)
+    return found
+
+
+def milliseconds(folder: pathlib.Path, turns: int = 60) -> float:
+    """The median time of one image of the run's size."""
+    model = predictor.open_run(folder)
+    image = np.zeros((1, *model.config.image_size, 3), np.uint8)
+    seconds = []
+    for _ in range(turns):
+        began = time.perf_counter()
+        model.logits(image)
+        seconds.append(time.perf_counter() - began)
+    return 1e3 * statistics.median(seconds)
+
+
+def table(arguments: argparse.Namespace) -> str:
+    """What there is, a line for each row and set and one for its mean, in Markdown."""
+    lines = [f'| row | set | {" | ".join(SHOWN)} | minutes | ms |', '|---|---' + '|---' * 6 + '|']
+    for row in ROWS:
+        means = []
+        for one in arguments.sets:
+            files = [row_file(arguments.workdir, row, one, seed) for seed in range(arguments.seeds)]
+            runs = [json.loads(file.read_text()) for file in files if file.exists()]
+            if not runs:
+                continue
+            values = [[100 * run['metrics'][name] for run in runs] for name in SHOWN]
+            means.append([statistics.mean(x) for x in values])
+            cells = [_with_deviation(x) for x in values]
+            cells.append(f'{statistics.mean(run["minutes"] for run in runs):.1f}')
+            ms = [run['ms'] for run in runs if 'ms' in run]
+            cells.append(f'{statistics.median(ms):.1f}' if ms else '–')
+            lines.append(f'| {row} | {pathlib.Path(one).name} | {" | ".join(cells)} |')
+        if len(means) == len(arguments.sets):
+            mean = ' | '.join(f'{statistics.mean(x):.1f}' for x in zip(*means, strict=True))
+            lines.append(f'| {row} | mean | {mean} | | |')
+    return '\n'.join(lines) + '\n'
+
+
+def _with_deviation(values):
+    mean = f'{statistics.mean(values):.1f}'
+    return mean if len(values) == 1 else f'{mean} ± {statistics.stdev(values):.1f}'
+
+
+if __name__ == '__main__':
+    terminal.guard(main)
