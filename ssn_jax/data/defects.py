@@ -447,11 +447,11 @@ def _bright(image, behind, window, overall):
 
 KINDS = {
     'paste': Kind(_paste, 4, (20.0, 500.0)),
-    'swap': Kind(_paste, 2, (500.0, 26000.0), ('place',)),
+    'swap': Kind(_paste, 4, (500.0, 26000.0), ('place',)),
     'double': Kind(_double, 2, (50.0, 5000.0), ('place',)),
     'move': Kind(_move, 2, (50.0, 5000.0), ('place',)),
-    'turn': Kind(_turn, 2, (100.0, 26000.0), ('angle',)),
-    'remove': Kind(_remove, 2, (20.0, 26000.0), ('place', 'texture')),
+    'turn': Kind(_turn, 3, (100.0, 26000.0), ('angle',)),
+    'remove': Kind(_remove, 3, (20.0, 26000.0), ('place', 'texture')),
     'break': Kind(_break, 3, (20.0, 500.0), ('object',)),
     'warp': Kind(_warp, 4, (20.0, 500.0)),
     'scratch': Kind(_scratch, 3, (20.0, 500.0)),

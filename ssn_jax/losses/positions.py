@@ -64,8 +64,9 @@ def make_map_loss(
             if config.misplaced:
                 # What is normal, said to lie where another image's position does.
                 moved = slice(1, sampled.first, 2)
-                elsewhere = jnp.roll(sampled.places[moved], config.positions or 1)
-                elsewhere = jax.random.permutation(jax.random.fold_in(key, 1), elsewhere)
+                elsewhere = jax.random.permutation(
+                    jax.random.fold_in(key, 1), sampled.places[moved]
+                )
                 seen = jnp.concatenate([seen, adapted[moved]])
                 places = jnp.concatenate([places, elsewhere])
                 normal = sampled.weight[moved] * (1 - sampled.defective[moved])
