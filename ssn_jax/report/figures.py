@@ -111,16 +111,19 @@ def drawn_defects(
         title: what is seen.
         seed: of places and looks.
     """
-    kinds, rows = list(defects.kinds_of(product)), []
-    for row in range(3):
-        rngs = [np.random.default_rng([seed, 2, row, i]) for i in range(len(kinds))]
+    cells = []
+    for i, kind in enumerate(defects.kinds_of(product)):
+        rngs = [np.random.default_rng([seed, 2, i, row]) for row in range(2)]
         pairs = [images[rng.integers(len(images), size=2)] for rng in rngs]
         drawn = [
-            defects.draw_one(*pair, kind, rng)
-            for pair, kind, rng in zip(pairs, kinds, rngs, strict=True)
+            _outline(*defects.draw_one(*pair, kind, rng))
+            for pair, rng in zip(pairs, rngs, strict=True)
         ]
-        rows.append([(_outline(*one), '', 'black') for one in drawn])
-    with _grid(path, title, kinds, rows, 1):
+        cells.append((np.concatenate(drawn), kind, 'black'))
+    columns = -(-len(cells) // 2)
+    cells += [(None, '', 'black')] * (2 * columns - len(cells))
+    rows = [cells[:columns], cells[columns:]]
+    with _grid(path, title, [' '] * columns, rows, 1):
         pass
 
 
