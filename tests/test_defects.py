@@ -69,8 +69,8 @@ WOVEN = {'angle': 'same', 'place': 'any', 'surface': 'texture'}
 def test_kinds_of_products():
     """What is moved is a defect where places are the same, and nothing breaks off a texture."""
     same, anywhere, woven = (set(defects.kinds_of(x)) for x in (SAME, ANY, WOVEN))
-    assert same - anywhere == {'swap', 'double', 'move', 'turn', 'remove'}
-    assert woven - anywhere == {'turn', 'thread', 'remove'}
+    assert same - anywhere == {'swap', 'double', 'move', 'turn', 'remove', 'stain', 'blur'}
+    assert woven - anywhere == {'turn', 'thread', 'remove', 'stain', 'blur'}
     assert anywhere - woven == {'break'}
 
 

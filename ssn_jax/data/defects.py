@@ -34,7 +34,7 @@ class Kind(NamedTuple):
       areas: least and largest; log-uniform between the two. In `unit`s squared: of 65,536.
       only: what it is for, if not for all: an 'object', a 'texture', products of the same 'place'
         or 'angle'. What is but moved or turned is no defect of others, nor is what looks as if the
-        product lay elsewhere.
+        product lay elsewhere; and of an object at any place large ones raise false alarms.
     """
 
     draw: Callable
@@ -457,7 +457,7 @@ KINDS = {
     'scratch': Kind(_scratch, 3, (20.0, 500.0)),
     'thread': Kind(_thread, 2, (20.0, 2000.0), ('texture',)),
     'tone': Kind(_tone, 3, (20.0, 500.0)),
-    'stain': Kind(_stain, 2, (20.0, 26000.0)),
+    'stain': Kind(_stain, 2, (20.0, 26000.0), ('place', 'texture')),
     'smear': Kind(_smear, 3, (20.0, 500.0)),
-    'blur': Kind(_blur, 2, (20.0, 26000.0)),
+    'blur': Kind(_blur, 2, (20.0, 26000.0), ('place', 'texture')),
 }
