@@ -143,7 +143,8 @@ FIELDS = {
     ),
     'product_share': Field(
         0.0,
-        "Of positions: share of a normal image's that lie on the product; 0: anywhere, all alike.",
+        "Of positions: share of a normal image's that lie on the product, where that is an object; "
+        '0: anywhere, all alike.',
         *_SHARE,
     ),
     'map_loss': Field(
@@ -471,6 +472,11 @@ def identity(config: ml_collections.ConfigDict) -> dict:
 def training_precision(config: ml_collections.ConfigDict) -> str:
     """The precision of training and of the features that it reads."""
     return 'float32' if config.precision in ('int8', 'auto') else config.precision
+
+
+def product_share(config: ml_collections.ConfigDict) -> float:
+    """`config.product_share`, or 0 where the product fills the image."""
+    return config.product_share if config.product.surface == 'object' else 0.0
 
 
 def with_found(config: ml_collections.ConfigDict, found: dict) -> ml_collections.ConfigDict:

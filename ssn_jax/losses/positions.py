@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from ssn_jax import synthesis
+from ssn_jax import config as config_lib, synthesis
 from ssn_jax.losses import terms as loss_terms
 from ssn_jax.models.grid import feature_grid, sample_features
 
@@ -47,7 +47,7 @@ def make_map_loss(
             return x, updates.get('batch_stats', {})
 
         k_places, k_noise = jax.random.split(key)
-        sampled = _sample(k_places, batch, config.positions, config.product_share)
+        sampled = _sample(k_places, batch, config.positions, config_lib.product_share(config))
         adapted, of_adaptor = apply(sampled.features, 'adapt')
         noisy = sampled.weight[: sampled.first : 2] * (1 - sampled.defective[: sampled.first : 2])
         clean = adapted[: sampled.first : 2]

@@ -71,7 +71,7 @@ def training_data(
     shapes = layer_shapes(backbone, shown.shape, network.frozen, dtype)
     grid = grid_lib.feature_grid(shapes)
     masked = bool(shown.labels.any() and shown.masked)
-    names = ['mask', 'weight'] * masked + ['product'] * bool(config.product_share)
+    names = ['mask', 'weight'] * masked + ['product'] * bool(config_lib.product_share(config))
     wanted = dict.fromkeys(names, ((len(shown), *grid, 1), np.float32))
     spread = mesh is not None and not on_host
     if spread:
@@ -84,7 +84,7 @@ def training_data(
         found = {'images': images} if spread else {}
         if masked:
             found |= targets.truth(config.supervision, masks, grid)
-        if config.product_share:
+        if 'product' in wanted:
             # Of defective images nothing is said.
             normal = shown.labels[places] == 0
             found['product'] = np.zeros((len(images), *grid, 1), np.float32)

@@ -40,31 +40,35 @@ def find(config, images: np.ndarray, backbone: dict) -> dict[str, str]:
     Returns:
       The fields by their name in the config, and their values.
     """
-    asked = {name for name, value in config.product.items() if value == 'auto'}
+    found = dict(config.product)
+    asked = sorted(name for name, value in found.items() if value == 'auto')
     if not asked:
         return {}
-    found, why = {'angle': 'same', 'place': 'any', 'surface': 'object'}, {}
+    why, few = {}, len(images) < _FEWEST
     images = images[np.random.default_rng(0).permutation(len(images))[: _ASKED + _KNOWN]]
-    if len(images) < _FEWEST:
-        few = f'taken for granted: {len(images)} normal images are too few to tell'
-        why |= dict.fromkeys(('angle', 'place'), few)
-    else:
+    told, home = 1.0, 0.0
+    if not few and asked != ['surface']:
         told, home = _compare(config, images, backbone)
+    if 'angle' in asked:
         found['angle'] = 'same' if told > _TOLD_APART else 'any'
         why['angle'] = f'images are told from their quarter turns by an AUROC of {told:.2f}'
+    if 'place' in asked:
         # What is turned is nowhere at home but in the middle.
-        if home > _AT_HOME and found['angle'] == 'same':
-            found['place'] = 'same'
+        at_home = home > _AT_HOME and found['angle'] == 'same'
+        found['place'] = 'same' if at_home else 'any'
         why['place'] = f'{home:.0%} of the positions look most like those of their own place'
+    if few:
+        why = dict.fromkeys(why, f'taken for granted: {len(images)} normal images are too few')
     share = np.median([defects.border(defects.foreground(image)).mean() for image in images])
-    if share > _ON_BORDER and found['place'] == 'any':
-        found['surface'] = 'texture'
-    why['surface'] = f'{share:.0%} of the border look like the product'
-    for name in sorted(asked):
+    if 'surface' in asked:
+        all_over = share > _ON_BORDER and found['place'] == 'any'
+        found['surface'] = 'texture' if all_over else 'object'
+        why['surface'] = f'{share:.0%} of the border look like the product'
+    for name in asked:
         logging.info(
             'Found in the normal images: --config.product.%s=%s (%s)', name, found[name], why[name]
         )
-    return {f'product.{name}': found[name] for name in sorted(asked)}
+    return {f'product.{name}': found[name] for name in asked}
 
 
 def _compare(config, images, backbone) -> tuple[float, float]:
