@@ -3,7 +3,7 @@
     python scripts/table.py --sets mvtec_ad:MVTEC/bottle folder:AITEX/02 \
       --weights RESNET18.safetensors --workdir table
 
-A set is data.name:data.root/data.category. The rows: configs/auto.py and configs/edge.py, each
+A set is data.name:FOLDER. The rows: configs/auto.py and configs/edge.py, each
 with --seeds seeds; the nearest neighbour on the same features; and configs/edge.py without each of
 its parts, with one seed. Every training is a command of its own in a folder of its own; the same
 command goes on with what is missing, and --rows chooses some. table.md has the metrics after the
@@ -22,6 +22,7 @@ import time
 import numpy as np
 
 from ssn_jax import config as config_lib, data, metrics, predictor, terminal
+from ssn_jax.errors import UserError
 from ssn_jax.fused import fold
 from ssn_jax.models import grid as grid_lib, systems, weights
 from ssn_jax.training import features
@@ -49,7 +50,7 @@ SHOWN = ('I-AUROC', 'AP-det', 'AUPRO', 'AP-loc')
 def main() -> None:
     """Runs what is missing, and writes the table after each run."""
     parser = terminal.Parser('table', __doc__)
-    parser.add_argument('--sets', nargs='+', required=True, metavar='NAME:ROOT/CATEGORY')
+    parser.add_argument('--sets', nargs='+', required=True, metavar='NAME:FOLDER')
     parser.add_argument('--weights', required=True, metavar='FILE', help="ResNet18's")
     parser.add_argument('--workdir', type=terminal.path, required=True)
     parser.add_argument('--rows', nargs='+', default=list(ROWS), choices=ROWS, metavar='ROW')
@@ -77,13 +78,11 @@ def row_file(workdir: pathlib.Path, row: str, one: str, seed: int) -> pathlib.Pa
 
 def measure(row: str, one: str, seed: int, arguments, folder: pathlib.Path) -> dict:
     """Metrics, minutes of the whole command and, of a run, milliseconds of an image."""
-    name, _, place = one.partition(':')
+    name, place = one.split(':', 1)[0], pathlib.Path(one.split(':', 1)[-1])
     base, changes = ROWS[row]
     given = {'data.name': name, 'seed': seed, 'drawn.seed': seed}
-    given |= {
-        'data.root': str(pathlib.Path(place).parent),
-        'data.category': pathlib.Path(place).name,
-    }
+    given['data.root'] = str(place.parent if name == 'mvtec_ad' else place)
+    given['data.category'] = place.name
     if base == 'auto':
         given['backbone.weights'] = arguments.weights
     began = time.perf_counter()
@@ -96,7 +95,8 @@ def measure(row: str, one: str, seed: int, arguments, folder: pathlib.Path) -> d
         flags = [f'--config.{field}={value}' for field, value in (given | changes).items()]
         flags += [f'--config.{field}' for field in arguments.fields]
         command = [sys.executable, '-m', 'ssn_jax', 'train', '--config', base, '--quiet']
-        subprocess.run([*command, *flags, '--workdir', str(folder)], check=True)
+        if subprocess.run([*command, *flags, '--workdir', str(folder)]).returncode:
+            raise UserError(f'{row} on {one} ended so: the same command goes on with it.')
         found = {'metrics': json.loads((folder / 'results.json').read_text())['metrics']}
     found['minutes'] = (time.perf_counter() - began) / 60
     if changes is not None:
