@@ -1,6 +1,8 @@
 """auto.py on EfficientNet-Lite0: for small computers.
 
-ssn-jax train --config edge
+    ssn-jax train --config edge
+
+docs/results.md has what it reaches.
 """
 
 from ssn_jax.config import load

@@ -3,12 +3,12 @@
     python scripts/table.py --sets mvtec_ad:MVTEC/bottle folder:AITEX/02 \
       --weights RESNET18.safetensors --workdir table
 
-A set is data.name:FOLDER. The rows: configs/auto.py and configs/edge.py, each
-with --seeds seeds; the nearest neighbour on the same features; and configs/edge.py without each of
-its parts, with one seed. Every training is a command of its own in a folder of its own; the same
-command goes on with what is missing, and --rows chooses some. table.md has the metrics after the
-last epoch in percent, the minutes of the whole command and the milliseconds of an image. Nothing
-else should run meanwhile.
+A set is data.name:FOLDER. The rows: configs/auto.py and configs/edge.py, each with --seeds seeds;
+the nearest neighbour on the same features; and configs/edge.py without each of its parts, with one
+seed. Every training is a command of its own in a folder of its own; the same command goes on with
+what is missing, and --rows chooses some. table.md has the metrics after the last epoch in percent,
+the minutes of the whole command and the milliseconds of an image. Nothing else should run
+meanwhile.
 """
 
 import argparse
@@ -21,11 +21,11 @@ import time
 
 import numpy as np
 
-from ssn_jax import config as config_lib, data, metrics, predictor, terminal
+from ssn_jax import benchmark, config as config_lib, data, files, metrics, predictor, terminal
 from ssn_jax.errors import UserError
 from ssn_jax.fused import fold
 from ssn_jax.models import grid as grid_lib, systems, weights
-from ssn_jax.training import features
+from ssn_jax.training import features, product
 
 # Of each row its config, and what differs from it.
 ROWS = {
@@ -59,6 +59,9 @@ def main() -> None:
     )
     parser.add_argument('--seeds', type=int, default=3, help='of auto and edge (%(default)s)')
     arguments = parser.parse_args()
+    names = [pathlib.Path(one).name for one in arguments.sets]
+    if len(set(names)) < len(names):
+        raise UserError(f'--sets has {" ".join(names)}: the last folder is its name, once each.')
     for row in arguments.rows:
         for one in arguments.sets:
             for seed in range(arguments.seeds if row in ('auto', 'edge') else 1):
@@ -66,8 +69,8 @@ def main() -> None:
                 if not done.exists():
                     print(f'{row} on {one}, seed {seed}', flush=True)
                     found = measure(row, one, seed, arguments, done.parent)
-                    done.write_text(json.dumps(found))
-                    (arguments.workdir / 'table.md').write_text(table(arguments))
+                    files.write(done, json.dumps(found))
+                    files.write(arguments.workdir / 'table.md', table(arguments))
 
 
 def row_file(workdir: pathlib.Path, row: str, one: str, seed: int) -> pathlib.Path:
@@ -128,12 +131,11 @@ def neighbours(config, tenth: int = 10) -> dict:
     )
     rng = np.random.default_rng(config.seed)
     bank = rows[rng.choice(len(rows), len(rows) // tenth, replace=False)]
-    squares, maps = (bank**2).sum(1), []
+    maps = []
     for image in dataset.test.images:
         asked = patches(image[None])[0]
-        flat = asked.reshape(-1, asked.shape[-1])
-        nearest = ((flat**2).sum(1)[:, None] + squares - 2 * flat @ bank.T).min(1)
-        maps.append(np.sqrt(np.maximum(nearest, 0)).reshape(asked.shape[:2]))
+        distances, _ = product.nearest_of(bank[None], asked.reshape(1, -1, asked.shape[-1]))
+        maps.append(distances.reshape(asked.shape[:2]))
     maps = np.stack(maps)[..., None].astype(np.float32)
     maps = np.asarray(grid_lib.full_size_map(maps, config.image_size))[..., 0]
     test = dataset.test
@@ -145,12 +147,7 @@ def milliseconds(folder: pathlib.Path, turns: int = 60) -> float:
     """The median time of one image of the run's size."""
     model = predictor.open_run(folder)
     image = np.zeros((1, *model.config.image_size, 3), np.uint8)
-    seconds = []
-    for _ in range(turns):
-        began = time.perf_counter()
-        model.logits(image)
-        seconds.append(time.perf_counter() - began)
-    return 1e3 * statistics.median(seconds)
+    return 1e3 * float(np.median(benchmark.take_turns([lambda: model.logits(image)], turns)))
 
 
 def table(arguments: argparse.Namespace) -> str:
@@ -159,8 +156,10 @@ def table(arguments: argparse.Namespace) -> str:
     for row in ROWS:
         means = []
         for one in arguments.sets:
-            files = [row_file(arguments.workdir, row, one, seed) for seed in range(arguments.seeds)]
-            runs = [json.loads(file.read_text()) for file in files if file.exists()]
+            places = [
+                row_file(arguments.workdir, row, one, seed) for seed in range(arguments.seeds)
+            ]
+            runs = [json.loads(file.read_text()) for file in places if file.exists()]
             if not runs:
                 continue
             values = [[100 * run['metrics'][name] for run in runs] for name in SHOWN]

@@ -233,17 +233,7 @@ def measure(job, state, log, material) -> dict:
         results['youden_on_test'] = metrics.youden(scores, dataset.test.labels)
     if devices.is_first():
         results['model_sha256'] = run_lib.model_digest(workdir)
-        draw_figures(workdir / 'figures', results, dataset.test, maps, scores, log)
-        if config.drawn.count:
-            from ssn_jax.report import figures
-
-            figures.drawn_defects(
-                workdir / 'figures' / 'drawn.png',
-                split.images[split.labels == 0],
-                config.product,
-                f'{config.name} · {dataset.category} · defects that were drawn into normal images',
-                config.drawn.seed,
-            )
+        draw_figures(job, results, material, maps, scores, log)
     run_lib.write(workdir / 'decision.json', json.dumps(chosen, indent=2) + '\n')
     run_lib.write(workdir / 'results.json', json.dumps(results, indent=2) + '\n')
     return results
@@ -301,11 +291,21 @@ def count(params: dict) -> int:
     return sum(x.size for x in jax.tree.leaves(params))
 
 
-def draw_figures(folder, results, split, maps, scores, log) -> None:
-    """Overlays of the best and worst test images, loss curves, ROC, PR and histogram."""
+def draw_figures(job, results, material, maps, scores, log) -> None:
+    """Overlays of the best and worst test images, curves, histogram, and what was drawn.
+
+    Args:
+      job: the run's.
+      results: what results.json holds.
+      material: what the run was made from.
+      maps: of the test images, logits (N, H, W).
+      scores: logits (N,).
+      log: the run's train.csv.
+    """
     # Matplotlib takes a second to import; only here is it needed.
     from ssn_jax.report import figures
 
+    config, folder, split = job.config, job.folder / 'figures', material.dataset.test
     data_name = 'embedded data' if results['embedded'] else results['data']
     title = f'{results["config"]} · {results["category"]} ({data_name})'
     masks = np.where(split.has_mask[:, None, None], split.masks, 0)
@@ -329,3 +329,7 @@ def draw_figures(folder, results, split, maps, scores, log) -> None:
         figures.pr_curve(folder / 'pixel_pr.png', maps[known], split.masks[known], title)
     threshold = results['decision']['threshold']
     figures.score_histogram(folder / 'scores.png', scores, split.labels, title, threshold)
+    if config.drawn.count:
+        normal = material.split.images[material.split.labels == 0]
+        what = f'{title} · defects that were drawn into normal images'
+        figures.drawn_defects(folder / 'drawn.png', normal, config.product, what, config.drawn.seed)

@@ -40,3 +40,11 @@ def test_table(tmp_path):
     assert cells[rows[1], 'nut'].split('|')[3].strip() == '100.0'
     done.unlink()
     assert run()[0] == [f'auto on mvtec_ad:{tmp_path}/data/nut, seed 1']
+
+
+def test_sets_of_one_name_are_refused():
+    command = [sys.executable, commands.ROOT / 'scripts' / 'table.py', '--workdir', 't']
+    command += ['--weights', 'w', '--sets', 'folder:a/02', 'folder:b/02']
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count('\n') == 1
+    assert '--sets has 02 02' in done.stderr

@@ -68,7 +68,7 @@ class Shown:
         if rest < 0:
             return self._split.images[self._normal[index]]
         source, copy = divmod(rest, self._turned)
-        rng = np.random.default_rng([self._drawn.seed, 1, source, copy])
+        rng = np.random.default_rng([self._drawn.seed, defects.TURN, source, copy])
         return turn(self._split.images[self._normal[source]], rng.uniform(0, 360))
 
     def parts(self, size: int) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+# Independent streams of random numbers from `config.drawn.seed`.
+DRAW, TURN, PICTURE = range(3)
 # What differs by more than so many levels of 255 is part of the defect.
 _VISIBLE = 10
 # A defect has at least this area (see `unit`), or is drawn again (at most _TRIES times).
@@ -59,7 +61,7 @@ def draw(
       The image, and the defect's mask, uint8 (H, W) of zeros and ones.
     """
     copy, image = divmod(index, count)
-    rng = np.random.default_rng([seed, 0, image, copy])
+    rng = np.random.default_rng([seed, DRAW, image, copy])
     shares = kinds_of(product)
     kind = rng.choice(list(shares), p=np.array(list(shares.values())) / sum(shares.values()))
     return draw_one(image_of(image), image_of(rng.integers(count)), kind, rng)
@@ -88,7 +90,7 @@ def draw_one(
     draw_kind, areas = KINDS[kind].draw, KINDS[kind].areas
     product, square = foreground(image), unit(image) ** 2
     places = np.flatnonzero(product)
-    close = np.ones(2 * (2 * round(2 * unit(image)) + 1,), np.uint8)
+    close = _square(2 * unit(image))
     for _ in range(_TRIES):
         place = np.array(divmod(places[rng.integers(len(places))], image.shape[1]))
         area = square * np.exp(rng.uniform(*np.log(areas)))
@@ -117,8 +119,14 @@ def foreground(image: np.ndarray) -> np.ndarray:
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     _, bright = cv2.threshold(grey, 0, 1, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
     product = 1 - bright if border(bright).mean() > 0.5 else bright
-    product = cv2.dilate(product, np.ones((5, 5), np.uint8)) > 0
+    product = cv2.dilate(product, _square(2 * unit(image))) > 0
     return product if product.any() else np.ones_like(product)
+
+
+def _square(reach):
+    """The square kernel that reaches so many pixels to each side."""
+    side = 2 * round(reach) + 1
+    return np.ones((side, side), np.uint8)
 
 
 def border(x: np.ndarray) -> np.ndarray:

@@ -113,7 +113,7 @@ def drawn_defects(
     """
     cells = []
     for i, kind in enumerate(defects.kinds_of(product)):
-        rngs = [np.random.default_rng([seed, 2, i, row]) for row in range(2)]
+        rngs = [np.random.default_rng([seed, defects.PICTURE, i, row]) for row in range(2)]
         pairs = [images[rng.integers(len(images), size=2)] for rng in rngs]
         drawn = [
             _outline(*defects.draw_one(*pair, kind, rng))

@@ -229,8 +229,7 @@ def find_epochs(config, split) -> dict[str, int]:
     if config.epochs:
         return {}
     per_epoch = len(image_order(config, augment.Shown(config, split).labels)(0))
-    steps_wanted = _STEPS[config.product.angle]
-    epochs = max(1, round(steps_wanted / per_epoch))
+    epochs = max(1, round(_STEPS[config.product.angle] / per_epoch))
     logging.info('Found: --config.epochs=%d, of %d steps each', epochs, per_epoch)
     return {'epochs': epochs}
 

@@ -87,7 +87,7 @@ def _compare(config, images, backbone) -> tuple[float, float]:
         return ((x - mean) / deviation).reshape(len(x), side * side, -1)
 
     bank = standard(normal[:known])
-    distances, nearest = _nearest(bank, standard(normal[known:]))
+    distances, nearest = nearest_of(bank, standard(normal[known:]))
     own = np.arange(side * side)
     away = [np.abs(f(nearest, side) - f(own, side)) for f in (np.floor_divide, np.mod)]
     home = (np.maximum(*away) <= 1)[:, inner].mean()
@@ -95,7 +95,7 @@ def _compare(config, images, backbone) -> tuple[float, float]:
     told = []
     for turns in (1, 2, 3):
         turned = extract(np.ascontiguousarray(np.rot90(squares[known:], turns, (1, 2))))
-        distance = _nearest(bank, standard(turned))[0][:, disc].mean(1)
+        distance = nearest_of(bank, standard(turned))[0][:, disc].mean(1)
         told.append((distance[:, None] > straight).mean())
     return max(told), home
 
@@ -124,8 +124,16 @@ def _square(image):
     return cv2.resize(square, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA)
 
 
-def _nearest(bank, asked):
-    """Distances (n, P) of positions (n, P, C) to the nearest of a bank (m, P, C), and its place."""
+def nearest_of(bank, asked):
+    """The nearest neighbours of features.
+
+    Args:
+      bank: float32 (m, P, C), P places of m images.
+      asked: (n, Q, C).
+
+    Returns:
+      Distances (n, Q) to the nearest of the bank, and of its P places that one's, int (n, Q).
+    """
     rows, squares = bank.reshape(-1, bank.shape[-1]), (bank**2).sum(-1).ravel()
     distances, places = [], []
     for image in asked:
