@@ -1,7 +1,9 @@
 """scripts/table.py: the rows are runs of commands, and what is there is not run again."""
 
+import argparse
 import json
 import os
+import runpy
 import subprocess
 import sys
 
@@ -17,7 +19,7 @@ def test_table(tmp_path):
     rows = ['auto', 'neighbours, ResNet18']
     command = [sys.executable, commands.ROOT / 'scripts' / 'table.py', '--workdir', tmp_path / 't']
     command += ['--sets', f'mvtec_ad:{tmp_path}/data/nut', '--weights']
-    command += [tmp_path / 'resnet18.safetensors', '--seeds', '2', '--rows', *rows, '--fields']
+    command += [tmp_path / 'resnet18.safetensors', '--seeds', '1', '--rows', *rows, '--fields']
     command += ['image_size=(64,64)', 'drawn.count=8', 'epochs=1']
     environment = os.environ | {'XDG_CACHE_HOME': str(tmp_path / 'cache')}
 
@@ -30,16 +32,28 @@ def test_table(tmp_path):
         return said, (tmp_path / 't' / 'table.md').read_text().splitlines()
 
     said, table = run()
-    assert len(said) == 3
+    assert len(said) == 2
     cells = {tuple(c.strip() for c in line.split('|')[1:3]): line for line in table[2:]}
     assert list(cells) == [(row, name) for row in rows for name in ('nut', 'mean')]
-    assert '±' in cells['auto', 'nut']
-    done = tmp_path / 't' / 'auto' / 'nut' / 'seed-1' / 'row.json'
+    done = tmp_path / 't' / 'auto' / 'nut' / 'seed-0' / 'row.json'
     assert json.loads(done.read_text())['ms'] > 0
     # The nearest neighbour sees the bright square.
     assert cells[rows[1], 'nut'].split('|')[3].strip() == '100.0'
-    done.unlink()
-    assert run()[0] == [f'auto on mvtec_ad:{tmp_path}/data/nut, seed 1']
+    (tmp_path / 't' / 'neighbours-ResNet18' / 'nut' / 'seed-0' / 'row.json').unlink()
+    assert run()[0] == [f'{rows[1]} on mvtec_ad:{tmp_path}/data/nut, seed 0']
+
+
+def test_a_row_is_the_mean_of_its_seeds(tmp_path):
+    script = runpy.run_path(str(commands.ROOT / 'scripts' / 'table.py'))
+    for seed, value in enumerate((0.5, 0.7)):
+        file = script['row_file'](tmp_path, 'edge', 'folder:x/nut', seed)
+        file.parent.mkdir(parents=True)
+        values = {'metrics': dict.fromkeys(script['SHOWN'], value), 'minutes': 2 + seed, 'ms': 8.0}
+        file.write_text(json.dumps(values))
+    asked = argparse.Namespace(workdir=tmp_path, sets=['folder:x/nut'], seeds=2)
+    lines = script['table'](asked).splitlines()
+    assert lines[2] == '| edge | nut |' + ' 60.0 ± 14.1 |' * 4 + ' 2.5 | 8.0 |'
+    assert lines[3] == '| edge | mean |' + ' 60.0 |' * 4 + ' | |'
 
 
 def test_sets_of_one_name_are_refused():
