@@ -7,7 +7,8 @@ it lies at any angle, turned copies are normal too; where it lies at the same pl
 the map knows places, and what is normal elsewhere is an anomaly. Scenario A's network with layer1
 and without a classification head. An epoch is all drawn defects and as many normal images. Half of
 the anomalies' weight is that of drawn defects (`ssn_jax/data/defects.py`), the other half that of
-noise of 0.5 standard deviations a channel. docs/results.md has what it reaches.
+noise of 0.5 standard deviations a channel. Features beside a drawn defect are changed by it, and
+are taught to be normal: the map ends where the defect does. docs/results.md has what it reaches.
 """
 
 from ssn_jax.config import default_config
@@ -20,6 +21,7 @@ def get_config():
     config.image_score = 'map'
     config.positions = 32
     config.product_share = 0.5
+    config.surroundings = (2, 6)
     config.map_loss = 'cross_entropy'
     config.features.layers = (1, 2, 3)
     config.features.dtype = 'bfloat16'

@@ -147,6 +147,13 @@ FIELDS = {
         '0: anywhere, all alike.',
         *_SHARE,
     ),
+    'surroundings': Field(
+        (0, 0),
+        'Of positions: more of them lie beside the defects, from so many to so many of the feature '
+        'grid away, and are normal; (0, 0): none.',
+        lambda value: len(value) == 2 and (tuple(value) == (0, 0) or 0 <= value[0] < value[1]),
+        'it is two numbers of positions, the second larger than the first, or (0, 0)',
+    ),
     'map_loss': Field(
         'l1_focal',
         'Of image_score=map: l1_focal (published) or cross_entropy.',
@@ -391,6 +398,11 @@ def _together(config: ml_collections.ConfigDict) -> Iterator[tuple[bool, str, st
         config.product_share == 0 or config.positions > 0,
         'product_share',
         'positions are chosen with --config.image_score=map and --config.positions above 0 only',
+    )
+    yield (
+        not any(config.surroundings) or of_map,
+        'surroundings',
+        'they are for --config.image_score=map',
     )
     yield (
         config.product.place == 'any' or of_map,

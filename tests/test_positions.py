@@ -64,6 +64,24 @@ def test_positions_of_a_defect_and_of_normal_images():
     assert (defective[2] == 1).all() and (defective[3] == 1).all() and (weights[3] == 0).all()
 
 
+def test_what_lies_beside_a_defect_is_normal():
+    """Of the half with the defects as many positions again, where `beside` says, and no others."""
+    layers = make_layers(4)
+    mask, beside = np.zeros((2, 4, 8, 12, 1), np.float32)
+    mask[2, 2:4, 5:9] = 1
+    beside[2, 1:5, 4:10] = 1
+    beside -= mask
+    batch = {'label': jnp.array([0.0, 0, 1, 1]), 'mask': mask, 'beside': beside, 'layers': layers}
+    batch = jax.tree.map(jnp.asarray, batch)
+    sampled = positions._sample(jax.random.key(0), batch, 400, 0.0)
+    known, unknown = (slice(1000 + i, 1000 + i + 100) for i in (0, 100))
+    assert len(sampled.weight) == 1200 and sampled.first == 800
+    places = places_of(sampled.features[known], layers, 2, 4)
+    assert set(places) == set(np.flatnonzero(beside[2].reshape(-1)))
+    assert (sampled.weight[known] == 1).all() and (sampled.weight[unknown] == 0).all()
+    assert (sampled.defective[1000:] == 0).all()
+
+
 def test_share_of_the_product():
     """A share of a normal image's positions lies on the product, the others anywhere."""
     layers, grid, count = make_layers(1), (8, 12), 8000

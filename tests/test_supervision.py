@@ -178,6 +178,14 @@ def test_truth_at_the_feature_grid():
     inside = (3 * 3 * (2 / 4) ** 2 + 3 * (3 / 4) ** 2) / 4
     rule.check_close(truth['weight'][expected > 0], np.full(4, inside), 16)
     assert (truth['weight'][[0, 2]] == 1).all()
+    # From the first position beside the defect to the second: what lies in the grid of them.
+    truth = targets.truth(default_config().supervision, split.masks, (4, 6), (0, 2))
+    np.testing.assert_array_equal(truth['mask'], expected)
+    assert (truth['beside'][1] == 1 - expected[1]).all() and not truth['beside'][[0, 2]].any()
+    truth = targets.truth(default_config().supervision, split.masks, (4, 6), (1, 2))
+    edges = np.zeros((4, 6, 1))
+    edges[:, [0, -1]] = 1
+    np.testing.assert_array_equal(truth['beside'][1], edges)
 
 
 # Noise and losses

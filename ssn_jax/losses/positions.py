@@ -27,8 +27,9 @@ def make_map_loss(
     and every other one of normal images comes once more with noise; the rest of the batch gives a
     quarter as many. `config.product_share` of a normal image's are on the product and the others
     anywhere; a defective image's are of its defect, weighted as its mask is (one whose mask is
-    unknown gives none). Normal and anomalous positions count alike, and of these noise and defects
-    alike.
+    unknown gives none), and with `config.surroundings` the rest of the batch gives as many more
+    beside its defects, which are normal. Normal and anomalous positions count alike, and of these
+    noise and defects alike.
 
     Args:
       config: the run's config.
@@ -133,12 +134,12 @@ def _sample(key, batch, positions, product_share):
         product = batch['product'].reshape(n, -1)
         on_product = product / jnp.maximum(product.sum(1, keepdims=True), 1)
         anywhere += product_share * (on_product - anywhere)
-    # Beside a defect nothing is sure.
+    # Elsewhere in a defective image nothing is sure.
     chances = jnp.where(label > 0, mask, anywhere)
     weight = batch['weight'].reshape(n, -1) if 'weight' in batch else 1.0
     worth = jnp.where(label > 0, mask * weight, 1.0)
 
-    def draw(k, images, count):
+    def draw(k, images, chances, worth, defective, count):
         if count:
             sums = jnp.cumsum(chances[images], axis=1)
             drawn = jax.random.uniform(k, (len(images), count)) * sums[:, -1:]
@@ -148,20 +149,24 @@ def _sample(key, batch, positions, product_share):
             places = jnp.broadcast_to(jnp.arange(height * width), (len(images), height * width))
         weight = jnp.take_along_axis(worth[images], places, 1)
         rows = sample_features(layers, places, images)
-        defective = jnp.broadcast_to(label[images], places.shape)
+        defective = jnp.broadcast_to(defective[images], places.shape)
         rows = rows.reshape(-1, rows.shape[-1])
         return rows, *(x.reshape(-1) for x in (defective, weight, places))
 
     images = jnp.arange(n)
     if 'label' not in batch:
-        found = draw(key, images, positions)
+        found = draw(key, images, chances, worth, label, positions)
         return _Sample(*found, len(found[1]))
     # Defects are small, and the same few positions soon come again: most are taken of the half
     # that the normal images come first in, whatever their number in this batch is.
     images = jnp.argsort(label[:, 0], stable=True)
-    half = n - n // 2
+    half, fewer = n - n // 2, math.ceil(positions / 4)
     k_first, k_second = jax.random.split(key)
-    parts = [draw(k_first, images[:half], positions)]
-    parts.append(draw(k_second, images[half:], math.ceil(positions / 4)))
+    parts = [draw(k_first, images[:half], chances, worth, label, positions)]
+    parts.append(draw(k_second, images[half:], chances, worth, label, fewer))
+    if 'beside' in batch:
+        beside, k_beside = batch['beside'].reshape(n, -1), jax.random.fold_in(key, 2)
+        normal = jnp.zeros_like(label)
+        parts.append(draw(k_beside, images[half:], beside, beside, normal, fewer))
     joined = (jnp.concatenate(x) for x in zip(*parts, strict=True))
     return _Sample(*joined, len(parts[0][1]))

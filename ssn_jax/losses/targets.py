@@ -8,7 +8,10 @@ from ssn_jax.data import defects, images as images_lib
 
 
 def truth(
-    settings: ml_collections.ConfigDict, masks: np.ndarray, grid: tuple[int, int]
+    settings: ml_collections.ConfigDict,
+    masks: np.ndarray,
+    grid: tuple[int, int],
+    surroundings: tuple[int, int] = (0, 0),
 ) -> dict[str, np.ndarray]:
     """Masks and the weights of their places at the feature grid, as `synthesis.place` reads them.
 
@@ -16,19 +19,29 @@ def truth(
       settings: `config.supervision`.
       masks: uint8 (N, H, W) of zeros and ones; zeros where nothing is known.
       grid: height and width (h, w) of the feature grid.
+      surroundings: of the config.
 
     Returns:
-      mask and weight, float32 (N, h, w, 1).
+      mask and weight, float32 (N, h, w, 1); with surroundings also beside, 1 where they are.
     """
     kernel = np.ones((settings.dilation, settings.dilation), np.uint8)
-    found = {name: np.ones((len(masks), *grid, 1), np.float32) for name in ('mask', 'weight')}
-    found['mask'][:] = 0
+    names = ['mask', 'weight'] + ['beside'] * any(surroundings)
+    found = {name: np.zeros((len(masks), *grid, 1), np.float32) for name in names}
+    found['weight'][:] = 1
     for i in np.flatnonzero(masks.any((1, 2))):
         dilated = cv2.dilate(masks[i], kernel)
         weights = distance_weights(dilated, settings.distance_weight, settings.distance_power)
         found['mask'][i, ..., 0] = images_lib.resize(dilated.astype(np.float32), grid) >= 0.5
         found['weight'][i, ..., 0] = images_lib.resize(weights, grid)
+        if any(surroundings):
+            inner, outer = (_grown(found['mask'][i, ..., 0], reach) for reach in surroundings)
+            found['beside'][i, ..., 0] = outer - inner
     return found
+
+
+def _grown(mask, reach):
+    """A mask that reaches so many positions farther."""
+    return cv2.dilate(mask, np.ones((2 * reach + 1, 2 * reach + 1), np.uint8))
 
 
 def product(images: np.ndarray, grid: tuple[int, int]) -> np.ndarray:

@@ -61,10 +61,10 @@ def training_data(
     Returns:
       layers: layer2 and layer3 (N, H_i, W_i, C_i) at their own grids, an eighth of the feature
       grid's memory, or what `network.frozen` makes of them; with defects label and known (N,); with
-      masks mask and weight, and for `config.product_share` product (N, h, w, 1), at the feature
-      grid. bfloat16 is kept as the bits that it is, uint16, for `restore`: to join or take from
-      bfloat16 arrays, XLA on a CPU makes float32 copies of all. On a mesh they are spread as
-      `devices.map_images` does it, and N may be larger.
+      masks mask and weight, for `config.surroundings` beside and for `config.product_share`
+      product, all (N, h, w, 1) at the feature grid. bfloat16 is kept as the bits that it is,
+      uint16, for `restore`: to join or take from bfloat16 arrays, XLA on a CPU makes float32 copies
+      of all. On a mesh they are spread as `devices.map_images` does it, and N may be larger.
     """
     logging.info('%d images: their features are computed once', len(shown))
     dtype = config.features.dtype
@@ -72,6 +72,7 @@ def training_data(
     grid = grid_lib.feature_grid(shapes)
     masked = bool(shown.labels.any() and shown.masked)
     names = ['mask', 'weight'] * masked + ['product'] * bool(config_lib.product_share(config))
+    names += ['beside'] * (masked and any(config.surroundings))
     wanted = dict.fromkeys(names, ((len(shown), *grid, 1), np.float32))
     spread = mesh is not None and not on_host
     if spread:
@@ -83,7 +84,7 @@ def training_data(
     for places, images, masks in shown.parts(_BATCH):
         found = {'images': images} if spread else {}
         if masked:
-            found |= targets.truth(config.supervision, masks, grid)
+            found |= targets.truth(config.supervision, masks, grid, config.surroundings)
         if 'product' in wanted:
             # Of defective images nothing is said.
             normal = shown.labels[places] == 0
