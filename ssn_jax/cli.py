@@ -371,7 +371,7 @@ def benchmark(argv: list[str]) -> None:
     """
     parser = terminal.Parser('benchmark', benchmark.__doc__)
     add = parser.add_argument
-    every = 'drawn:efficientnet_lite0,drawn,mod1_a,mod1_b,baseline,mod3,simplenet'
+    every = 'edge,auto,mod1_a,mod1_b,baseline,mod3,simplenet'
     about = 'of the package, CONFIG or CONFIG:BACKBONE (%(default)s)'
     add('--configs', type=_names, default=every, metavar='NAMES', help=about)
     add('--against', choices=('anomalib',), help='measure its models at 256x256 too')

@@ -1,14 +1,16 @@
 """Times of inference: rows, ratios and the table, and anomalib's models where it is installed."""
 
 import argparse
+import contextlib
 import importlib.util
+import io
 import itertools
 import json
 
 import numpy as np
 import pytest
 
-from ssn_jax import benchmark
+from ssn_jax import benchmark, cli, config as config_lib
 from ssn_jax.errors import UserError
 from ssn_jax.report import published
 
@@ -45,6 +47,14 @@ def rows(monkeypatch):
     forms += [(PEER | {'precision': p}, lambda images: lambda: None) for p in precisions]
     forms += [(PEER | {'engine': 'torch', 'precision': 'float32'}, fails)]
     return benchmark.measure(forms, 3, 5)
+
+
+def test_the_configs_that_it_measures_by_itself(monkeypatch):
+    monkeypatch.setattr(benchmark, 'run', lambda arguments: {'configs': arguments.configs})
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        cli.benchmark(['--json'])
+    names = json.loads(printed.getvalue())['configs']
+    assert len(names) > 3 and set(names) <= set(config_lib.built_in())
 
 
 def test_rows_have_times_and_ratios(rows):
