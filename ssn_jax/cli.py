@@ -44,11 +44,16 @@ def _first_line(function):
     return function.__doc__.splitlines()[0]
 
 
-def _open(arguments: argparse.Namespace, overrides: dict, threshold: float | None = None):
+def _open(
+    arguments: argparse.Namespace,
+    overrides: dict,
+    threshold: float | None = None,
+    fpr: float | None = None,
+):
     """The run that --workdir and --checkpoint name, as a `predictor.Predictor`."""
     from ssn_jax import predictor
 
-    model = predictor.open_run(arguments.workdir, threshold, overrides)
+    model = predictor.open_run(arguments.workdir, threshold, overrides, fpr)
     if arguments.checkpoint in (None, model.epoch):
         return model
     from ssn_jax import run
@@ -57,7 +62,8 @@ def _open(arguments: argparse.Namespace, overrides: dict, threshold: float | Non
     variables = checkpoint.read_variables(arguments.workdir, model.config, arguments.checkpoint)
     backbone = run.read_model(arguments.workdir).backbone
     return predictor.from_variables(
-        model.config, backbone, variables, arguments.checkpoint, arguments.workdir, threshold
+        *(model.config, backbone, variables, arguments.checkpoint, arguments.workdir),
+        *(threshold, fpr),
     )
 
 
@@ -153,6 +159,12 @@ def predict(argv: list[str]) -> int:
         help="defective from this score on, instead of the run's own threshold",
     )
     parser.add_argument(
+        '--fpr',
+        type=_rate,
+        metavar='RATE',
+        help="of false alarms, to choose the threshold for, instead of the run's own",
+    )
+    parser.add_argument(
         '--max_pixels',
         type=int,
         default=2**27,
@@ -162,6 +174,8 @@ def predict(argv: list[str]) -> int:
     arguments, overrides = terminal.parse(parser, argv)
     if arguments.max_pixels < 1:
         raise UserError(f'--max_pixels={arguments.max_pixels} cannot be used: at least 1.')
+    if arguments.fpr is not None and arguments.threshold is not None:
+        raise UserError('--fpr chooses the threshold that --threshold names: give one of both.')
     terminal.log_to_stderr(arguments.quiet)
     import tqdm
 
@@ -169,7 +183,7 @@ def predict(argv: list[str]) -> int:
 
     predict_folder.check_output(arguments.output)
     terminal.use_compilation_cache()
-    model = _open(arguments, overrides, arguments.threshold)
+    model = _open(arguments, overrides, arguments.threshold, arguments.fpr)
     done, failed = predict_folder.predict(
         model,
         arguments.input,
@@ -198,9 +212,58 @@ def _probability(text: str) -> float:
     return value
 
 
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is no rate above 0 and below 1, such as 0.05')
+    return value
+
+
 def _progress(bar, quiet, paths, total):
     disable = quiet or not sys.stderr.isatty()  # A bar is for a terminal.
     return bar(paths, 'image', total=total, unit='image', disable=disable, smoothing=0.05)
+
+
+def decide(argv: list[str]) -> None:
+    """Chooses a finished run's threshold anew, without training.
+
+    ssn-jax decide --workdir runs/mine --fpr 0.01
+    ssn-jax decide --workdir runs/mine --images new_good_images
+    ssn-jax decide --workdir runs/mine --defects known_defects --misses 10
+
+    --images: the threshold is chosen on these good images instead of the training images, as after
+    a change of light or lens. --defects: it is chosen with known defects, so that --misses * TPR -
+    FPR is largest. The command that trained the run, given again, goes back to its own choice.
+    """
+    parser = terminal.Parser('decide', decide.__doc__)
+    add = parser.add_argument
+    add('--workdir', type=terminal.path, required=True, metavar='RUN', help="the run's folder")
+    add('--fpr', type=_rate, metavar='RATE', help="of false alarms (that of the run's config)")
+    add('--images', type=terminal.path, metavar='DIR', help='new good images')
+    add('--defects', type=terminal.path, metavar='DIR', help='images of known defects')
+    about = 'how many false alarms a missed defect weighs, both as rates (%(default)s)'
+    add('--misses', type=float, default=1.0, metavar='NUMBER', help=about)
+    arguments = parser.parse_args(argv)
+    if arguments.defects and arguments.fpr is not None:
+        raise UserError('--fpr and --defects are two ways to choose: give one of both.')
+    if not 0 < arguments.misses < float('inf'):
+        raise UserError(f'--misses={arguments.misses} cannot be used: it is above 0.')
+    for flag in ('images', 'defects'):
+        folder = getattr(arguments, flag)
+        if folder and not folder.exists():
+            raise UserError(f'--{flag}={folder} does not exist: it names a folder of images.')
+    terminal.log_to_stderr()
+    terminal.use_compilation_cache()
+    from ssn_jax import decide as decide_lib
+    from ssn_jax.report import text
+
+    chosen = decide_lib.decide(
+        *(getattr(arguments, x) for x in ('workdir', 'fpr', 'images', 'defects', 'misses'))
+    )
+    print(text.decision_line(chosen))
 
 
 def evaluate(argv: list[str]) -> None:
@@ -249,13 +312,16 @@ def evaluate(argv: list[str]) -> None:
         return
     table = io.StringIO()
     rows = csv.writer(table, lineterminator='\n')
-    rows.writerow(['file', 'defect', 'label', 'score', 'probability', 'map_maximum', 'decision'])
+    rows.writerow(['file', 'defect', 'label', 'score', 'p_value', 'map_maximum', 'decision'])
+    rare = [''] * len(scores)
+    if model.normal.size:
+        rare = [f'{p:.6f}' for p in decision.p_values(scores, model.normal)]
     for i, score in enumerate(scores):
         known = test.files[i], test.defects[i], test.labels[i], score
         called = ''
         if model.threshold is not None:
             called = decision.CLASSES[int(score >= model.threshold)]
-        rows.writerow([*known, f'{decision.sigmoid(score):.6f}', maps[i].max(), called])
+        rows.writerow([*known, rare[i], maps[i].max(), called])
     files.write_output(arguments.output, table.getvalue(), '--output')
     if not arguments.quiet:
         print(f'The scores of the images are in {arguments.output}.')
@@ -430,6 +496,7 @@ def demo(argv: list[str]) -> None:
 COMMANDS = {
     'train': train,
     'predict': predict,
+    'decide': decide,
     'evaluate': evaluate,
     'export': export,
     'report': report,

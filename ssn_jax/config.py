@@ -23,6 +23,7 @@ VERSION = 2
 _GONE = {
     'noise': ('shuffle_groups', 'shuffle_strength', 'shell', 'static_share'),
     'drawn': ('copies', 'large'),
+    'decision': ('holdout',),
 }
 
 
@@ -274,11 +275,18 @@ FIELDS = {
         'it is a decay below 1',
     ),
     # --- The decision, and how a run goes ---------------------------------------------------------
-    'decision.holdout': Field(
-        0.0,
-        'Share of the training images kept aside to choose the threshold on.',
-        lambda value: 0 <= value < 1,
-        'it is a fraction below 1',
+    'decision.parts': Field(
+        3,
+        'The threshold is chosen on scores by heads, one a part, that never saw that part of the '
+        'training images; 0: on images that were trained on.',
+        lambda value: value == 0 or 2 <= value <= 20,
+        'it is 0, or a number of parts in 2..20',
+    ),
+    'decision.group': Field(
+        0,
+        'So many training images that follow each other by name lie in one part, as those of one '
+        'piece; 0: near-copies do.',
+        *_whole(0),
     ),
     'decision.fpr': Field(
         0.05,
@@ -431,11 +439,6 @@ def _together(config: ml_collections.ConfigDict) -> Iterator[tuple[bool, str, st
     )
     # Several seeds share their images, and what is known of them.
     yield (
-        config.seeds == 1 or config.decision.holdout == 0,
-        'decision.holdout',
-        'each seed holds other images out, so give each its own command, with --config.seeds=1',
-    )
-    yield (
         config.seeds == 1
         or supervision.kind != 'masks'
         or (supervision.mask_count == -1 and supervision.mask_fraction == 1),
@@ -473,11 +476,13 @@ def identity(config: ml_collections.ConfigDict) -> dict:
     """What makes a run itself, as field -> value: a rerun in its workdir must agree on it.
 
     Where files are and features kept, what infers, how often checkpoints are written, how many
-    images are evaluated at a time and what is looked for changes no result (but for rounding); data
-    and weights are told by their content (`run.check_origin`).
+    images are evaluated at a time and what is looked for changes no result (but for rounding), and
+    the rate that is asked for only moves the threshold; data and weights are told by their content
+    (`run.check_origin`).
     """
     unimportant = ('checkpoint.every', 'checkpoint.keep', 'eval_batch_size', 'data.cache')
     unimportant += ('data.root', 'backbone.weights', 'debug_nans', 'features.place', 'engine')
+    unimportant += ('decision.fpr',)
     return {name: value for name, value in fields(config) if name not in unimportant}
 
 

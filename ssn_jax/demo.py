@@ -10,10 +10,7 @@ import sys
 from ssn_jax.data import layouts, synthetic
 
 CATEGORY = 'bearing'
-TRAIN = (
-    f'ssn-jax train --config edge --config.data.category={CATEGORY} '
-    '--config.decision.holdout=0.33 --workdir {workdir}'
-)
+TRAIN = f'ssn-jax train --config edge --config.data.category={CATEGORY} --workdir {{workdir}}'
 PREDICT = (
     'ssn-jax predict --workdir {workdir} --input {workdir}/images --output {workdir}/predictions'
 )

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ssn_jax import devices, metrics
+from ssn_jax import decision, devices, metrics
 from ssn_jax.data import Split
 from ssn_jax.predictor import Predictor
 
@@ -18,10 +18,28 @@ def predict(model: Predictor, images: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return devices.share_images(model.logits)(images)
 
 
-def predict_scores(model: Predictor, images: np.ndarray) -> np.ndarray:
-    """Score logits (N,) of images (N, H, W, 3), without holding all their maps at once."""
-    parts = [images[i : i + 256] for i in range(0, len(images), 256)]
-    return np.concatenate([predict(model, part)[0] for part in parts])
+def scores_of(model: Predictor, split: Split, part: str) -> decision.Scores:
+    """The scores of a split's images, without holding all their maps at once.
+
+    Args:
+      model: a trained network.
+      split: the images.
+      part: as of `decision.Scores`.
+    """
+    scores, maxima = [], []
+    for start in range(0, len(split.labels), 256):
+        found, maps = predict(model, split.images[start : start + 256])
+        scores.append(found)
+        maxima.append(maps.max((1, 2)))
+    return as_scores(split, np.concatenate(scores), np.concatenate(maxima), part)
+
+
+def as_scores(
+    split: Split, scores: np.ndarray, map_maxima: np.ndarray, part: str
+) -> decision.Scores:
+    """Scores (N,) and the maxima of maps (N,) of a split's images with what these are."""
+    named = [part] * len(scores), split.files, split.defects
+    return decision.Scores(*named, split.labels, scores, map_maxima)
 
 
 def evaluate(

@@ -9,6 +9,7 @@ import zipfile
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from ssn_jax import data, decision, files, run as run_lib
 from ssn_jax.errors import UserError
@@ -73,6 +74,9 @@ def metadata(model: Predictor) -> dict:
         'outputs': 'scores: logits (N,); maps: logits (N, height, width) of image_size',
         'threshold': threshold,  # A logit: defective from this score on.
         'threshold_probability': None if threshold is None else float(decision.sigmoid(threshold)),
+        # Ascending: of n the share (1 + how many are as high as a score) / (n + 1) is its p-value.
+        'normal_scores': np.sort(model.normal).tolist(),
+        'decision': model.decision,
         'classes': list(decision.CLASSES),
         'image_size': list(config.image_size),
         'resize': list(config.resize),

@@ -189,7 +189,7 @@ def evaluate(
     return values, reasons
 
 
-def youden(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def youden(scores: np.ndarray, labels: np.ndarray, misses: float = 1.0) -> dict[str, float]:
     """The threshold with the largest TPR - FPR (Youden, "Index for rating diagnostic tests", 1950).
 
     An image is called defective when its score reaches the threshold. Among equally good thresholds
@@ -198,6 +198,7 @@ def youden(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     Args:
         scores: (N,) finite scores.
         labels: (N,) non-zero for a defective image.
+        misses: a factor on the TPR.
 
     Returns:
         threshold, in the unit of the scores; tpr and fpr, its rates on these images.
@@ -213,10 +214,10 @@ def youden(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     ranking = rank(scores, labels)
     defective, normal = labels.sum(), ranking.negatives
     # In integers, since 2/3 - 1/3 and 1/3 - 0 must tie. Last maximum: highest score, fewest alarms.
-    gain = ranking.true_positives * normal - ranking.false_positives * defective
+    gain = misses * (ranking.true_positives * normal) - ranking.false_positives * defective
     best = gain.size - 1 - np.argmax(gain[::-1])
     if gain[best] <= 0:
-        return {'threshold': _just_above(scores.max()), 'tpr': 0.0, 'fpr': 0.0}
+        return {'threshold': just_above(scores.max()), 'tpr': 0.0, 'fpr': 0.0}
     return {
         'threshold': float(scores[labels][ranking.order[best]]),
         'tpr': float(ranking.true_positives[best] / defective),
@@ -224,30 +225,6 @@ def youden(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     }
 
 
-def threshold_at_fpr(normal_scores: np.ndarray, fpr: float) -> dict[str, float]:
-    """The smallest threshold that calls at most a given share of normal images defective.
-
-    Args:
-        normal_scores: (N,) finite scores of normal images, held out from training.
-        fpr: largest false-positive rate, in 0..1.
-
-    Returns:
-        threshold, in the unit of the scores; fpr, its rate on these images.
-
-    Raises:
-        ValueError: if there is no score, a score is not finite or the rate is outside 0..1.
-    """
-    scores = np.sort(_comparable(normal_scores))[::-1]
-    if not scores.size or not np.isfinite(scores).all():
-        raise ValueError('no threshold can be chosen: it takes finite scores of normal images')
-    if not 0 <= fpr <= 1:
-        raise ValueError(f'a false-positive rate lies in 0..1, not at {fpr}')
-    # Dividing counts, not multiplying the rate: 0.29 * 100 falls short of 29.
-    allowed = np.count_nonzero(np.arange(1, scores.size + 1) / scores.size <= fpr)
-    threshold = float(scores[-1]) if allowed == scores.size else _just_above(scores[allowed])
-    return {'threshold': threshold, 'fpr': float(np.mean(scores >= threshold))}
-
-
-def _just_above(score: np.floating) -> float:
+def just_above(score: np.floating) -> float:
     """The next larger number of the score's own precision, so that it survives a comparison."""
     return float(np.nextafter(score, np.inf, dtype=score.dtype))

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import operator
 import pathlib
 from typing import NamedTuple
 
@@ -25,9 +26,10 @@ from ssn_jax import (
     seeds,
     supervision,
 )
+from ssn_jax.data import splits
 from ssn_jax.fused import engine, fold
 from ssn_jax.models import systems, weights
-from ssn_jax.training import loop, product
+from ssn_jax.training import loop, parts, product
 
 
 def train_and_evaluate(
@@ -84,7 +86,12 @@ def train_and_evaluate(
                 run_lib.write(folder / 'masked_images.json', masked)
             open_log = functools.partial(run_lib.open_log, folder, events=events)
             keep = functools.partial(keep_model, folder, material.backbone)
-            jobs.append(loop.Job(config_lib.with_found(one, found), folder, open_log, keep))
+            one = config_lib.with_found(one, found)
+            known = known_scores(one, folder)
+            # What was trained elsewhere cannot be trained again without a part.
+            done = known is not None or (folder / 'imported.json').exists()
+            wanted = [] if done else parts.split(one, material.split, material.groups)
+            jobs.append(loop.Job(one, folder, open_log, keep, wanted, known))
         logging.info('Backbone %s, weights: %s', config.backbone.name, material.origin.weights)
         trained = loop.train(jobs, material.split, network, material.backbone, quiet)
         results = [measure(job, *end, material) for job, end in zip(jobs, trained, strict=True)]
@@ -102,14 +109,14 @@ class Material:
     Attributes:
       dataset: as `data.load` returns it.
       split: the training images with what the runs may know of them.
-      held_out: those that are kept aside to choose the threshold on.
+      groups: of these, int (N,): which show the same.
       backbone: the frozen variables.
       origin: what data and backbone are told by.
     """
 
     dataset: data.Dataset
     split: data.Split
-    held_out: data.Split
+    groups: np.ndarray
     backbone: dict
     origin: run_lib.Origin
 
@@ -117,8 +124,7 @@ class Material:
 def gather(config: ml_collections.ConfigDict, folders: list[pathlib.Path]) -> Material:
     """Loads data and backbone, and checks that runs that have begun did so with the same."""
     dataset = data.load(config.data, config.image_size, config.resize)
-    rest, held_out = supervision.hold_out(config, dataset.train)
-    split = supervision.training_split(config, rest)
+    split = supervision.training_split(config, dataset.train)
     if config.supervision.kind != 'none':
         logging.info(
             'Supervision: %d defective training images, %d of them with their mask',
@@ -135,7 +141,7 @@ def gather(config: ml_collections.ConfigDict, folders: list[pathlib.Path]) -> Ma
     origin = run_lib.Origin(dataset.fingerprints, weights.digest(backbone), weights_from)
     for folder in folders:
         run_lib.check_origin(folder, origin)
-    return Material(dataset, split, held_out, backbone, origin)
+    return Material(dataset, split, parts.groups(config, split), backbone, origin)
 
 
 def find_backbone(config: ml_collections.ConfigDict, folders: list[pathlib.Path]) -> dict:
@@ -175,25 +181,34 @@ def keep_model(folder: pathlib.Path, backbone: dict, epoch: int, network: dict) 
     run_lib.write_model(folder, run_lib.Model(backbone, network, epoch))
 
 
-def measure(job, state, log, material) -> dict:
+def known_scores(config: ml_collections.ConfigDict, folder: pathlib.Path) -> decision.Scores | None:
+    """The scores of a finished run; None if it has none yet."""
+    scores = run_lib.read_scores(folder)
+    # They are deleted with the network that gave them.
+    finished = scores is not None and run_lib.read_model(folder, verified=False)
+    return scores if finished and finished.epoch == config.epochs else None
+
+
+def measure(job, state, log, heads, material) -> dict:
     """Evaluates a trained run, chooses its threshold and writes both with figures; its results."""
     config, workdir, network = job.config, job.folder, state.variables()
     dataset, split, backbone = material.dataset, material.split, material.backbone
     job.keep_model(config.epochs, network)
-    fused = fold.fuse(backbone, network, systems.build_network(config))
-    model = predictor.Predictor(config, fused, config.epochs, workdir=workdir)
-    tried = {}
-    if config.precision in ('auto', 'int8'):
-        normal, kept_aside = (
-            s.images[np.flatnonzero(s.labels == 0)[: precision.IMAGES]]
-            for s in (split, material.held_out)
-        )
-        model, tried = precision.settle(model, normal, kept_aside if len(kept_aside) else normal)
-    judged = judge(config, model, material)
+    model = make_model(config, backbone, network, workdir)
+    tried, exact = {}, config.precision not in ('auto', 'int8')
+    base = model if exact else model.at('float32')
+    known = job.scores and job.scores.of('train')
+    known = known or score_parts(job, heads, base, material)
+    normal = split.images[np.flatnonzero(split.labels == 0)[: precision.IMAGES]]
+    if not exact:
+        model, tried = precision.settle(model, normal)
+    judged = judge(config, model, base, known, normal, dataset.test)
     for name in tried:
-        of = judged if name == model.precision else judge(config, model.at(name), material)
+        of = judged
+        if name != model.precision:
+            of = judge(config, model.at(name), base, known, normal, dataset.test)
         tried[name] |= {'threshold': of.decision['threshold'], 'metrics': of.metrics}
-    scores, maps, values, reasons, chosen = judged
+    scores, maps, values, reasons, chosen, all_scores = judged
     log.close(config.epochs, values)
 
     history = log.history()
@@ -231,12 +246,47 @@ def measure(job, state, log, material) -> dict:
     if values['I-AUROC'] is not None:
         # As the publication chose it: on the images that it is then measured on.
         results['youden_on_test'] = metrics.youden(scores, dataset.test.labels)
+    if chosen['threshold'] is not None:
+        results['recall'] = decision.recall_by_defect(all_scores.of('test'), chosen['threshold'])
     if devices.is_first():
         results['model_sha256'] = run_lib.model_digest(workdir)
         draw_figures(job, results, material, maps, scores, log)
+    run_lib.write(workdir / 'scores.csv', all_scores.to_csv())
     run_lib.write(workdir / 'decision.json', json.dumps(chosen, indent=2) + '\n')
     run_lib.write(workdir / 'results.json', json.dumps(results, indent=2) + '\n')
     return results
+
+
+def make_model(
+    config: ml_collections.ConfigDict, backbone: dict, network: dict, workdir: pathlib.Path
+) -> predictor.Predictor:
+    """A predictor of a run's last epoch."""
+    fused = fold.fuse(backbone, network, systems.build_network(config))
+    return predictor.Predictor(config, fused, config.epochs, workdir=workdir)
+
+
+def score_parts(job, heads: list[dict], model, material: Material) -> decision.Scores:
+    """The training images' scores by the heads that never saw them.
+
+    Args:
+      job: of the run; its parts are those of the heads.
+      heads: variables; without any, the run's own head judges.
+      model: the run's predictor.
+      material: what the run is made from.
+    """
+    split = material.split
+    if not heads:
+        logging.warning(
+            'The threshold is chosen on images that were trained on: expect more false alarms than '
+            'are asked for%s.',
+            ' (there are too few to keep some from a head)' * bool(job.config.decision.parts),
+        )
+        return evaluate.scores_of(model, split, 'train')
+    found = []
+    for number, (part, head) in enumerate(zip(job.parts, heads, strict=True), 1):
+        judge_of_part = make_model(model.config, material.backbone, head, job.folder)
+        found.append(evaluate.scores_of(judge_of_part, splits.take(split, part), str(number)))
+    return functools.reduce(operator.add, found)
 
 
 class Judgement(NamedTuple):
@@ -248,6 +298,7 @@ class Judgement(NamedTuple):
       metrics: by name, None where undefined.
       undefined: the reasons for that.
       decision: what decision.json holds.
+      all_scores: what scores.csv holds.
     """
 
     scores: np.ndarray
@@ -255,23 +306,28 @@ class Judgement(NamedTuple):
     metrics: dict[str, float | None]
     undefined: dict[str, str]
     decision: dict
+    all_scores: decision.Scores
 
 
-def judge(config, model: predictor.Predictor, material: Material) -> Judgement:
-    """Evaluates a trained network, and chooses its threshold."""
-    test = material.dataset.test
+def judge(config, model, base, known: decision.Scores, normal, test: data.Split) -> Judgement:
+    """Evaluates a trained network, and chooses its threshold.
+
+    Args:
+      config: the run's.
+      model: the network in some precision.
+      base: the network in the precision that the training images were scored in.
+      known: the training images' scores.
+      normal: normal images, which tell how scores move from one precision to the other.
+      test: the split to measure on.
+    """
     scores, maps = evaluate.predict(model, test.images)
     values, reasons = evaluate.evaluate(scores, maps, test)
-    chosen = decision.decide(
-        config,
-        lambda images: evaluate.predict_scores(model, images),
-        material.split,
-        material.held_out,
-    )
-    if chosen['threshold'] is not None:
-        on_test = decision.rates(scores, test.labels, chosen['threshold'])
-        chosen |= {f'test_{name}': value for name, value in on_test.items()}
-    return Judgement(scores, maps, values, reasons, chosen | {'precision': model.precision})
+    if model.precision != base.precision and len(normal):
+        moved = (model.logits(normal)[0] - base.logits(normal)[0]).mean(dtype=np.float32)
+        known = dataclasses.replace(known, score=known.score + moved)
+    chosen = decision.decide(config, known) | {'precision': model.precision}
+    all_scores = known + evaluate.as_scores(test, scores, maps.max((1, 2)), 'test')
+    return Judgement(scores, maps, values, reasons, decision.tested(chosen, all_scores), all_scores)
 
 
 def loss_grew(history: dict[str, list[float]]) -> bool | None:

@@ -36,9 +36,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise UserError("--config.precision=int8 needs nncf: pip install 'ssn_jax[int8]'.")
 
 
-def settle(
-    model: Predictor, learned: np.ndarray, judged: np.ndarray
-) -> tuple[Predictor, dict[str, dict]]:
+def settle(model: Predictor, normal: np.ndarray) -> tuple[Predictor, dict[str, dict]]:
     """A trained network in the precision that its config asks for, int8 or auto.
 
     'auto' is the fastest that changes no score by more than a tenth of the normal scores' standard
@@ -46,9 +44,8 @@ def settle(
 
     Args:
       model: of a run's folder, which receives int8.xml where int8 is asked for or tried.
-      learned: normal images that were trained on, uint8 (N, *image_size, 3): int8's ranges are
-        those of their features. Of these and the judged ones `IMAGES` are enough.
-      judged: normal images, (M, *image_size, 3), whose scores are compared.
+      normal: normal images, uint8 (N, *image_size, 3), of which `IMAGES` are enough: int8's ranges
+        are those of their features, and their scores are compared.
 
     Returns:
       The predictor, and by precision that was tried, ms: the median time of an image; change: the
@@ -59,14 +56,14 @@ def settle(
     models = {name: model.at(name) for name in names}
     if 'int8' in names:
         try:
-            _quantise(model, learned)
+            _quantise(model, normal)
         except Exception as e:  # Whatever NNCF makes of a network that it does not know.
             if asked == 'int8':
                 raise
             logging.warning('This network is not tried in int8: %s', ' '.join(str(e).split()))
             del models['int8']
-    scores = {name: each.logits(judged)[0] for name, each in models.items()}
-    seconds = _take_turns(models, judged)
+    scores = {name: each.logits(normal)[0] for name, each in models.items()}
+    seconds = _take_turns(models, normal)
     spread, tried = float(scores['float32'].std()), {}
     for name in models:
         change = float(np.abs(scores[name] - scores['float32']).max())

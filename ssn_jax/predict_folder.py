@@ -17,7 +17,7 @@ from absl import logging
 import cv2
 import numpy as np
 
-from ssn_jax import decision, files
+from ssn_jax import __version__, decision, files
 from ssn_jax.data import images
 from ssn_jax.errors import UserError
 from ssn_jax.predictor import Predictor, find_regions
@@ -28,7 +28,8 @@ SUFFIXES = images.SUFFIXES | frozenset(
     {'.avif', '.dib', '.exr', '.gif', '.hdr', '.j2k', '.jp2', '.jpe', '.pam', '.pbm', '.pfm'}
     | {'.pgm', '.pic', '.pnm', '.ppm', '.pxm', '.ras', '.sr'}
 )
-COLUMNS = ('file', 'score', 'probability', 'decision', 'x', 'y', 'width', 'height')
+COLUMNS = ('file', 'score', 'p_value', 'decision', 'x', 'y', 'width', 'height')
+COLUMNS += ('threshold', 'run', 'version')
 
 # Pixels of the images that are held at a time; a single image may have more.
 _CHUNK_PIXELS = 2**25
@@ -81,10 +82,10 @@ def predict(
     Args:
       model: a trained network with its threshold.
       source: an image file, or a folder.
-      output: receives predictions.csv (`COLUMNS`: path relative to `source`, score logit,
-        probability, decision, and the box of the region with the highest peak in pixels of the
-        image), overlays/, and unreadable.csv if there is one (file, reason). An interrupted call
-        leaves predictions.partial.csv instead.
+      output: receives predictions.csv (`COLUMNS`: path relative to `source`, score logit, p-value,
+        decision, the box of the region with the highest peak in pixels of the image, and by what it
+        was judged), overlays/, and unreadable.csv if there is one (file, reason). An interrupted
+        call leaves predictions.partial.csv instead.
       max_pixels: an image of more is refused before it is decoded.
       overlays: whether to draw them.
       progress: wraps the iterator of paths; it is told their number.
@@ -188,19 +189,20 @@ def _judge(model, named, scores, maps, folder, pool):
             'train.csv.'
         )
     return [
-        pool.submit(_row, folder, name, image, model.result(score, logits, size))
+        pool.submit(_row, folder, name, image, model, model.result(score, logits, size))
         for (name, image, size, _), score, logits in zip(named, scores, maps, strict=True)
     ]
 
 
-def _row(folder, name, image, result):
+def _row(folder, name, image, model, result):
     """The table's row of an image; draws its overlay into `folder`, if there is one."""
     regions, marked = find_regions(result.map, result.view)
     if folder:
         _draw(folder / name, result, image, marked if result.defective else None)
     called = decision.CLASSES[int(result.defective)]
-    numbers = f'{result.score:.6g}', f'{result.probability:.6f}'
-    return [name, *numbers, called, *regions[0][:4]]
+    p_value = '' if result.p_value is None else f'{result.p_value:.6f}'
+    by_what = f'{model.threshold:.6g}', model.workdir.name, __version__
+    return [name, f'{result.score:.6g}', p_value, called, *regions[0][:4], *by_what]
 
 
 def _loaded(paths, pool, load, batch_size, max_pixels):

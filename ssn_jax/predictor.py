@@ -52,6 +52,8 @@ class Result:
     Attributes:
       score: the logit that ranks frames: the higher, the more anomalous.
       probability: its sigmoid.
+      p_value: the share of normal images that score as high, as far as the run knows (see
+        `decision.p_values`); None if it knows nothing of images that it was not trained on.
       defective: whether the score reaches the model's threshold.
       map: anomaly logits (height, width) of `config.image_size`, float32.
       view: where in the frame the map lies.
@@ -59,6 +61,7 @@ class Result:
 
     score: float
     probability: float
+    p_value: float | None
     defective: bool
     map: np.ndarray
     view: 'View'
@@ -88,6 +91,7 @@ class Predictor:
       fused: backbone and network, folded.
       epoch: how many epochs it had been trained.
       decision: what decision.json says, {} if it says nothing of this epoch.
+      normal: scores (n,) of normal images that its network never saw.
       threshold: the score logit from which on a frame is defective; None if there is none.
       workdir: the run's folder.
     """
@@ -99,9 +103,11 @@ class Predictor:
         epoch: int = 0,
         decision: dict | None = None,
         workdir: pathlib.Path | None = None,
+        normal: np.ndarray | None = None,
     ):
         self.config, self.fused, self.epoch, self.workdir = config, fused, epoch, workdir
         self.decision = decision or {}
+        self.normal = np.zeros(0, np.float32) if normal is None else normal
         self.threshold = self.decision.get('threshold')
 
     def __call__(self, frames, white: float | None = None) -> Result | list[Result]:
@@ -142,6 +148,15 @@ class Predictor:
                 'load(..., threshold=PROBABILITY).'
             )
 
+    def require_normal(self) -> np.ndarray:
+        """The scores of normal images that it never saw; UserError if there are none."""
+        if not self.normal.size:
+            raise UserError(
+                f'{self.workdir} has no scores of images that it was not trained on: its own '
+                'command, given again, makes them if --config.decision.parts is above 0.'
+            )
+        return self.normal
+
     @property
     def batch_size(self) -> int:
         """How many images are predicted at once."""
@@ -156,7 +171,9 @@ class Predictor:
         """The result for a frame of `size`, (height, width), from its score and map."""
         view = View(self.config, size)
         defective = bool(score >= self.threshold)
-        return Result(float(score), float(decision_lib.sigmoid(score)), defective, logits, view)
+        p_value = float(decision_lib.p_values(score, self.normal)) if self.normal.size else None
+        probability = float(decision_lib.sigmoid(score))
+        return Result(float(score), probability, p_value, defective, logits, view)
 
     def logits(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Score logits (N,) and anomaly logits (N, *image_size) of fitted images, float32.
@@ -229,7 +246,7 @@ class Predictor:
         """The same network in another precision."""
         config = self.config.copy_and_resolve_references()
         config.precision = precision
-        return Predictor(config, self.fused, self.epoch, self.decision, self.workdir)
+        return Predictor(config, self.fused, self.epoch, self.decision, self.workdir, self.normal)
 
     @functools.cached_property
     def _openvino(self):
@@ -280,6 +297,7 @@ def load(
     threshold: float | None = None,
     engine: str = 'auto',
     precision: str | None = None,
+    fpr: float | None = None,
 ) -> Predictor:
     """Opens a run, and compiles it for single frames and for batches.
 
@@ -288,19 +306,23 @@ def load(
       threshold: the probability from which on a frame is defective; None: as the run decided.
       engine: what computes on a CPU: openvino, xla, or auto: OpenVINO where it is installed.
       precision: float32, bfloat16 or int8; None: as the run decided.
+      fpr: the rate of false alarms to choose the threshold for; None: as the run decided.
 
     Raises:
       UserError: the folder is no run, holds no trained network yet, or there is no such engine or
         precision.
     """
     overrides = {'engine': engine} | ({'precision': precision} if precision else {})
-    model = open_run(workdir, threshold, overrides)
+    model = open_run(workdir, threshold, overrides, fpr)
     model.compile()
     return model
 
 
 def open_run(
-    workdir: str | pathlib.Path, threshold: float | None = None, overrides: dict | None = None
+    workdir: str | pathlib.Path,
+    threshold: float | None = None,
+    overrides: dict | None = None,
+    fpr: float | None = None,
 ) -> Predictor:
     """A run's newest trained network; compiles nothing.
 
@@ -308,6 +330,7 @@ def open_run(
       workdir: the run's folder.
       threshold: the probability from which on a frame is defective; None: as the run decided.
       overrides: values of config fields, by 'group.field', instead of the run's own.
+      fpr: as of `load`.
 
     Raises:
       UserError: the folder is no run, holds no trained network yet, or it is damaged.
@@ -327,7 +350,8 @@ def open_run(
     stored = run_lib.read_model(workdir)
     if stored.network is None:
         raise UserError(f'{workdir} holds no checkpoint yet: let the run get to its first one.')
-    return from_variables(config, stored.backbone, stored.network, stored.epoch, workdir, threshold)
+    variables = stored.backbone, stored.network, stored.epoch
+    return from_variables(config, *variables, workdir, threshold, fpr)
 
 
 def from_variables(
@@ -337,11 +361,17 @@ def from_variables(
     epoch: int,
     workdir: pathlib.Path,
     threshold: float | None = None,
+    fpr: float | None = None,
 ) -> Predictor:
     """A predictor of a run's variables after some epoch; the decision is of its last one."""
     fused = fold.fuse(backbone, network, systems.build_network(config))
-    decided = run_lib.read_json(workdir / 'decision.json') if epoch == config.epochs else None
-    model = Predictor(config, fused, epoch, decided, workdir)
+    model = Predictor(config, fused, epoch, workdir=workdir)
+    if epoch == config.epochs:
+        decided, scores = run_lib.read_json(workdir / 'decision.json'), run_lib.read_scores(workdir)
+        normal = scores and scores.unseen()
+        model = Predictor(config, fused, epoch, decided, workdir, normal)
+    if fpr is not None:
+        model.threshold = decision_lib.by_rate(model.require_normal(), fpr)['threshold']
     if threshold is not None:
         if not 0 < threshold < 1:
             raise UserError(f'a threshold of {threshold} is no probability above 0 and below 1.')

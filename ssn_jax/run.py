@@ -9,6 +9,7 @@
 | train.csv | the losses, a row an epoch |
 | checkpoints/ | what training goes on from |
 | model.safetensors | what inference needs: the backbone, and the network of the last checkpoint |
+| scores.csv | scores of training images by heads that never saw them, and of test images |
 | decision.json, results.json, figures/ | of the finished run |
 """
 
@@ -33,7 +34,15 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ssn_jax import __version__, config as config_lib, data, devices, files, metrics
+from ssn_jax import (
+    __version__,
+    config as config_lib,
+    data,
+    decision,
+    devices,
+    files,
+    metrics,
+)
 from ssn_jax.errors import UserError
 
 _MODEL = 'model.safetensors'
@@ -118,6 +127,23 @@ def read_json(path: pathlib.Path) -> dict | None:
         return None
     except (OSError, ValueError) as e:
         raise UserError(f'{path} cannot be read ({e}): repeat the command of the run.') from None
+
+
+def read_scores(workdir: pathlib.Path) -> decision.Scores | None:
+    """What scores.csv of a run holds; None if there is none.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    path = workdir / 'scores.csv'
+    try:
+        return decision.Scores.from_csv(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(
+            f'{path} cannot be read ({e}): delete it, and the command of the run makes it anew.'
+        ) from None
 
 
 def write(path: pathlib.Path, text: str) -> None:
@@ -449,7 +475,7 @@ def write_model(workdir: pathlib.Path, model: Model) -> None:
         content = safetensors.numpy.save(arrays, {'epoch': str(model.epoch)})
         if has_model(workdir) and model_digest(workdir) == hashlib.sha256(content).hexdigest():
             return
-        for name in ('results.json', 'decision.json', 'int8.xml', 'int8.bin'):
+        for name in ('results.json', 'decision.json', 'scores.csv', 'int8.xml', 'int8.bin'):
             (workdir / name).unlink(missing_ok=True)
         files.write(workdir / _MODEL, content)
     except OSError as e:

@@ -15,35 +15,6 @@ from ssn_jax.data import Split, sampling, splits
 from ssn_jax.errors import UserError
 
 
-def hold_out(config: ml_collections.ConfigDict, split: Split) -> tuple[Split, Split]:
-    """Keeps a share of the training images aside, to choose a threshold on.
-
-    Args:
-      config: the run's; `decision.holdout` is the share of each class that the run learns from,
-        rounded up, and the seed says which.
-      split: the training images.
-
-    Returns:
-      The images to train on, and those kept aside.
-
-    Raises:
-      UserError: none of a class would be left.
-    """
-    aside = []
-    for label in (0, 1) if config.supervision.kind != 'none' else (0,):
-        members = np.flatnonzero(split.labels == label)
-        count = math.ceil(config.decision.holdout * len(members))
-        if count and count == len(members):
-            raise UserError(
-                f'--config.decision.holdout={config.decision.holdout} leaves no '
-                f'{("normal", "defective")[label]} training image of {count}: make it smaller.'
-            )
-        aside.append(sampling.choose(config.seed, members, count))
-    aside = np.sort(np.concatenate(aside))
-    rest = np.setdiff1d(np.arange(len(split.labels)), aside)
-    return splits.take(split, rest), splits.take(split, aside)
-
-
 def training_split(config: ml_collections.ConfigDict, split: Split) -> Split:
     """The training images with what the run may know of them.
 

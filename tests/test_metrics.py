@@ -240,34 +240,10 @@ def test_youden_of_an_inverted_score_raises_no_alarm():
     assert np.isfinite(point['threshold'])
 
 
-@settings(max_examples=50, deadline=None)
-@given(
-    st.lists(st.integers(0, 9), min_size=1, max_size=30),
-    st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.1, 0.29, 0.5, 1.0])),
-    st.sampled_from([np.float32, np.float64]),
-)
-def test_threshold_at_fpr_is_the_smallest_that_keeps_it(scores, fpr, dtype):
-    scores = np.array(scores, dtype)
-    point = metrics.threshold_at_fpr(scores, fpr)
-    assert point['fpr'] == np.mean(scores >= point['threshold']) <= fpr
-    if fpr < 1:
-        lower = np.nextafter(dtype(point['threshold']), -np.inf, dtype=dtype)
-        assert np.mean(scores >= lower) > fpr
-
-
-def test_threshold_at_fpr_counts_exactly():
-    # 0.29 * 100 is 28.999999999999996 in floating point, but 29 of 100 is what was asked for.
-    assert metrics.threshold_at_fpr(np.arange(100.0), 0.29)['fpr'] == 0.29
-
-
 @pytest.mark.parametrize('scores', [[], [0.0, np.nan]])
 def test_thresholds_refuse_what_they_cannot_use(scores):
     with pytest.raises(ValueError, match='no threshold can be chosen'):
-        metrics.threshold_at_fpr(np.array(scores), 0.1)
-    with pytest.raises(ValueError, match='no threshold can be chosen'):
         metrics.youden(np.array(scores), np.arange(len(scores)))
-    with pytest.raises(ValueError, match=r'lies in 0\.\.1'):
-        metrics.threshold_at_fpr(np.zeros(3), 1.5)
     with pytest.raises(ValueError, match='normal and defective'):
         metrics.youden(np.zeros(3), np.ones(3))
 

@@ -96,7 +96,7 @@ def test_auto_is_the_fastest_that_changes_little(tolerated, chosen, tmp_path, mo
     monkeypatch.setattr(precision, '_TOLERATED', tolerated)
     workdir = tiny.fake_run(tmp_path, precision='auto')
     model = predictor.open_run(workdir, None, {'precision': 'auto'})
-    settled, tried = precision.settle(model, IMAGES, IMAGES)
+    settled, tried = precision.settle(model, IMAGES)
     expected = {'float32', 'int8'} | ({'bfloat16'} if engine.has_bfloat16() else set())
     assert set(tried) == expected
     fastest = min(tried, key=lambda name: tried[name]['ms'])
@@ -123,7 +123,7 @@ def test_a_run_infers_in_what_it_decided_in(tmp_path, caplog):
 def test_scores_without_a_spread_are_not_compared(images, tmp_path):
     """Of one image, or of the same one, nothing says how much a change is."""
     model = predictor.open_run(tiny.fake_run(tmp_path), None, {'precision': 'auto'})
-    settled, tried = precision.settle(model, IMAGES, np.repeat(IMAGES[:1], images, 0))
+    settled, tried = precision.settle(model, np.repeat(IMAGES[:1], images, 0))
     assert settled.precision == 'float32' and tried['int8']['change'] is None
     json.dumps(tried, allow_nan=False)
 
@@ -154,7 +154,7 @@ def test_a_damaged_int8_form_is_told(finished, tmp_path):
 
 def test_quantising_says_nothing_on_stdout(tmp_path, capsys):
     model = predictor.open_run(tiny.fake_run(tmp_path), None, {'precision': 'int8'})
-    precision.settle(model, IMAGES, IMAGES)
+    precision.settle(model, IMAGES)
     assert capsys.readouterr().out == ''
 
 

@@ -131,7 +131,9 @@ def test_the_command_gives_the_same_numbers(model, tmp_path):
         rows = list(csv.DictReader(f))
     for row, result in zip(rows, model([frame(i) for i in range(3)]), strict=True):
         assert row['score'] == f'{result.score:.6g}'
-        assert row['probability'] == f'{result.probability:.6f}'
+        assert row['p_value'] == '' and result.p_value is None  # It is no finished run.
+        assert float(row['threshold']) == pytest.approx(model.threshold, rel=1e-5)
+        assert (row['run'], row['version']) == (model.workdir.name, ssn_jax.__version__)
         assert (row['decision'] == 'defective') == result.defective
         if result.defective:
             box = [int(row[name]) for name in ('x', 'y', 'width', 'height')]

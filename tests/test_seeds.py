@@ -170,7 +170,6 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     [
         ({'seeds': 0}, r'--config\.seeds=0'),
         ({'seeds': 2, 'seed': 2**32 - 1}, r'--config\.seeds=2'),
-        ({'seeds': 2, 'decision.holdout': 0.1}, r'--config\.decision\.holdout.*--config\.seeds=1'),
         (
             {'seeds': 2, 'supervision.kind': 'masks', 'supervision.mask_fraction': 0.5},
             r'--config\.seeds.*mask_fraction=1',

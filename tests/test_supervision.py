@@ -99,23 +99,6 @@ def test_training_needs_normal_images(kind):
         supervision.training_split(config_of(kind), make_split([1, 1]))
 
 
-def test_hold_out_by_hand():
-    """A tenth of 11 normal and of 3 defective images, rounded up: 2 and 1."""
-    config, given = config_of('masks'), make_split([0] * 11 + [1] * 3)
-    rest, aside = supervision.hold_out(config, given)
-    assert len(aside.labels) == 0 and rest.files == given.files
-    config.decision.holdout = 0.1
-    rest, aside = supervision.hold_out(config, given)
-    assert aside.labels.tolist() == [0, 0, 1]
-    assert sorted(rest.files + aside.files) == sorted(given.files)
-    config.decision.holdout = 0.9
-    with pytest.raises(UserError, match='leaves no defective'):
-        supervision.hold_out(config, given)
-    config.supervision.kind = 'none'  # Defects that the run leaves out need not be shared.
-    rest, aside = supervision.hold_out(config, given)
-    assert aside.labels.tolist() == [0] * 10 and rest.labels.tolist() == [0, 1, 1, 1]
-
-
 # Flips
 
 

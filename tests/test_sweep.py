@@ -108,7 +108,10 @@ def test_seeds_that_follow_each_other_train_together():
     numbers = [0, 1, 2, 5, 7, 8]
     configs = {seed: base(seed=seed) for seed in numbers}
     assert sweep.groups(configs, numbers) == [[0, 1, 2], [5], [7, 8]]
-    apart = {seed: base(seed=seed, **{'decision.holdout': 0.1}) for seed in numbers}
+    apart = {
+        seed: base(seed=seed, **{'supervision.kind': 'masks', 'supervision.mask_count': 1})
+        for seed in numbers
+    }
     assert sweep.groups(apart, numbers) == [[seed] for seed in numbers]
 
 

@@ -19,7 +19,7 @@ import cv2, ssn_jax
 here, image = map(pathlib.Path, sys.argv[1:])
 assert here in pathlib.Path(ssn_jax.__file__).parents
 frame = cv2.cvtColor(cv2.imread(str(image)), cv2.COLOR_BGR2RGB)
-print(f'{ssn_jax.load("run")(frame).probability:.6f}')
+print(f'{ssn_jax.load("run")(frame).score:.6g}')
 """
 
 
@@ -81,7 +81,7 @@ def test_the_wheel_trains_and_predicts_from_another_folder(environment, tmp_path
         environment, tmp_path, *'ssn-jax predict --workdir run --output out --input'.split(), photos
     )
     with (tmp_path / 'out/predictions.csv').open(newline='') as f:
-        found = {row['file']: row['probability'] for row in csv.DictReader(f)}
+        found = {row['file']: row['score'] for row in csv.DictReader(f)}
     image = 'spot/000.png'
     said = call(environment, tmp_path, 'python', '-c', API, environment, photos / image)
     assert said.strip() == found[image]

@@ -45,6 +45,7 @@ def config(folder: pathlib.Path, **fields) -> ml_collections.ConfigDict:
     """A config of one epoch on the files that this module writes below `folder`."""
     config = config_lib.default_config()
     config.image_size, config.epochs, config.batch_size = (64, 64), 1, 4
+    config.decision.parts = 0  # They cost as much as the training; test_parts has them.
     config.data.update(root=str(folder / 'data'), category='nut', cache=str(folder / 'cache'))
     config.backbone.weights = str(folder / 'resnet18.safetensors')
     with config.ignore_type():

@@ -27,6 +27,7 @@ class Shown:
       labels: int32 (N,), 0 normal and 1 defective.
       has_mask: bool (N,); whether the place of its defect, or that it has none, is known.
       masked: whether any mask is more than empty.
+      sources: int32 (N,), the training images that they were made from.
     """
 
     def __init__(self, config: ml_collections.ConfigDict, split: Split):
@@ -40,6 +41,9 @@ class Shown:
         known = np.tile(split.has_mask[self._defective], 4)
         self.has_mask = np.concatenate([np.ones(self._plain, bool), known, np.ones(drawn, bool)])
         self.masked = bool(drawn or split.masks.any())
+        plain = np.concatenate([self._normal, np.repeat(self._normal, self._turned)])
+        below = plain[np.arange(drawn) % max(self._plain, 1)]
+        self.sources = np.concatenate([plain, np.tile(self._defective, 4), below]).astype(np.int32)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -4,10 +4,31 @@ Everything follows from the run's seed (and the epoch) alone, on the host: there
 save, and a resumed run goes on exactly where it was.
 """
 
+from collections.abc import Callable
+
+import ml_collections
 import numpy as np
 
 # Independent streams of random numbers from one seed.
-_SHUFFLE, _ROUND, _CHOICE = range(3)
+_SHUFFLE, _ROUND, _CHOICE, PARTS = range(4)
+
+
+def image_order(config: ml_collections.ConfigDict, labels: np.ndarray) -> Callable:
+    """What the epochs of a run show.
+
+    Args:
+      config: the run's.
+      labels: (N,) of all images that there are to show, the normal ones first.
+
+    Returns:
+      `order(epoch)`, from an epoch's number, from 0 on, to indices (steps, batch).
+    """
+    total, defective = len(labels), int(labels.sum())
+    if not defective:
+        return lambda epoch: uniform_order(config.seed, epoch, total, config.batch_size)
+    return lambda epoch: balanced_order(
+        config.seed, epoch, total - defective, defective, config.batch_size
+    )
 
 
 def uniform_order(seed: int, epoch: int, images: int, batch_size: int) -> np.ndarray:
@@ -22,7 +43,7 @@ def uniform_order(seed: int, epoch: int, images: int, batch_size: int) -> np.nda
     Returns:
       Indices (steps, batch). What does not fill a batch is left out this time.
     """
-    return _batches(_permutation(images, seed, _SHUFFLE, epoch), batch_size)
+    return _batches(permutation(images, seed, _SHUFFLE, epoch), batch_size)
 
 
 def balanced_order(
@@ -45,18 +66,19 @@ def balanced_order(
       Indices (steps, batch). What does not fill a batch is left out this time.
     """
     walk = np.arange(epoch * defective, (epoch + 1) * defective)
-    rounds = {r: _permutation(normal, seed, _ROUND, r) for r in np.unique(walk // normal)}
+    rounds = {r: permutation(normal, seed, _ROUND, r) for r in np.unique(walk // normal)}
     normals = [rounds[step // normal][step % normal] for step in walk]
     shown = np.concatenate([np.array(normals, int), normal + np.arange(defective)])
-    return _batches(shown[_permutation(len(shown), seed, _SHUFFLE, epoch)], batch_size)
+    return _batches(shown[permutation(len(shown), seed, _SHUFFLE, epoch)], batch_size)
 
 
 def choose(seed: int, candidates: np.ndarray, count: int) -> np.ndarray:
     """Chooses `count` of the candidates, sorted; a larger choice holds the smaller one."""
-    return np.sort(candidates[_permutation(len(candidates), seed, _CHOICE)[:count]])
+    return np.sort(candidates[permutation(len(candidates), seed, _CHOICE)[:count]])
 
 
-def _permutation(n: int, *seed: int) -> np.ndarray:
+def permutation(n: int, *seed: int) -> np.ndarray:
+    """The numbers 0..n-1 in an order that follows from the seed."""
     return np.random.default_rng([int(s) for s in seed]).permutation(n)
 
 

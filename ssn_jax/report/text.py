@@ -2,7 +2,7 @@
 
 import pathlib
 
-from ssn_jax import decision, metrics
+from ssn_jax import metrics
 
 
 def format_table(results: dict) -> str:
@@ -26,6 +26,7 @@ def summary(workdir: pathlib.Path) -> str:
         'results.json': 'metrics',
         'summary.json': 'mean and deviation of the metrics over the runs seed-*/',
         'decision.json': 'threshold',
+        'scores.csv': 'what it was chosen on',
         'train.csv': 'losses',
         'figures': 'pictures',
         'model.safetensors': 'the trained network',
@@ -53,10 +54,14 @@ def decision_line(chosen: dict) -> str:
     """The decision and what it does on the test split, in words."""
     if chosen['threshold'] is None:
         return f'no threshold: {chosen["undefined"]}'
-    text = f'defective from probability {decision.sigmoid(chosen["threshold"]):.4g} on'
-    text += f' (logit {chosen["threshold"]:.4g}; {chosen["method"]}, chosen on: {chosen["split"]})'
+    text = f'defective from score {chosen["threshold"]:.4g} on ({chosen["method"]}, chosen on '
+    text += f'{chosen["images"]} images: {chosen["split"]}'
+    if 'promised' in chosen:
+        low, high = (f'{100 * rate:.1f}' for rate in chosen['interval'])
+        text += f'; of new normal images {low} to {high} % will be called defective'
+    text += ')'
     for name in ('tpr', 'fpr'):
-        value = chosen[f'test_{name}']
+        value = chosen.get(f'test_{name}')
         text += f', test {name.upper()} {"unknown" if value is None else f"{100 * value:.1f} %"}'
     return text
 

@@ -1,6 +1,6 @@
 """The epochs of one run, or of several that differ in their seed alone."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -15,12 +15,12 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from ssn_jax import devices, signals
+from ssn_jax import decision, devices, signals
 from ssn_jax.data import augment, sampling
 from ssn_jax.errors import UserError
 from ssn_jax.fused import fold
 from ssn_jax.models import backbones
-from ssn_jax.training import checkpoint, features, steps
+from ssn_jax.training import checkpoint, features, parts, steps
 
 # How many steps drawn defects are learnt in, by the product's angle: there are more images of it
 # where that may be any.
@@ -36,23 +36,31 @@ class Job:
       folder: where its checkpoints are.
       open_log: from the number of epochs behind it to what its epochs are told (`append`).
       keep_model: is told the epoch and the network's variables of every checkpoint.
+      parts: of the training images, for each of which a head is wanted that never saw it.
+      scores: of a run that is finished.
     """
 
     config: ml_collections.ConfigDict
     folder: pathlib.Path
     open_log: Callable
     keep_model: Callable
+    parts: Sequence[np.ndarray] = ()
+    scores: decision.Scores | None = None
 
 
 def train(jobs, split, network, backbone_variables, quiet=False):
-    """Runs the epochs that are missing; returns each run's final state and its log."""
+    """Runs the epochs that are missing, and then trains the heads of the parts.
+
+    Returns:
+      Of each run its final state, its log, and the variables of its parts' heads.
+    """
     config = jobs[0].config
     shown = augment.Shown(config, split)
-    mesh = devices.make_mesh(image_order(config, shown.labels)(0).shape[1])
+    mesh = devices.make_mesh(sampling.image_order(config, shown.labels)(0).shape[1])
     starts = [find_start(job, mesh) for job in jobs]
     states = [start.state for start in starts]
     missing = sorted({start.done for start in starts} - {config.epochs})
-    if missing:
+    if missing or any(job.parts for job in jobs):
         backbone = fold.fuse_backbone(backbone_variables)
         on_host = features.keep_on_host(config, shown, network, backbone, mesh)
         with naming_nans(config):
@@ -67,8 +75,12 @@ def train(jobs, split, network, backbone_variables, quiet=False):
         trained = train_together(together, shown.labels, contents, mesh, on_host, quiet)
         for i, state in zip(members, trained, strict=True):
             states[i] = state
+    heads = []
+    for job in jobs:
+        with naming_nans(job.config):
+            heads.append(job.parts and parts.train(job, shown, contents, mesh, on_host))
     logs = [start.log for start in starts]
-    return list(zip(devices.take_local(mesh, states), logs, strict=True))
+    return list(zip(devices.take_local(mesh, states), logs, heads, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +122,7 @@ def find_start(job, mesh) -> Start:
 def train_together(starts, labels, contents, mesh, on_host, quiet):
     """Trains runs that differ in their seed alone from the same epoch on; their last states."""
     config, several = starts[0].job.config, len(starts)
-    orders = [image_order(start.job.config, labels) for start in starts]
+    orders = [sampling.image_order(start.job.config, labels) for start in starts]
     per_epoch = len(orders[0](0))
     run_epoch = steps.make_epoch(config, per_epoch, mesh, several > 1, on_host)
     logging.info('%d images, %d steps per epoch', len(labels), per_epoch)
@@ -214,21 +226,11 @@ def naming_nans(config) -> Iterator[None]:
         raise UserError(f'{str(e).splitlines()[0]} ({where})') from None
 
 
-def image_order(config, labels):
-    """`order(epoch)`: indices (steps, batch) into the training images, flips included."""
-    total, defective = len(labels), int(labels.sum())
-    if not defective:
-        return lambda epoch: sampling.uniform_order(config.seed, epoch, total, config.batch_size)
-    return lambda epoch: sampling.balanced_order(
-        config.seed, epoch, total - defective, defective, config.batch_size
-    )
-
-
 def find_epochs(config, split) -> dict[str, int]:
     """The field epochs, where it is to be found (0): for `_STEPS` steps; else nothing."""
     if config.epochs:
         return {}
-    per_epoch = len(image_order(config, augment.Shown(config, split).labels)(0))
+    per_epoch = len(sampling.image_order(config, augment.Shown(config, split).labels)(0))
     epochs = max(1, round(_STEPS[config.product.angle] / per_epoch))
     logging.info('Found: --config.epochs=%d, of %d steps each', epochs, per_epoch)
     return {'epochs': epochs}

@@ -1,0 +1,150 @@
+"""Heads that never saw a part of the training images: what they say of it, new images get too.
+
+Features are shared with the head that is used, which is trained on all of them. A part's head takes
+as many steps, or its logits would lie on another scale, but each with a share of the positions (or
+of the batch, where positions are not chosen), so that all of them together cost about as much as
+the one that is used.
+"""
+
+import functools
+
+from absl import logging
+import cv2
+import jax
+import ml_collections
+import numpy as np
+from scipy.sparse import csgraph
+from sklearn import metrics
+
+from ssn_jax import devices, signals
+from ssn_jax.data import Split, augment, sampling
+from ssn_jax.models import backbones
+from ssn_jax.training import steps
+
+# Images that differ by less than so much of what is usual are of one piece.
+_NEAR = 0.1
+# They are compared at so many pixels a side.
+_SIDE = 64
+
+
+def groups(config: ml_collections.ConfigDict, images: Split) -> np.ndarray:
+    """Which training images show the same: no head may judge one that has seen another.
+
+    Args:
+      config: the run's; `decision.group` is how many follow each other by name, and 0 is for those
+        that look alike.
+      images: the training images.
+
+    Returns:
+      int (N,), the same for images of a group.
+    """
+    count, group = len(images.labels), config.decision.group
+    if group:
+        found = np.zeros(count, int)
+        for label in np.unique(images.labels):
+            own = np.flatnonzero(images.labels == label)
+            found[own] = np.arange(len(own)) // group * 2 + label
+        return found
+    # Small, brightness and contrast taken away: what is left is what the picture shows.
+    small = np.stack([_small(image) for image in images.images])
+    distances = metrics.pairwise_distances(small)
+    usual = np.median(distances[~np.eye(count, dtype=bool)]) if count > 1 else 0.0
+    number, found = csgraph.connected_components(distances <= _NEAR * usual)
+    if number < count:
+        first, second = np.argwhere(np.triu(found[:, None] == found, 1))[0]
+        logging.info(
+            '%d training images look like others, such as %s like %s: they count as of one piece',
+            *(count - number, images.files[second], images.files[first]),
+        )
+    return found
+
+
+def _small(image):
+    size = (_SIDE, _SIDE)
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA).astype(np.float32)
+    small -= small.mean((0, 1))
+    return small.ravel() / (small.std() + 1)
+
+
+def split(config: ml_collections.ConfigDict, images: Split, groups: np.ndarray) -> list[np.ndarray]:
+    """Parts of the training images, of each class about as many in each.
+
+    Args:
+      config: the run's; `decision.parts` is their number, and the seed says what lies in which.
+      images: the training images.
+      groups: int (N,); images of the same group lie in the same part.
+
+    Returns:
+      Of each part its images, ascending; none where a class has fewer than two groups.
+    """
+    number, members = config.decision.parts, {}
+    for label in np.unique(images.labels):
+        own = np.flatnonzero(images.labels == label)
+        names, sizes = np.unique(groups[own], return_counts=True)
+        members[label] = own, names, sizes
+        number = min(number, len(names))
+    if number < 2:
+        return []
+    part_of = np.zeros(len(images.labels), int)
+    for own, names, sizes in members.values():
+        filled = np.zeros(number, int)
+        order = sampling.permutation(len(names), config.seed, sampling.PARTS)
+        for i in order[np.argsort(-sizes[order], kind='stable')]:
+            smallest = filled.argmin()
+            filled[smallest] += sizes[i]
+            part_of[own[groups[own] == names[i]]] = smallest
+    return [np.flatnonzero(part_of == i) for i in range(number)]
+
+
+def train(
+    job, shown: augment.Shown, contents: dict, mesh: jax.sharding.Mesh | None, on_host: bool
+) -> list[dict]:
+    """Trains a head for each part, on everything but what was made of its images.
+
+    Args:
+      job: the `loop.Job`, whose own head is trained.
+      shown: what it was trained on.
+      contents: the features of that, as `features.training_data` returns them.
+      mesh: as of `steps.make_epoch`.
+      on_host: likewise.
+
+    Returns:
+      The heads' variables, in the parts' order.
+    """
+    number, config = len(job.parts), job.config.copy_and_resolve_references()
+    logging.info('%d heads, each without a part of the images, for the threshold', number)
+    total = config.epochs * len(sampling.image_order(config, shown.labels)(0))
+    if config.positions:
+        config.positions = max(1, config.positions // number)
+    else:
+        sharing = 1 if mesh is None else mesh.size
+        config.batch_size = -(-max(config.batch_size // number, 2) // sharing) * sharing
+
+    kept = [np.flatnonzero(~np.isin(shown.sources, part)) for part in job.parts]
+    orders = [sampling.image_order(config, shown.labels[one]) for one in kept]
+    # Parts differ in size: what one has more of waits for the next epoch.
+    per_epoch, batch = (min(n) for n in zip(*(order(0).shape for order in orders), strict=True))
+    config.epochs = max(1, round(total / per_epoch))
+
+    k_init, k_epochs = jax.random.split(jax.random.key(config.seed))
+    channels = backbones.feature_channels(config.backbone.name, config.features.layers)
+    state = jax.jit(lambda key: steps.init_state(config, key, channels))(k_init)
+    state = devices.put(mesh, steps.stack_states([state] * number))
+    run_epoch = steps.make_epoch(config, per_epoch, mesh, number > 1, on_host)
+    try:
+        with signals.held() as wait:
+            for epoch in range(config.epochs):
+                order = [
+                    one[following(epoch)][:per_epoch, :batch]
+                    for one, following in zip(kept, orders, strict=True)
+                ]
+                keys = [jax.random.fold_in(k_epochs, epoch)] * number
+                keys, order = devices.put(mesh, steps.stack(keys)), np.int32(order)
+                state, _ = wait(functools.partial(run_epoch, state, contents, order, keys))
+    except KeyboardInterrupt as e:
+        raise type(e)(
+            f'the network is trained and saved in {job.folder}, the same command goes on with the '
+            'threshold.'
+        ) from None
+    each = steps.unstack_states(devices.take_local(mesh, state), number)
+    return [one.variables() for one in each]
