@@ -10,7 +10,7 @@ and then is a function of frames, uint8 RGB (H, W, 3):
 
     model = ssn_jax.load('runs/nuts')
     result = model(frame)
-    result.score, result.probability, result.defective, result.map, result.regions
+    result.score, result.p_value, result.defective, result.map, result.regions
 """
 
 import importlib

@@ -21,13 +21,14 @@ from ssn_jax.models.systems import SuperSimpleNet
 SHORT = (
     '--config.epochs=1 --config.batch_size=4 --config.image_size=(64,64) --config.sparse=False '
     '--config.backbone.name=resnet18 --config.backbone.weights={data}/resnet18.safetensors '
-    '--config.data.cache={data}/cache'
+    '--config.data.cache={data}/cache --config.decision.parts=0'
 )
 # Fewer images than the embedded ones, which another command takes.
 REAL = '--config.data.root={data}/mvtec_ad --config.data.category=bottle'
 # Beginnings of commands, and what is added to them. A new command needs an entry here.
 ADDED = {
-    'ssn-jax train --config edge': f'{SHORT} --config.drawn.count=8',
+    'ssn-jax train --config edge': f'{SHORT} --config.drawn.count=8 --config.decision.parts=2',
+    'ssn-jax decide': '',
     'ssn-jax predict --workdir runs/mine': '',
     'ssn-jax train --config mod2 --config.seeds': f'{SHORT} {REAL}',
     'ssn-jax train --config mod2 --config.noise': f'{SHORT} {REAL}',
@@ -90,7 +91,7 @@ def test_links_and_lengths(page):
 
 
 def prepare(folder: pathlib.Path) -> pathlib.Path:
-    """What the commands name, made tiny: data, weights, a checkpoint, photos."""
+    """What the commands name, made tiny: data, weights, a checkpoint, images."""
     data = folder / 'data'
     tiny.write_weights(data / 'resnet18.safetensors')
     tiny.write_data(data / 'mvtec_ad')
@@ -120,7 +121,8 @@ def prepare(folder: pathlib.Path) -> pathlib.Path:
         },
         folder / 'weights.safetensors',
     )
-    shutil.copytree(root / 'test' / 'good', folder / 'photos')
+    for name, shown in (('photos', 'good'), ('new_good_images', 'good'), ('known_defects', 'spot')):
+        shutil.copytree(root / 'test' / shown, folder / name)
     return data
 
 
