@@ -55,6 +55,7 @@ common=(--config.engine=xla "--config.data.root=$data")
 auto=() timed=(--configs 'mod1_a,edge,auto') turns=()
 if [[ $trial ]]; then
   common+=('--config.image_size=(64, 64)' --config.batch_size=8 --config.sparse=False)
+  common+=(--config.decision.parts=0)
   auto=(--config.epochs=1 --config.drawn.count=8)
   timed=(--configs auto) turns=(--turns 7)
 fi

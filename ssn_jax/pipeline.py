@@ -276,11 +276,11 @@ def score_parts(job, heads: list[dict], model, material: Material) -> decision.S
     """
     split = material.split
     if not heads:
-        logging.warning(
-            'The threshold is chosen on images that were trained on: expect more false alarms than '
-            'are asked for%s.',
-            ' (there are too few to keep some from a head)' * bool(job.config.decision.parts),
-        )
+        if job.config.decision.parts:
+            logging.warning(
+                'The threshold is chosen on images that were trained on, since no others were kept '
+                'from a head: expect more false alarms than are asked for.'
+            )
         return evaluate.scores_of(model, split, 'train')
     found = []
     for number, (part, head) in enumerate(zip(job.parts, heads, strict=True), 1):

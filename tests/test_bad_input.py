@@ -23,7 +23,8 @@ COMMANDS = {
     'main': (
         'main --config {mod2} --quiet --workdir=new --config.data.root=data --config.epochs=1 '
         '--config.data.category=nut --config.data.cache=cache --config.image_size=(64,64) '
-        '--config.backbone.weights=resnet18.safetensors --config.batch_size=4'
+        '--config.backbone.weights=resnet18.safetensors --config.batch_size=4 '
+        '--config.decision.parts=0'
     ),
     'import': (
         'import-torch --config {mod2} --quiet --workdir=new --weights=heads.safetensors '

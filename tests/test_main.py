@@ -154,7 +154,7 @@ def check_run(workdir, config, epochs):
     """Checks everything that a finished run leaves; returns its results."""
     assert {p.name for p in workdir.iterdir()} - {'found.json'} == {
         *('config.json', 'train.csv', 'checkpoints', 'results.json', 'decision.json', 'figures'),
-        *('origin.json', 'log.txt', 'model.safetensors'),
+        *('origin.json', 'log.txt', 'model.safetensors', 'scores.csv'),
     }
     assert run_lib.read_config(workdir) == config
     with (workdir / 'train.csv').open(newline='') as f:
@@ -179,6 +179,7 @@ def test_a_run_leaves_everything_and_its_rerun_only_evaluates(case):
     arguments = [
         *('--config', MOD2, '--config.image_size=(64,64)', '--config.epochs=2'),
         *('--config.sparse=False', '--config.batch_size=4', '--config.seed=3'),
+        '--config.decision.parts=0',
         *('--workdir', case.workdir),
         *(f'--config.data.{x}={case.config.data[x]}' for x in ('root', 'category', 'cache')),
         f'--config.backbone.weights={case.config.backbone.weights}',
@@ -206,7 +207,7 @@ def test_a_run_leaves_everything_and_its_rerun_only_evaluates(case):
     assert 'after epoch 2' in again.stderr and 'of 2: loss ' not in again.stderr
     for line in (done.err + again.stderr).splitlines():  # Our own lines and no others.
         ours = ('Preparing', 'Backbone', '6 images', 'epoch', 'warning: The loss grew')
-        ours += ('warning: The threshold is chosen on 6 normal images', 'Resuming')
+        ours += ('warning: A false-positive rate of at most 0.05', 'Resuming')
         assert line.startswith(ours) or not line
     assert check_run(case.workdir, config, epochs=2)['metrics'] == results['metrics']
     assert [file.read_bytes() for file in kept] == before

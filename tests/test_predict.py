@@ -391,5 +391,5 @@ def test_the_command(tmp_path):
     assert 'Traceback' not in second.err
     assert {p.name for p in (tmp_path / 'home/ssn_jax/compiled').glob('*-cache')} == kept
     rows = [table(tmp_path / x / 'predictions.csv') for x in ('first', 'second')]
-    assert len(rows[0].pop('good/000.png')) == 8 and rows[0] == rows[1]
+    assert len(rows[0].pop('good/000.png')) == 11 and rows[0] == rows[1]
     assert {row['decision'] for row in rows[0].values()} <= {'normal', 'defective'}

@@ -161,7 +161,7 @@ def test_what_a_run_says_of_itself(trained):
     assert origin['jax'] == results['versions']['jax'] == jax.__version__
     assert results['model_sha256'] == run_lib.model_digest(folder / 'run')
     said = (folder / 'run/log.txt').read_text()
-    assert 'warning' in said.lower() and 'The threshold is chosen on 6 normal images' in said
+    assert 'warning' in said.lower() and '6 normal images can promise none below 0.14' in said
 
 
 @pytest.mark.slow
