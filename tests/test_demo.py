@@ -37,6 +37,7 @@ def test_the_demo_in_small(tmp_path, monkeypatch, capsys):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(record.image)
     short = '--config.image_size=(64,64) --config.epochs=1 --config.data.name=folder'
+    short += ' --config.drawn.count=24'
     short += f' --config.data.root={tmp_path / "data/bearing"} --config.batch_size=8'
     said = []
 

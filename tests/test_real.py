@@ -48,6 +48,7 @@ def test_mod2_on_a_real_subset(tmp_path):
     copy_subset(data / 'mvtec_ad' / category, tmp_path / 'data' / category)
     config = runpy.run_path(str(CONFIG))['get_config']()
     config.epochs, config.batch_size, config.image_size = 1, COUNT, (64, 64)
+    config.decision.parts = 0
     config.data.root, config.data.cache = str(tmp_path / 'data'), str(tmp_path / 'cache')
     config.data.category = category
     config.backbone.weights = str(weights / 'resnet18.tv_in1k.layer1-3.safetensors')

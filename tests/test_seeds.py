@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures('small_programs')
 
 def tiny_config(kind, sparse=True):
     config = config_lib.default_config()
-    config.epochs, config.batch_size = 2, 4
+    config.epochs, config.batch_size, config.decision.parts = 2, 4, 2
     config.noise.kind, config.noise.std, config.noise.discriminator_steps = kind, 0.3, 1
     config.sparse = sparse
     return config

@@ -230,6 +230,7 @@ def test_a_sweep_with_a_row_that_fails(tmp_path):
         '--config.data.root=data --config.data.cache=cache --config.backbone.weights=w.safetensors'
     )
     line += ' --config.epochs=1 --config.batch_size=4 --config.image_size=(48,48)'
+    line += ' --config.decision.parts=0'
     line += ' --config.sparse=False --sweep data.category=bolt,nut --sweep seed=1,0 --workdir s'
     arguments = ['--config', commands.ROOT / 'configs' / 'mod1_a.py', *line.split()]
     environment = {'PYTHONPATH': str(commands.ROOT), 'XDG_CACHE_HOME': str(tmp_path / 'user')}
