@@ -115,7 +115,7 @@ def train(
     logging.info('%d heads, each without a part of the images, for the threshold', number)
     total = config.epochs * len(sampling.image_order(config, shown.labels)(0))
     if config.positions:
-        config.positions = max(1, config.positions // number)
+        config.positions = max(1, config.positions // (number + 1))
     else:
         sharing = 1 if mesh is None else mesh.size
         config.batch_size = -(-max(config.batch_size // number, 2) // sharing) * sharing
@@ -128,23 +128,21 @@ def train(
 
     k_init, k_epochs = jax.random.split(jax.random.key(config.seed))
     channels = backbones.feature_channels(config.backbone.name, config.features.layers)
-    state = jax.jit(lambda key: steps.init_state(config, key, channels))(k_init)
-    state = devices.put(mesh, steps.stack_states([state] * number))
-    run_epoch = steps.make_epoch(config, per_epoch, mesh, number > 1, on_host)
+    begun = devices.put(mesh, jax.jit(lambda key: steps.init_state(config, key, channels))(k_init))
+    # One after the other: mapped over the heads, a CPU's products of matrices take longer.
+    run_epoch, heads = steps.make_epoch(config, per_epoch, mesh, False, on_host), []
     try:
         with signals.held() as wait:
-            for epoch in range(config.epochs):
-                order = [
-                    one[following(epoch)][:per_epoch, :batch]
-                    for one, following in zip(kept, orders, strict=True)
-                ]
-                keys = [jax.random.fold_in(k_epochs, epoch)] * number
-                keys, order = devices.put(mesh, steps.stack(keys)), np.int32(order)
-                state, _ = wait(functools.partial(run_epoch, state, contents, order, keys))
+            for one, following in zip(kept, orders, strict=True):
+                state = begun
+                for epoch in range(config.epochs):
+                    order = np.int32(one[following(epoch)][:per_epoch, :batch])
+                    key = devices.put(mesh, jax.random.fold_in(k_epochs, epoch))
+                    state, _ = wait(functools.partial(run_epoch, state, contents, order, key))
+                heads.append(devices.take_local(mesh, state).variables())
     except KeyboardInterrupt as e:
         raise type(e)(
             f'the network is trained and saved in {job.folder}, the same command goes on with the '
             'threshold.'
         ) from None
-    each = steps.unstack_states(devices.take_local(mesh, state), number)
-    return [one.variables() for one in each]
+    return heads
