@@ -4,6 +4,7 @@ What a command needs is imported after its flags are read, so that a wrong one i
 """
 
 import argparse
+from collections.abc import Callable
 import csv
 import functools
 import io
@@ -154,13 +155,13 @@ def predict(argv: list[str]) -> int:
     parser.add_argument('--output', type=terminal.path, required=True, metavar='DIR')
     parser.add_argument(
         '--threshold',
-        type=_probability,
+        type=_above_0_below_1('probability'),
         metavar='PROBABILITY',
         help="defective from this score on, instead of the run's own threshold",
     )
     parser.add_argument(
         '--fpr',
-        type=_rate,
+        type=_above_0_below_1('rate'),
         metavar='RATE',
         help="of false alarms, to choose the threshold for, instead of the run's own",
     )
@@ -202,24 +203,19 @@ def predict(argv: list[str]) -> int:
     return 2 if failed else 0
 
 
-def _probability(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is no probability above 0 and below 1')
-    return value
+def _above_0_below_1(what: str) -> Callable[[str], float]:
+    """What reads such a number of a flag; `what` it is."""
 
+    def read(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = 0.0
+        if not 0 < value < 1:
+            raise argparse.ArgumentTypeError(f'{text!r} is no {what} above 0 and below 1')
+        return value
 
-def _rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is no rate above 0 and below 1, such as 0.05')
-    return value
+    return read
 
 
 def _progress(bar, quiet, paths, total):
@@ -241,7 +237,8 @@ def decide(argv: list[str]) -> None:
     parser = terminal.Parser('decide', decide.__doc__)
     add = parser.add_argument
     add('--workdir', type=terminal.path, required=True, metavar='RUN', help="the run's folder")
-    add('--fpr', type=_rate, metavar='RATE', help="of false alarms (that of the run's config)")
+    about = "of false alarms (that of the run's config)"
+    add('--fpr', type=_above_0_below_1('rate'), metavar='RATE', help=about)
     add('--images', type=terminal.path, metavar='DIR', help='new good images')
     add('--defects', type=terminal.path, metavar='DIR', help='images of known defects')
     about = 'how many false alarms a missed defect weighs, both as rates (%(default)s)'

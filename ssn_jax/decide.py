@@ -36,25 +36,30 @@ def decide(
     """
     model = predictor.open_run(workdir)
     scores = run_lib.read_scores(workdir)
-    if scores is None or not model.decision:
-        raise UserError(f'{workdir} has no scores to choose on: let its own command finish.')
+    results = run_lib.read_json(workdir / 'results.json')
+    if scores is None or not model.decision or not results:
+        raise UserError(
+            f'{workdir} has no scores to choose on: its own command, given again, makes them.'
+        )
     if images:
         new = score_folder(model, images, layouts.GOOD)
         scores = scores.of('train') + scores.of('test') + new
     normal = scores.unseen() if images else model.require_normal()
     new = len(scores.of('new').score)
     where = {'split': ('new' if new else 'out of part') + ' (normal)', 'images': len(normal)}
-    if defects:
-        known = score_folder(model, defects, 'defect').score
-        where['split'] += f' and {len(known)} known defects'
-        where['images'] += len(known)
-        labels = np.repeat([0, 1], [len(normal), len(known)])
-        found = decision.by_youden(np.concatenate([normal, known]), labels, misses)
-    else:
-        found = decision.by_rate(normal, model.config.decision.fpr if fpr is None else fpr)
+    try:
+        if defects:
+            known = score_folder(model, defects, 'defect').score
+            where['split'] += f' and {len(known)} known defects'
+            where['images'] += len(known)
+            labels = np.repeat([0, 1], [len(normal), len(known)])
+            found = decision.by_youden(np.concatenate([normal, known]), labels, misses)
+        else:
+            found = decision.by_rate(normal, model.config.decision.fpr if fpr is None else fpr)
+    except ValueError as e:
+        raise UserError(f'{workdir}: {e}; scores.csv there has them.') from None
     chosen = decision.tested(found | where | {'precision': model.config.precision}, scores)
     with files.locked(workdir):
-        results = run_lib.read_json(workdir / 'results.json') or {}
         results['decision'] = chosen
         results['recall'] = decision.recall_by_defect(scores.of('test'), chosen['threshold'])
         # The scores last: without them decision and results still tell the same.

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import csv
 import dataclasses
 import io
-import math
 
 from absl import logging
 import ml_collections
@@ -158,8 +157,8 @@ def by_rate(normal: np.ndarray, fpr: float) -> dict:
     if 0 < fpr < promised:
         logging.warning(
             'A false-positive rate of at most %g is asked for, and %d normal images can promise '
-            'none below %.2g, which it is: %d images could.',
-            *(fpr, n, promised, math.ceil(1 / fpr - 1e-9) - 1),
+            'none below %.2g, which it is: %.0f images could.',
+            *(fpr, n, promised, np.ceil(1 / fpr - 1e-9) - 1),
         )
     return {
         'threshold': threshold,

@@ -77,7 +77,7 @@ def train_and_evaluate(
     devices.wait_for_all('workdir checked')  # Before the first one writes there.
     network = systems.build_network(config)
     with contextlib.ExitStack() as running:
-        jobs = []
+        jobs, known = [], []
         for one, folder in asked:
             begun = run_lib.begin(one, found, folder, material.origin, material.backbone, said)
             running.enter_context(begun)
@@ -87,14 +87,17 @@ def train_and_evaluate(
             open_log = functools.partial(run_lib.open_log, folder, events=events)
             keep = functools.partial(keep_model, folder, material.backbone)
             one = config_lib.with_found(one, found)
-            known = known_scores(one, folder)
+            known.append(known_scores(one, folder))
             # What was trained elsewhere cannot be trained again without a part.
-            done = known is not None or (folder / 'imported.json').exists()
+            done = known[-1] is not None or (folder / 'imported.json').exists()
             wanted = [] if done else parts.split(one, material.split, material.groups)
-            jobs.append(loop.Job(one, folder, open_log, keep, wanted, known))
+            jobs.append(loop.Job(one, folder, open_log, keep, wanted))
         logging.info('Backbone %s, weights: %s', config.backbone.name, material.origin.weights)
         trained = loop.train(jobs, material.split, network, material.backbone, quiet)
-        results = [measure(job, *end, material) for job, end in zip(jobs, trained, strict=True)]
+        results = [
+            measure(job, *end, scores, material)
+            for job, end, scores in zip(jobs, trained, known, strict=True)
+        ]
         if config.seeds == 1:
             return results[0]
         summary = seeds.summarise(results + seeds.other_results(asked, workdir, results[0]))
@@ -189,16 +192,27 @@ def known_scores(config: ml_collections.ConfigDict, folder: pathlib.Path) -> dec
     return scores if finished and finished.epoch == config.epochs else None
 
 
-def measure(job, state, log, heads, material) -> dict:
-    """Evaluates a trained run, chooses its threshold and writes both with figures; its results."""
+def measure(job, state, log, heads, earlier: decision.Scores | None, material) -> dict:
+    """Evaluates a trained run, chooses its threshold and writes both with figures.
+
+    Args:
+      job: the run's.
+      state: the last one.
+      log: the run's train.csv.
+      heads: variables of the heads of its parts.
+      earlier: the scores that it has, if it was finished before.
+      material: what the run is made from.
+
+    Returns:
+      Its results, as results.json holds them.
+    """
     config, workdir, network = job.config, job.folder, state.variables()
     dataset, split, backbone = material.dataset, material.split, material.backbone
     job.keep_model(config.epochs, network)
     model = make_model(config, backbone, network, workdir)
     tried, exact = {}, config.precision not in ('auto', 'int8')
     base = model if exact else model.at('float32')
-    known = job.scores and job.scores.of('train')
-    known = known or score_parts(job, heads, base, material)
+    known = earlier.of('train') if earlier else score_parts(job, heads, base, material)
     normal = split.images[np.flatnonzero(split.labels == 0)[: precision.IMAGES]]
     if not exact:
         model, tried = precision.settle(model, normal)

@@ -371,6 +371,8 @@ def from_variables(
         normal = scores and scores.unseen()
         model = Predictor(config, fused, epoch, decided, workdir, normal)
     if fpr is not None:
+        if not 0 < fpr < 1:
+            raise UserError(f'a rate of false alarms of {fpr} is none above 0 and below 1.')
         model.threshold = decision_lib.by_rate(model.require_normal(), fpr)['threshold']
     if threshold is not None:
         if not 0 < threshold < 1:

@@ -128,3 +128,16 @@ def test_a_run_without_scores_says_so(workdir):
         decide(workdir, '--fpr', 0.1)
     with pytest.raises(ssn_jax.UserError, match='not trained on'):
         predictor.open_run(workdir, fpr=0.1)
+
+
+def test_scores_that_are_no_numbers_are_told(workdir):
+    file = workdir / 'scores.csv'
+    file.write_text(file.read_text().replace(',0.5,', ',nan,'))
+    with pytest.raises(ssn_jax.UserError, match=r'finite scores of normal images; scores\.csv'):
+        decide(workdir, '--fpr', 0.1)
+
+
+@pytest.mark.parametrize('fpr', [0, 1, 1.5, float('nan')])
+def test_a_rate_outside_of_its_bounds(fpr, workdir):
+    with pytest.raises(ssn_jax.UserError, match='above 0 and below 1'):
+        predictor.open_run(workdir, fpr=fpr)

@@ -62,6 +62,7 @@ def test_no_threshold_from_scores_that_are_no_numbers(scores):
 
 
 @hypothesis.given(COUNTS, strategies.floats(0, 1), strategies.booleans(), COUNTS)
+@hypothesis.example(3, 5e-324, False, 0)
 def test_a_rate_is_kept_among_scores_any_of_which_may_be_the_new_one(n, fpr, ties, seed):
     """Of n + 1 scores each is as likely to be the new one: so often it is called defective."""
     every = np.random.default_rng(seed).normal(size=n + 1).astype(np.float32)

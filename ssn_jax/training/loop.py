@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from ssn_jax import decision, devices, signals
+from ssn_jax import devices, signals
 from ssn_jax.data import augment, sampling
 from ssn_jax.errors import UserError
 from ssn_jax.fused import fold
@@ -37,7 +37,6 @@ class Job:
       open_log: from the number of epochs behind it to what its epochs are told (`append`).
       keep_model: is told the epoch and the network's variables of every checkpoint.
       parts: of the training images, for each of which a head is wanted that never saw it.
-      scores: of a run that is finished.
     """
 
     config: ml_collections.ConfigDict
@@ -45,7 +44,6 @@ class Job:
     open_log: Callable
     keep_model: Callable
     parts: Sequence[np.ndarray] = ()
-    scores: decision.Scores | None = None
 
 
 def train(jobs, split, network, backbone_variables, quiet=False):

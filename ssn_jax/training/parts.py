@@ -117,14 +117,16 @@ def train(
     if config.positions:
         config.positions = max(1, config.positions // (number + 1))
     else:
-        sharing = 1 if mesh is None else mesh.size
-        config.batch_size = -(-max(config.batch_size // number, 2) // sharing) * sharing
+        config.batch_size = max(config.batch_size // number, 2)
 
     kept = [np.flatnonzero(~np.isin(shown.sources, part)) for part in job.parts]
     orders = [sampling.image_order(config, shown.labels[one]) for one in kept]
     # Parts differ in size: what one has more of waits for the next epoch.
     per_epoch, batch = (min(n) for n in zip(*(order(0).shape for order in orders), strict=True))
     config.epochs = max(1, round(total / per_epoch))
+    # Devices share a batch equally: its first images fill it up.
+    sharing = 1 if mesh is None else mesh.size
+    columns = np.arange(-(-batch // sharing) * sharing) % batch
 
     k_init, k_epochs = jax.random.split(jax.random.key(config.seed))
     channels = backbones.feature_channels(config.backbone.name, config.features.layers)
@@ -136,7 +138,7 @@ def train(
             for one, following in zip(kept, orders, strict=True):
                 state = begun
                 for epoch in range(config.epochs):
-                    order = np.int32(one[following(epoch)][:per_epoch, :batch])
+                    order = np.int32(one[following(epoch)][:per_epoch, columns])
                     key = devices.put(mesh, jax.random.fold_in(k_epochs, epoch))
                     state, _ = wait(functools.partial(run_epoch, state, contents, order, key))
                 heads.append(devices.take_local(mesh, state).variables())
