@@ -105,8 +105,9 @@ def decide(config: ml_collections.ConfigDict, scores: Scores) -> dict:
       scores: of the run; those of its training images are chosen on.
 
     Returns:
-      What `by_rate` or `by_youden` does, and split and images (their number); if there is no
-      threshold, threshold is None and `undefined` says why.
+      What `by_rate` or `by_youden` does, and split and images (their number); of images that were
+      trained on nothing is promised. If there is no threshold, threshold is None and `undefined`
+      says why.
     """
     train = scores.of('train')
     youden = config.supervision.kind != 'none'
@@ -116,7 +117,10 @@ def decide(config: ml_collections.ConfigDict, scores: Scores) -> dict:
     try:
         if youden:
             return by_youden(train.score, train.label) | where
-        return by_rate(train.normal(), config.decision.fpr) | where
+        chosen = by_rate(train.normal(), config.decision.fpr) | where
+        if name == 'train':  # Such scores promise nothing of new images.
+            del chosen['promised'], chosen['interval']
+        return chosen
     except ValueError as e:
         return {'threshold': None, 'undefined': str(e)} | where
 

@@ -44,7 +44,7 @@ def test_a_run_without_defects_keeps_to_a_rate_of_false_alarms():
     below = [1 - (1 - x) ** 9 - 9 * x * (1 - x) ** 8 for x in chosen['interval']]
     np.testing.assert_allclose(below, [0.05, 0.95], rtol=1e-9)
     chosen = decision.decide(config, make_scores(range(9), [0] * 9, 'train'))
-    assert chosen['split'] == 'train (normal)'
+    assert chosen['split'] == 'train (normal)' and not {'promised', 'interval'} & set(chosen)
 
 
 @pytest.mark.parametrize(('rate', 'told'), [(0.25, False), (0.2, False), (0.1, True), (0, False)])
