@@ -52,12 +52,12 @@ categories=(bottle screw)
 [[ $data ]] || categories=(bearing screw)
 # XLA everywhere, which is what computes on a GPU.
 common=(--config.engine=xla "--config.data.root=$data")
-auto=() timed=(--configs 'mod1_a,edge,auto') turns=()
+auto=() timed=(--configs 'mod1_a,edge,auto') turns=() precise=(--precisions 'float32,bfloat16')
 if [[ $trial ]]; then
   common+=('--config.image_size=(64, 64)' --config.batch_size=8 --config.sparse=False)
   common+=(--config.decision.parts=0)
   auto=(--config.epochs=1 --config.drawn.count=8)
-  timed=(--configs auto) turns=(--turns 7)
+  timed=(--configs auto) turns=(--turns 7) precise=()
 fi
 "$python" "$here/gpu.py" begin "$results" "epochs=$epochs trial=${trial:-0}" || exit 1
 
@@ -131,7 +131,7 @@ exit(not all(map(f, ("anomalib", "torch", "timm"))))'
   # shellcheck disable=SC2053 # A pattern.
   if [[ against != @($only) ]] || "$python" -c "$needed"; then
     step against env XLA_PYTHON_CLIENT_PREALLOCATE=false \
-      "$python" -m ssn_jax benchmark --against anomalib --json "${turns[@]}"
+      "$python" -m ssn_jax benchmark --against anomalib --json "${turns[@]}" "${precise[@]}"
   else
     names+=(against)
     echo 'against: skipped, anomalib, torch or timm is not installed.' | tee "$results/against.skipped"
@@ -141,7 +141,7 @@ exit(not all(map(f, ("anomalib", "torch", "timm"))))'
 of_resnet18=(--config.backbone.name=resnet18 "--config.backbone.weights=$weights")
 first="--config.data.category=${categories[0]}" second="--config.data.category=${categories[1]}"
 
-step latency "$python" -m ssn_jax benchmark "${timed[@]}" --json "${turns[@]}"
+step latency "$python" -m ssn_jax benchmark "${timed[@]}" --json "${turns[@]}" "${precise[@]}"
 train "edge-${categories[0]}" --config edge "$first" "${auto[@]}"
 precisions "edge-${categories[0]}"
 against

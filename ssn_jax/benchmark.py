@@ -76,12 +76,12 @@ def our_forms(text: str, engines: list[str], precisions: list[str]) -> list[tupl
     fused = fold.fuse(*variables, systems.build_network(config))
     # XLA counts the body of a loop once: the form without loops is counted.
     counted = jax.jit(functools.partial(forward.predict, one_by_one=False))
-    counted = counted.lower(fused, np.zeros((1, *size, 3), np.uint8)).cost_analysis()
+    counted = counted.lower(fused, np.zeros((1, *size, 3), np.uint8)).cost_analysis() or {}
     network = {
         'backbone': config.backbone.name,
         'image_size': list(size),
         'params': sum(x.size for v in variables for x in jax.tree.leaves(v['params'])),
-        'gflop': counted['flops'] / 1e9,
+        'gflop': counted['flops'] / 1e9 if 'flops' in counted else None,  # XLA has none on GPUs.
     }
 
     def compile_form(engine_name, precision, images):
