@@ -1,0 +1,61 @@
+"""scripts/false_alarms.py: new splits, and the table of the rates that were seen."""
+
+import json
+import runpy
+
+import commands
+import numpy as np
+import tiny
+
+SCRIPT = runpy.run_path(str(commands.ROOT / 'scripts' / 'false_alarms.py'))
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_set_is_split_anew(tmp_path):
+    tiny.write_data(tmp_path / 'data', train=20)
+    root = tmp_path / 'data' / 'nut'
+    SCRIPT['link'](f'folder:{root}', tmp_path / 'new', 3, None)
+    good = {
+        f'{split}-good-{p.name}'
+        for split in ('train', 'test')
+        for p in (root / split / 'good').iterdir()
+    }
+    of = {place: tmp_path / 'new' / place for place in ('all', 'held')}
+    tested = names(of['all'] / 'test' / 'good')
+    trained, fewer = (names(folder / 'train' / 'good') for folder in of.values())
+    kept = names(tmp_path / 'new' / 'kept')
+    assert tested == names(of['held'] / 'test' / 'good')
+    assert trained | tested == good and not trained & tested
+    assert fewer | kept == trained and not fewer & kept
+    assert 0.3 <= len(tested) / len(good) < 0.35 and fewer and kept
+    assert len(names(of['all'] / 'test' / 'defect')) == len(list((root / 'test/spot').iterdir()))
+    linked = next((of['all'] / 'test' / 'defect').iterdir())
+    assert linked.resolve().parent == root / 'test' / 'spot'
+
+
+def test_what_belongs_together_stays_together(tmp_path):
+    tiny.write_data(tmp_path / 'data', train=20)
+    root = tmp_path / 'data' / 'nut'
+    for i, path in enumerate(sorted((root / 'train' / 'good').iterdir())):
+        path.rename(path.with_name(f'roll{i % 5}_{path.name}'))
+    SCRIPT['link'](f'folder:{root}', tmp_path / 'new', 0, 'roll[^_]+')
+    folders = [tmp_path / 'new' / x for x in ('all/test/good', 'held/train/good', 'kept')]
+    rolls = [{n.split('_')[0] for n in names(folder) if 'roll' in n} for folder in folders]
+    assert set.union(*rolls) == {f'train-good-roll{i}' for i in range(5)}
+    assert sum(map(len, rolls)) == 5
+
+
+def test_table(tmp_path):
+    """Of normal scores 0..98 and a rate of 5 % the five highest are called, and those above."""
+    folder = tmp_path / 'nut' / 'split-0'
+    folder.mkdir(parents=True)
+    chosen_on = np.arange(99.0).tolist()
+    scores = {'chosen on': chosen_on, 'normal': [*np.zeros(18), 94.5, 97.0], 'defects': [1.0, 99.0]}
+    (folder / 'found.json').write_text(json.dumps(dict.fromkeys(SCRIPT['WAYS'], scores)))
+    row = SCRIPT['table'](tmp_path).splitlines()[2 + len(SCRIPT['WAYS'])]
+    cells = [cell.strip() for cell in row.split('|')[1:-1]]
+    assert cells[:2] == ['5 %', 'out of part'] and cells[3] == '10.0 / 50.0'
+    assert cells[2] == '10.0 [1.8, 28.3] of 20'
