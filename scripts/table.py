@@ -114,7 +114,7 @@ def neighbours(config, tenth: int = 10) -> dict:
     position's features, at layer2's grid and averaged over 3x3, to the nearest of normal images;
     the map is smoothed as ours is, and the score is its maximum.
     """
-    dataset = data.load(config.data, config.image_size, config.resize)
+    dataset = data.load(config.data, config.image_size, config.resize, config.fit)
     backbone, _ = weights.load_backbone(config.backbone.name, config.backbone.weights, False)
     run = features.extractor(
         config, systems.build_network(config), fold.fuse_backbone(backbone), config.image_size

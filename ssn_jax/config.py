@@ -59,7 +59,8 @@ def _numbers(value) -> bool:
 
 
 def _size(value) -> bool:
-    return len(value) == 2 and all(isinstance(v, int) and 0 <= v <= 4096 for v in value)
+    whole = len(value) == 2 and all(isinstance(v, int) and v >= 0 for v in value)
+    return whole and value[0] * value[1] <= 2**24
 
 
 _SEED = (lambda value: 0 <= value < 2**32, 'it must be in 0..2**32-1')
@@ -87,13 +88,18 @@ FIELDS = {
         (256, 256),
         'Height, width in pixels, as the backbone sees them.',
         lambda value: _size(value) and min(value) >= 32,
-        'it is (height, width), each 32 to 4096 pixels',
+        'it is (height, width), each at least 32 and together at most 16777216 pixels',
     ),
     'resize': Field(
         (0, 0),
         'Resize to this, then cut image_size out of the middle; zeros: no cut.',
         _size,
-        'it is (0, 0), or (height, width) up to 4096 pixels',
+        'it is (0, 0), or (height, width) of together at most 16777216 pixels',
+    ),
+    'fit': Field(
+        'squash',
+        'Images of another aspect ratio: squash, or pad (grey beside them, none of it in maps).',
+        *_one_of('squash', 'pad'),
     ),
     # --- Data -------------------------------------------------------------------------------------
     'data.name': Field('mvtec_ad', 'mvtec_ad, synthetic, ksdd2 or folder.'),
@@ -372,8 +378,12 @@ def _together(config: ml_collections.ConfigDict) -> Iterator[tuple[bool, str, st
         not any(config.resize)
         or all(s <= r for s, r in zip(config.image_size, config.resize, strict=True)),
         'resize',
-        f'it is (0, 0), or (height, width) from image_size={tuple(config.image_size)} to 4096 '
-        'pixels',
+        f'it is (0, 0), or (height, width) from image_size={tuple(config.image_size)} on',
+    )
+    yield (
+        config.fit == 'squash' or not any(config.resize),
+        'fit',
+        'nothing is cut from padded images, so it is for --config.resize=(0, 0)',
     )
     layers = ((2, 3),) if system == 'simplenet' else ((2, 3), (1, 2, 3), (1, 2))
     yield (

@@ -70,7 +70,8 @@ def metadata(model: Predictor) -> dict:
     config, threshold = model.config, model.threshold
     return {
         'format': 'ssn_jax predictor 1',
-        'input': 'images: uint8 RGB (N, H, W, 3), any size',
+        'input': 'images: uint8 RGB (N, H, W, 3), '
+        + ('any size' if config.fit == 'squash' else 'padded to image_size with grey'),
         'outputs': 'scores: logits (N,); maps: logits (N, height, width) of image_size',
         'threshold': threshold,  # A logit: defective from this score on.
         'threshold_probability': None if threshold is None else float(decision.sigmoid(threshold)),
@@ -80,6 +81,7 @@ def metadata(model: Predictor) -> dict:
         'classes': list(decision.CLASSES),
         'image_size': list(config.image_size),
         'resize': list(config.resize),
+        'fit': config.fit,
         'config': config.name,
         'category': data.category_of(config.data),
         'epoch': model.epoch,
@@ -106,7 +108,8 @@ def to_stablehlo(model: Predictor) -> bytes:
     """
     if model.config.precision == 'int8':
         raise UserError('--format stablehlo has no int8: take openvino, or --precision float32.')
-    images = jax.ShapeDtypeStruct(jax.export.symbolic_shape('n, h, w, 3'), jnp.uint8)
+    sides = 'h, w' if model.config.fit == 'squash' else '{}, {}'.format(*model.config.image_size)
+    images = jax.ShapeDtypeStruct(jax.export.symbolic_shape(f'n, {sides}, 3'), jnp.uint8)
     function = jax.jit(make_function(model))
     exported = jax.export.export(function, platforms=('cpu', 'cuda', 'tpu'))(images)
     archive = io.BytesIO()
@@ -138,7 +141,9 @@ def to_onnx(model: Predictor, opset: int | None = None) -> bytes:
         raise UserError(
             f'--opset={opset} cannot be used: it is in {graph.OPSET}..{graph.latest_opset()}.'
         )
-    return graph.predictor(model.fused, model.config, True, opset or graph.OPSET, about)
+    # What pads images knows their size, and the graph does not.
+    any_size = model.config.fit == 'squash'
+    return graph.predictor(model.fused, model.config, any_size, opset or graph.OPSET, about)
 
 
 def to_openvino(model: Predictor) -> tuple[bytes, bytes]:

@@ -199,7 +199,12 @@ def main(values: flags.FlagValues) -> None:
     precision.check(values.config)
     workdir, path = terminal.path(values.workdir).absolute(), terminal.path(values.weights)
     if values.evaluate:  # What is wrong with the data is told before anything is written.
-        data.load(values.config.data, values.config.image_size, values.config.resize)
+        data.load(
+            values.config.data,
+            values.config.image_size,
+            values.config.resize,
+            values.config.fit,
+        )
     config = import_checkpoint(values.config, path, workdir, values.step)
     logging.info('Imported %s, %s, adaptor %s', config.system, config.backbone.name, config.adaptor)
     if values.evaluate:

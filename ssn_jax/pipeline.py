@@ -126,7 +126,7 @@ class Material:
 
 def gather(config: ml_collections.ConfigDict, folders: list[pathlib.Path]) -> Material:
     """Loads data and backbone, and checks that runs that have begun did so with the same."""
-    dataset = data.load(config.data, config.image_size, config.resize)
+    dataset = data.load(config.data, config.image_size, config.resize, config.fit)
     split = supervision.training_split(config, dataset.train)
     if config.supervision.kind != 'none':
         logging.info(

@@ -89,7 +89,7 @@ def _quantise(model, images):
     from ssn_jax.fused import graph, quantise
 
     logging.info('Quantising on %d normal images', min(len(images), quantise.IMAGES))
-    exact = graph.predictor(model.fused, model.config, any_size=True)
+    exact = graph.predictor(model.fused, model.config, any_size=model.config.fit == 'squash')
     text, weights = engine.serialise(quantise.quantise(exact, images))
     path = model.workdir / INT8
     path.unlink(missing_ok=True)

@@ -55,7 +55,8 @@ class Result:
       p_value: the share of normal images that score as high, as far as the run knows (see
         `decision.p_values`); None if it knows nothing of images that it was not trained on.
       defective: whether the score reaches the model's threshold.
-      map: anomaly logits (height, width) of `config.image_size`, float32.
+      map: anomaly logits, float32 (height, width) of `config.image_size`, or of the part of it
+        that the frame takes if it is padded.
       view: where in the frame the map lies.
     """
 
@@ -165,7 +166,7 @@ class Predictor:
     def fit(self, frame: np.ndarray) -> np.ndarray:
         """A frame, uint8 RGB (H, W, 3), as the network sees it: (*image_size, 3)."""
         config = self.config
-        return images_lib.fit(frame, tuple(config.image_size), tuple(config.resize))
+        return images_lib.fit(frame, tuple(config.image_size), tuple(config.resize), config.fit)
 
     def result(self, score: np.float32, logits: np.ndarray, size: tuple[int, int]) -> Result:
         """The result for a frame of `size`, (height, width), from its score and map."""
@@ -173,7 +174,7 @@ class Predictor:
         defective = bool(score >= self.threshold)
         p_value = float(decision_lib.p_values(score, self.normal)) if self.normal.size else None
         probability = float(decision_lib.sigmoid(score))
-        return Result(float(score), probability, p_value, defective, logits, view)
+        return Result(float(score), probability, p_value, defective, logits[view.inside], view)
 
     def logits(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Score logits (N,) and anomaly logits (N, *image_size) of fitted images, float32.
@@ -411,12 +412,17 @@ class View:
     Attributes:
       size: the frame's (height, width).
       part: slices of the frame's rows and columns, whose part the map covers.
+      inside: slices of rows and columns of what the network sees, where the frame lies in it.
       origin: (x, y), where the map begins in pixels of the frame.
       scale: (x, y), pixels of the frame to one of the map.
     """
 
     def __init__(self, config: ml_collections.ConfigDict, size: tuple[int, int]):
+        self.inside = np.s_[:, :]
         cut = np.array(config.image_size)
+        if config.fit == 'pad':
+            self.inside = images_lib.inside(tuple(size), tuple(config.image_size))
+            cut = np.array([s.stop - s.start for s in self.inside])
         whole = np.array(config.resize) if any(config.resize) else cut
         offset = (whole - cut) // 2
         low, high = offset * size / whole, (offset + cut) * size / whole

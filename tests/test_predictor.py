@@ -15,7 +15,8 @@ import pytest
 import tiny
 
 import ssn_jax
-from ssn_jax import predict_folder, predictor
+from ssn_jax import config as config_lib, predict_folder, predictor
+from ssn_jax.data import images
 
 pytestmark = pytest.mark.usefixtures('small_programs')
 
@@ -192,3 +193,38 @@ def test_importing_the_package_imports_nothing_that_trains():
     assert not {'optax', 'orbax', 'tensorflow_datasets', 'huggingface_hub', 'matplotlib'} & {
         *done.stdout.split()
     }
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_padded_images_keep_their_aspect_ratio_and_their_places(seed):
+    """A square in an image of any shape: found at its place in the map, and its map at its own."""
+    rng = np.random.default_rng(seed)
+    config = config_lib.default_config()
+    config.fit, config.image_size = 'pad', tuple(int(n) for n in rng.integers(64, 300, 2))
+    size = tuple(int(n) for n in rng.integers(40, 900, 2))
+    mask = np.zeros(size, np.uint8)
+    top, left = (int(rng.integers(0, n - n // 3)) for n in size)
+    mask[top : top + size[0] // 3, left : left + size[1] // 3] = 1
+    fitted = images.fit_mask(mask, tuple(config.image_size), how='pad')
+    image = images.fit(mask[..., None].repeat(3, -1) * np.uint8(255), fitted.shape, how='pad')
+    view = predictor.View(config, size)
+    assert fitted.shape == image.shape[:2] == tuple(config.image_size)
+    # All of the margin is grey, and nothing else; the sides keep their ratio to a pixel.
+    margin = np.ones(fitted.shape, bool)
+    margin[view.inside] = False
+    assert (image[margin] == image[margin][:1]).all() and not fitted[margin].any()
+    inside = fitted[view.inside].shape
+    assert inside[0] == fitted.shape[0] or inside[1] == fitted.shape[1]
+    scale = max(n / m for n, m in zip(inside, size, strict=True))
+    assert all(abs(n - scale * m) <= 1 for n, m in zip(inside, size, strict=True))
+    logits = np.where(fitted, 9.0, -9.0).astype(np.float32)[view.inside]
+    found = predictor.Result(9.0, 1.0, None, True, logits, view)
+    x, y, width, height = found.regions[0][:4]
+    slack = np.ceil(1 / scale) + 1
+    expected = left, top, size[1] // 3, size[0] // 3
+    assert np.allclose(
+        (x, y, x + width, y + height),
+        (*expected[:2], left + expected[2], top + expected[3]),
+        atol=slack,
+    )
+    assert found.full_map().shape == size

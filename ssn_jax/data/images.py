@@ -17,6 +17,8 @@ from ssn_jax.errors import UserError
 SUFFIXES = frozenset({'.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp'})
 
 _PILLOW = threading.Lock()
+# ImageNet's mean, of which backbones see nothing.
+_GREY = np.uint8([124, 116, 104])
 MAX_PIXELS = 2**27  # Of an image that is decoded, unless more is asked for.
 _JPEG_MAGIC = b'\xff\xd8\xff'
 _PNG_MAGIC = b'\x89PNG\r\n\x1a\n'
@@ -107,18 +109,59 @@ def centre(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return image[top : top + size[0], left : left + size[1]]
 
 
+def inside(size: tuple[int, int], image_size: tuple[int, int]) -> tuple[slice, slice]:
+    """Where an image of `size` lies in one that it is padded to: rows and columns."""
+    scale = min(n / m for n, m in zip(image_size, size, strict=True))
+    shape = [max(1, round(scale * n)) for n in size]
+    offsets = [(n - m) // 2 for n, m in zip(image_size, shape, strict=True)]
+    return tuple(slice(low, low + n) for low, n in zip(offsets, shape, strict=True))
+
+
+def pad(resized: np.ndarray, part: tuple[slice, slice], image_size: tuple[int, int], value=0):
+    """An image or mask (h, w, ...) in its `part` of one of `image_size`, `value` around it."""
+    padded = np.empty((*image_size, *resized.shape[2:]), resized.dtype)
+    padded[:] = value
+    padded[part] = resized
+    return padded
+
+
 def fit(
-    image: np.ndarray, image_size: tuple[int, int], resize_to: tuple[int, int] = (0, 0)
+    image: np.ndarray,
+    image_size: tuple[int, int],
+    resize_to: tuple[int, int] = (0, 0),
+    how: str = 'squash',
 ) -> np.ndarray:
-    """Resizes an image (H, W, 3) and cuts `image_size` out of its middle.
+    """Resizes an image (H, W, 3) and cuts `image_size` out of its middle, or pads it to that.
 
     Args:
       image: of any size.
       image_size: (height, width) of what is returned.
       resize_to: (height, width) before cutting; zeros: `image_size`, and nothing is cut.
+      how: 'pad' keeps the aspect ratio, with grey around; 'squash' does not.
     """
+    if how == 'pad':
+        part = inside(image.shape[:2], image_size)
+        return pad(resize(image, _shape(part)), part, image_size, _GREY)
     whole = resize_to if any(resize_to) else image_size
     return centre(resize(image, whole), image_size)
+
+
+def fit_mask(
+    mask: np.ndarray,
+    image_size: tuple[int, int],
+    resize_to: tuple[int, int] = (0, 0),
+    how: str = 'squash',
+) -> np.ndarray:
+    """A mask (H, W) as `fit` makes its image."""
+    if how == 'pad':
+        part = inside(mask.shape, image_size)
+        return pad(resize_mask(mask, _shape(part)), part, image_size)
+    whole = resize_to if any(resize_to) else image_size
+    return centre(resize_mask(mask, whole), image_size)
+
+
+def _shape(part):
+    return tuple(s.stop - s.start for s in part)
 
 
 def size(source: Path | bytes) -> tuple[int, int] | None:

@@ -43,7 +43,10 @@ class _Source:
 
 
 def load(
-    data_config: ConfigDict, image_size: tuple[int, int], resize: tuple[int, int] = (0, 0)
+    data_config: ConfigDict,
+    image_size: tuple[int, int],
+    resize: tuple[int, int] = (0, 0),
+    fit: str = 'squash',
 ) -> splits.Dataset:
     """Loads a data set, preparing it first if this source was not prepared before.
 
@@ -54,6 +57,7 @@ def load(
       image_size: (height, width) of images and masks.
       resize: (height, width) they are resized to before `image_size` is cut out of their middle;
         zeros: they are resized to `image_size`.
+      fit: 'pad' keeps their aspect ratio.
 
     Returns:
       The data set.
@@ -63,8 +67,8 @@ def load(
     """
     source = _source(data_config)
     prepared = _prepare(source, cache_folder(data_config.cache))
-    train, of_train = _read(prepared, 'train', image_size, resize)
-    test, of_test = _read(prepared, 'test', image_size, resize)
+    train, of_train = _read(prepared, 'train', image_size, resize, fit)
+    test, of_test = _read(prepared, 'test', image_size, resize, fit)
     return splits.Dataset(
         train=train,
         test=test,
@@ -240,7 +244,7 @@ def _builder(folder: Path):
 
 
 def _read(
-    prepared: Path, split: str, image_size: tuple[int, int], resize: tuple[int, int]
+    prepared: Path, split: str, image_size: tuple[int, int], resize: tuple[int, int], fit: str
 ) -> tuple[splits.Split, str]:
     """Decodes and resizes one split of a prepared set; returns it and its fingerprint."""
     from tensorflow_datasets import decode
@@ -255,16 +259,15 @@ def _read(
     shape, pixels = (len(named), *image_size), np.uint8
     wanted = {'images': ((*shape, 3), pixels), 'masks': (shape, pixels)}
     kept = files.allocate(wanted, prepared.parent)
-    size = resize if any(resize) else image_size
 
     def fill(place: int, example: dict) -> bytes:
         """Decodes an image to its place; what it is told by."""
         file = example['file'].decode()
         kept['images'][place] = images.fit(
-            images.decode(example['image'], file), image_size, resize
+            images.decode(example['image'], file), image_size, resize, fit
         )
         mask = images.decode_mask(example['mask'], file)
-        kept['masks'][place] = images.centre(images.resize_mask(mask, size), image_size)
+        kept['masks'][place] = images.fit_mask(mask, image_size, resize, fit)
         # The mask as pixels, since it was encoded here, by whatever version of OpenCV.
         parts = example['image'], np.packbits(mask).tobytes(), bytes([example['has_mask']])
         heading = f'{file}\0{example["defect"].decode()}\0'.encode()
