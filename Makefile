@@ -27,9 +27,9 @@ test: $(STAMP)
 	[ $$quick = 0 ] && [ $$slow = 0 ]
 
 # What tells soonest that something is wrong: lint, and the tests that compile next to nothing.
-CHECKED := checkpoint data decision defects demo figures fuzz gpu losses main metrics overlays
-CHECKED += predict predictor readme report run sampling supervision sweep synthetic torch_archives
-CHECKED += trust weights
+CHECKED := checkpoint data decision defects demo drift figures fuzz gpu losses main metrics
+CHECKED += overlays predict predictor readme report run sampling supervision sweep synthetic
+CHECKED += torch_archives trust weights
 check: lint
 	@$(QUICK) $(CHECKED:%=tests/test_%.py)
 

@@ -17,7 +17,7 @@ from absl import logging
 import cv2
 import numpy as np
 
-from ssn_jax import __version__, decision, files
+from ssn_jax import __version__, decision, drift, files
 from ssn_jax.data import images
 from ssn_jax.errors import UserError
 from ssn_jax.predictor import Predictor, find_regions
@@ -76,6 +76,7 @@ def predict(
     max_pixels: int = images.MAX_PIXELS,
     overlays: bool = True,
     progress: Callable = lambda paths, total: paths,
+    watch: drift.Watch | None = None,
 ) -> tuple[int, int]:
     """Predicts an image or all images below a folder.
 
@@ -89,6 +90,8 @@ def predict(
       max_pixels: an image of more is refused before it is decoded.
       overlays: whether to draw them.
       progress: wraps the iterator of paths; it is told their number.
+      watch: sees the scores in the order of the images; the first at which it notices a change is
+        told.
 
     Returns:
       The number of images that were predicted, and of those that could not be.
@@ -136,6 +139,7 @@ def predict(
                         found = computing.submit(model.logits, np.stack([x[-1] for x in named]))
                         _write(rows, judged)
                         judged = _judge(model, named, *found.result(), folder, pool)
+                        _watch(watch, named, found.result()[0])
                     done += len(named)
                     named = path = image = None  # Not to be held while others are loaded.
             finally:  # What is finished is not lost, whatever has ended the rest.
@@ -192,6 +196,17 @@ def _judge(model, named, scores, maps, folder, pool):
         pool.submit(_row, folder, name, image, model, model.result(score, logits, size))
         for (name, image, size, _), score, logits in zip(named, scores, maps, strict=True)
     ]
+
+
+def _watch(watch, named, scores):
+    """Shows a chunk's scores to what watches them, if anything does, and tells what it notices."""
+    for (name, *_), score in zip(named, scores, strict=True):
+        if watch and watch.update(score):
+            logging.warning(
+                '%s: %s. If light, lens or product has changed, choose anew on good images of '
+                'today: ssn-jax decide --images.',
+                *(name, watch),
+            )
 
 
 def _row(folder, name, image, model, result):

@@ -16,7 +16,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from ssn_jax import config as config_lib, decision as decision_lib, run as run_lib
+from ssn_jax import config as config_lib, decision as decision_lib, drift, run as run_lib
 from ssn_jax.data import images as images_lib
 from ssn_jax.errors import UserError
 from ssn_jax.fused import engine as engine_lib, fold, forward
@@ -156,6 +156,17 @@ class Predictor:
                 'command, given again, makes them if --config.decision.parts is above 0.'
             )
         return self.normal
+
+    def watch_drift(self, rate: float = 0.01) -> drift.Watch:
+        """What tells from the scores of frames, one after the other, that they have changed.
+
+        Args:
+          rate: the probability of a false alarm, ever.
+
+        Raises:
+          UserError: the run has no scores of images that it was not trained on.
+        """
+        return drift.Watch(self.require_normal(), rate)
 
     @property
     def batch_size(self) -> int:
