@@ -79,7 +79,7 @@ class Watch:
         if not self.noticed:
             few = f', and fewer than {self.fewest} tell none' * (self.seen < self.fewest)
             return f'no change of the scores is noticed in {self.seen} images{few}'
-        changed = 'risen: more good images are called defective'
+        changed = 'risen: good images may be called defective'
         if self._capital[2] > self._capital[0]:
             changed = 'fallen: defects may be missed'
         return f'the scores of {self.seen} images show a change. They have {changed}'

@@ -213,7 +213,8 @@ def _row(folder, name, image, model, result):
     """The table's row of an image; draws its overlay into `folder`, if there is one."""
     regions, marked = find_regions(result.map, result.view)
     if folder:
-        _draw(folder / name, result, image, marked if result.defective else None)
+        heat = model.evidence(result.map)
+        _draw(folder / name, result.view, heat, image, marked if result.defective else None)
     called = decision.CLASSES[int(result.defective)]
     p_value = '' if result.p_value is None else f'{result.p_value:.6f}'
     by_what = f'{model.threshold:.6g}', model.workdir.name, __version__
@@ -266,14 +267,14 @@ def _load(path, size, model, max_pixels, whole=True):
         return UserError(f'{path}: cannot be read ({e.strerror}); check the file')
 
 
-def _draw(target, result, image, regions):
+def _draw(target, view, heat, image, regions):
     """Writes the overlay of an image: `target` with .jpg added, or .png where JPEG cannot hold it.
 
-    Colours span probabilities 0..1 in every image, so they compare; `regions` are outlined.
+    Colours span 0..1 of `heat` in every image, so they compare; `regions` are outlined.
     """
     height, width = image.shape[:2]
-    part = result.view.part
-    drawn = overlays_lib.tint(image, decision.sigmoid(result.map), part=part, bgr=True)
+    part = view.part
+    drawn = overlays_lib.tint(image, heat, part=part, bgr=True)
     if regions is not None:
         overlays_lib.outline(drawn[part], regions, max(1, round(max(height, width) / 400)))
     suffix = '.jpg' if max(height, width) < 2**16 - 1 else '.png'

@@ -130,6 +130,29 @@ def test_a_change_of_the_scores_is_told_once_by_the_image_that_shows_it(
     assert 'Drift: no change of the scores is noticed in 40 images.' in said[1][1]
 
 
+def test_colours_are_told_from_the_maps_of_normal_images(workdir, tmp_path):
+    """Known maxima far above any map, just around one, or none."""
+    image = data_of(workdir, 'good') / '000.png'
+    frame, scores, pictures = cv2.imread(str(image))[..., ::-1], run_lib.read_scores(workdir), []
+    result = predictor.open_run(workdir)(frame)
+    for middle, width in ((result.map.max() + 50, 1), (np.median(result.map), 1e-3)):
+        maxima = np.float32(middle + width * np.linspace(-1, 1, len(scores.label)))
+        moved = dataclasses.replace(scores, map_maximum=maxima)
+        (workdir / 'scores.csv').write_text(moved.to_csv())
+        output = tmp_path / str(width)
+        cli.predict(f'--workdir {workdir} --input {image} --output {output} --quiet'.split())
+        pictures.append(cv2.imread(str(output / 'overlays/000.png.jpg')).astype(int))
+        heat = predictor.open_run(workdir).evidence(result.map)
+        expected = decision.evidence(result.map, moved.unseen().map_maximum)
+        np.testing.assert_array_equal(heat, expected)
+    blue_alone, both = pictures
+    # Dark blue has little green, yellow much.
+    assert blue_alone[..., 1].max() < 70 and both[..., 1].max() > 150 > 70 > both[..., 1].min()
+    (workdir / 'scores.csv').unlink()
+    heat = predictor.open_run(workdir).evidence(result.map)
+    np.testing.assert_array_equal(heat, decision.sigmoid(result.map))
+
+
 def test_drift_in_python_is_that_of_the_command(workdir):
     model = ssn_jax.load(workdir)
     watch = model.watch_drift(rate=0.1)
