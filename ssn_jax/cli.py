@@ -172,6 +172,15 @@ def predict(argv: list[str]) -> int:
         help='a larger image is refused before it is decoded (%(default)s)',
     )
     parser.add_argument('--no_overlays', action='store_true', help='write the table only')
+    parser.add_argument(
+        *('--watch-drift', '--watch_drift'),
+        type=_above_0_below_1('rate'),
+        nargs='?',
+        const=0.01,
+        metavar='RATE',
+        help='say once if the scores, in the order of file names, differ from those of the '
+        "run's normal images; RATE of false alarms (%(const)s)",
+    )
     arguments, overrides = terminal.parse(parser, argv)
     if arguments.max_pixels < 1:
         raise UserError(f'--max_pixels={arguments.max_pixels} cannot be used: at least 1.')
@@ -185,6 +194,7 @@ def predict(argv: list[str]) -> int:
     predict_folder.check_output(arguments.output)
     terminal.use_compilation_cache()
     model = _open(arguments, overrides, arguments.threshold, arguments.fpr)
+    watch = model.watch_drift(arguments.watch_drift) if arguments.watch_drift else None
     done, failed = predict_folder.predict(
         model,
         arguments.input,
@@ -192,6 +202,7 @@ def predict(argv: list[str]) -> int:
         arguments.max_pixels,
         not arguments.no_overlays,
         functools.partial(_progress, tqdm.tqdm, arguments.quiet),
+        watch,
     )
     if failed:
         print(f'{failed} of {done + failed} images could not be read.', file=sys.stderr)
@@ -200,6 +211,8 @@ def predict(argv: list[str]) -> int:
         with table.open(newline='', errors='surrogateescape') as f:
             defective = sum(row['decision'] == 'defective' for row in csv.DictReader(f))
         print(f'{done} predictions are in {table}: {defective} defective.')
+        if watch and not watch.noticed:  # Else it was told already.
+            print(f'Drift: {watch}.')
     return 2 if failed else 0
 
 

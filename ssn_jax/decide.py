@@ -44,7 +44,7 @@ def decide(
     if images:
         new = score_folder(model, images, layouts.GOOD)
         scores = scores.of('train') + scores.of('test') + new
-    normal = scores.unseen() if images else model.require_normal()
+    normal = scores.unseen().score if images else model.require_normal()
     new = len(scores.of('new').score)
     where = {'split': ('new' if new else 'out of part') + ' (normal)', 'images': len(normal)}
     try:

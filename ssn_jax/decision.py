@@ -22,6 +22,8 @@ from ssn_jax import metrics
 CLASSES = ('normal', 'defective')
 # Of the interval for the rate of false alarms that will be seen.
 CONFIDENCE = 0.9
+# The share of normal images that have the middle of the colours anywhere.
+COLOURED = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +61,11 @@ class Scores:
         """The scores of normal images."""
         return self.score[self.label == 0]
 
-    def unseen(self) -> np.ndarray:
-        """The scores of normal images that say what new ones get: new ones, or out of part."""
+    def unseen(self) -> 'Scores':
+        """Those of normal images that say what new ones get: new ones, or out of part."""
         new = self.of('new')
         known = new if len(new.score) else self.of('train')
-        return np.zeros(0, np.float32) if 'train' in known.part else known.normal()
+        return known.take(np.flatnonzero((known.label == 0) & ('train' not in known.part)))
 
     def __add__(self, other: 'Scores') -> 'Scores':
         listed = ([*a, *b] for a, b in zip(self._listed(), other._listed(), strict=True))
@@ -215,6 +217,24 @@ def p_values(scores: np.ndarray, normal: np.ndarray) -> np.ndarray:
     """
     below = np.searchsorted(np.sort(normal), scores, side='left')
     return (1 + len(normal) - below) / (1 + len(normal))
+
+
+def evidence(logits: np.ndarray, maxima: np.ndarray) -> np.ndarray:
+    """What a map is coloured by, the same in every picture and every run.
+
+    Args:
+      logits: of a map, or of several; of any shape.
+      maxima: (n,) of the maps of normal images by networks that never saw them.
+
+    Returns:
+      Of the same shape, in 0..1: 0 up to the median of the maxima, 0.5 where `COLOURED` of them
+      reach, 1 at twice that distance. Without any maxima the logits' sigmoid.
+    """
+    if not len(maxima):
+        return sigmoid(logits)
+    usual = float(np.median(maxima))
+    rare = float(np.quantile(maxima, 1 - COLOURED, method='higher'))
+    return ((logits - usual) / (2 * max(rare - usual, 1e-6))).clip(0, 1)
 
 
 def rates(scores: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str, float | None]:

@@ -264,7 +264,7 @@ def measure(job, state, log, heads, earlier: decision.Scores | None, material) -
         results['recall'] = decision.recall_by_defect(all_scores.of('test'), chosen['threshold'])
     if devices.is_first():
         results['model_sha256'] = run_lib.model_digest(workdir)
-        draw_figures(job, results, material, maps, scores, log)
+        draw_figures(job, results, material, maps, scores, log, all_scores.unseen().map_maximum)
     run_lib.write(workdir / 'scores.csv', all_scores.to_csv())
     run_lib.write(workdir / 'decision.json', json.dumps(chosen, indent=2) + '\n')
     run_lib.write(workdir / 'results.json', json.dumps(results, indent=2) + '\n')
@@ -361,7 +361,7 @@ def count(params: dict) -> int:
     return sum(x.size for x in jax.tree.leaves(params))
 
 
-def draw_figures(job, results, material, maps, scores, log) -> None:
+def draw_figures(job, results, material, maps, scores, log, maxima) -> None:
     """Overlays of the best and worst test images, curves, histogram, and what was drawn.
 
     Args:
@@ -371,6 +371,7 @@ def draw_figures(job, results, material, maps, scores, log) -> None:
       maps: of the test images, logits (N, H, W).
       scores: logits (N,).
       log: the run's train.csv.
+      maxima: as of `decision.evidence`.
     """
     # Matplotlib takes a second to import; only here is it needed.
     from ssn_jax.report import figures
@@ -383,11 +384,12 @@ def draw_figures(job, results, material, maps, scores, log) -> None:
         folder / 'overlays.png',
         split.images,
         masks,
-        decision.sigmoid(maps),
+        decision.evidence(maps, maxima),
         decision.sigmoid(scores),
         split.labels,
         split.files,
         title,
+        evidence=len(maxima) > 0,
     )
     curves = {name: column for name, column in log.history().items() if name != 'seconds'}
     if curves:

@@ -17,7 +17,7 @@ from absl import logging
 import cv2
 import numpy as np
 
-from ssn_jax import __version__, decision, files
+from ssn_jax import __version__, decision, drift, files
 from ssn_jax.data import images
 from ssn_jax.errors import UserError
 from ssn_jax.predictor import Predictor, find_regions
@@ -76,6 +76,7 @@ def predict(
     max_pixels: int = images.MAX_PIXELS,
     overlays: bool = True,
     progress: Callable = lambda paths, total: paths,
+    watch: drift.Watch | None = None,
 ) -> tuple[int, int]:
     """Predicts an image or all images below a folder.
 
@@ -89,6 +90,8 @@ def predict(
       max_pixels: an image of more is refused before it is decoded.
       overlays: whether to draw them.
       progress: wraps the iterator of paths; it is told their number.
+      watch: sees the scores in the order of the images; the first at which it notices a change is
+        told.
 
     Returns:
       The number of images that were predicted, and of those that could not be.
@@ -136,6 +139,7 @@ def predict(
                         found = computing.submit(model.logits, np.stack([x[-1] for x in named]))
                         _write(rows, judged)
                         judged = _judge(model, named, *found.result(), folder, pool)
+                        _watch(watch, named, found.result()[0])
                     done += len(named)
                     named = path = image = None  # Not to be held while others are loaded.
             finally:  # What is finished is not lost, whatever has ended the rest.
@@ -194,11 +198,23 @@ def _judge(model, named, scores, maps, folder, pool):
     ]
 
 
+def _watch(watch, named, scores):
+    """Shows a chunk's scores to what watches them, if anything does, and tells what it notices."""
+    for (name, *_), score in zip(named, scores, strict=True):
+        if watch and watch.update(score):
+            logging.warning(
+                '%s: %s. If light, lens or product has changed, choose anew on good images of '
+                'today: ssn-jax decide --images.',
+                *(name, watch),
+            )
+
+
 def _row(folder, name, image, model, result):
     """The table's row of an image; draws its overlay into `folder`, if there is one."""
     regions, marked = find_regions(result.map, result.view)
     if folder:
-        _draw(folder / name, result, image, marked if result.defective else None)
+        heat = model.evidence(result.map)
+        _draw(folder / name, result.view, heat, image, marked if result.defective else None)
     called = decision.CLASSES[int(result.defective)]
     p_value = '' if result.p_value is None else f'{result.p_value:.6f}'
     by_what = f'{model.threshold:.6g}', model.workdir.name, __version__
@@ -251,14 +267,14 @@ def _load(path, size, model, max_pixels, whole=True):
         return UserError(f'{path}: cannot be read ({e.strerror}); check the file')
 
 
-def _draw(target, result, image, regions):
+def _draw(target, view, heat, image, regions):
     """Writes the overlay of an image: `target` with .jpg added, or .png where JPEG cannot hold it.
 
-    Colours span probabilities 0..1 in every image, so they compare; `regions` are outlined.
+    Colours span 0..1 of `heat` in every image, so they compare; `regions` are outlined.
     """
     height, width = image.shape[:2]
-    part = result.view.part
-    drawn = overlays_lib.tint(image, decision.sigmoid(result.map), part=part, bgr=True)
+    part = view.part
+    drawn = overlays_lib.tint(image, heat, part=part, bgr=True)
     if regions is not None:
         overlays_lib.outline(drawn[part], regions, max(1, round(max(height, width) / 400)))
     suffix = '.jpg' if max(height, width) < 2**16 - 1 else '.png'

@@ -16,7 +16,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from ssn_jax import config as config_lib, decision as decision_lib, run as run_lib
+from ssn_jax import config as config_lib, decision as decision_lib, drift, run as run_lib
 from ssn_jax.data import images as images_lib
 from ssn_jax.errors import UserError
 from ssn_jax.fused import engine as engine_lib, fold, forward
@@ -92,7 +92,8 @@ class Predictor:
       fused: backbone and network, folded.
       epoch: how many epochs it had been trained.
       decision: what decision.json says, {} if it says nothing of this epoch.
-      normal: scores (n,) of normal images that its network never saw.
+      unseen: normal images that its network never saw, None where it has none; and `normal`, their
+        scores (n,).
       threshold: the score logit from which on a frame is defective; None if there is none.
       workdir: the run's folder.
     """
@@ -104,11 +105,12 @@ class Predictor:
         epoch: int = 0,
         decision: dict | None = None,
         workdir: pathlib.Path | None = None,
-        normal: np.ndarray | None = None,
+        unseen: decision_lib.Scores | None = None,
     ):
         self.config, self.fused, self.epoch, self.workdir = config, fused, epoch, workdir
         self.decision = decision or {}
-        self.normal = np.zeros(0, np.float32) if normal is None else normal
+        self.unseen = unseen
+        self.normal = unseen.score if unseen else np.zeros(0, np.float32)
         self.threshold = self.decision.get('threshold')
 
     def __call__(self, frames, white: float | None = None) -> Result | list[Result]:
@@ -158,6 +160,17 @@ class Predictor:
             )
         return self.normal
 
+    def watch_drift(self, rate: float = 0.01) -> drift.Watch:
+        """What tells from the scores of frames, one after the other, that they have changed.
+
+        Args:
+          rate: the probability of a false alarm, ever.
+
+        Raises:
+          UserError: the run has no scores of images that it was not trained on.
+        """
+        return drift.Watch(self.require_normal(), rate)
+
     @property
     def batch_size(self) -> int:
         """How many images are predicted at once."""
@@ -175,6 +188,10 @@ class Predictor:
         p_value = float(decision_lib.p_values(score, self.normal)) if self.normal.size else None
         probability = float(decision_lib.sigmoid(score))
         return Result(float(score), probability, p_value, defective, logits[view.inside], view)
+
+    def evidence(self, logits: np.ndarray) -> np.ndarray:
+        """What maps (..., height, width) are coloured by, in 0..1: see `decision.evidence`."""
+        return decision_lib.evidence(logits, self.unseen.map_maximum if self.unseen else ())
 
     def logits(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Score logits (N,) and anomaly logits (N, *image_size) of fitted images, float32.
@@ -247,7 +264,7 @@ class Predictor:
         """The same network in another precision."""
         config = self.config.copy_and_resolve_references()
         config.precision = precision
-        return Predictor(config, self.fused, self.epoch, self.decision, self.workdir, self.normal)
+        return Predictor(config, self.fused, self.epoch, self.decision, self.workdir, self.unseen)
 
     @functools.cached_property
     def _openvino(self):
@@ -369,8 +386,8 @@ def from_variables(
     model = Predictor(config, fused, epoch, workdir=workdir)
     if epoch == config.epochs:
         decided, scores = run_lib.read_json(workdir / 'decision.json'), run_lib.read_scores(workdir)
-        normal = scores and scores.unseen()
-        model = Predictor(config, fused, epoch, decided, workdir, normal)
+        unseen = scores and scores.unseen()
+        model = Predictor(config, fused, epoch, decided, workdir, unseen)
     if fpr is not None:
         if not 0 < fpr < 1:
             raise UserError(f'a rate of false alarms of {fpr} is none above 0 and below 1.')

@@ -1,8 +1,10 @@
 """Another threshold for a finished run: by rate, by new images, by known defects."""
 
 import csv
+import dataclasses
 import json
 import pathlib
+import re
 import shutil
 
 import cv2
@@ -101,6 +103,63 @@ def test_predictions_say_how_rare_they_are_and_by_what_they_were_judged(workdir,
         expected = decision.p_values(np.float32(row['score']), normal)
         assert float(row['p_value']) == pytest.approx(float(expected), abs=0.011)
         assert row['run'] == 'run' and 0.5 < float(row['threshold']) < 0.52
+
+
+def test_a_change_of_the_scores_is_told_once_by_the_image_that_shows_it(
+    workdir, tmp_path, caplog, capsys
+):
+    image, images = data_of(workdir, 'good') / '000.png', tmp_path / 'images'
+    images.mkdir()
+    for i in range(40):
+        shutil.copyfile(image, images / f'{i:02d}.png')
+    score = predictor.open_run(workdir)(cv2.imread(str(image))[..., ::-1]).score
+    command = f'--workdir {workdir} --input {images} --no_overlays --watch-drift'
+    scores, said = run_lib.read_scores(workdir), []
+    for offset in (-2, -0.5, 1):  # Known scores of 0.01 to 1 lie below, around and above.
+        moved = scores.score + np.float32(score + offset) * (np.array(scores.part) != 'test')
+        moved = dataclasses.replace(scores, score=moved)
+        (workdir / 'scores.csv').write_text(moved.to_csv())
+        caplog.clear()
+        cli.predict(f'{command} --output {tmp_path}/{offset}'.split())
+        said.append((caplog.text, capsys.readouterr().out))
+    for (warning, printed), word in ((said[0], 'risen'), (said[2], 'fallen')):
+        number = int(re.search(r'([0-9]+)\.png: the scores of ([0-9]+) images', warning)[1])
+        assert 14 <= number < 25 and warning.count('show a change') == 1 and word in warning
+        assert 'decide --images' in warning and 'Drift' not in printed
+    assert 'change' not in said[1][0]
+    assert 'Drift: no change of the scores is noticed in 40 images.' in said[1][1]
+
+
+def test_colours_are_told_from_the_maps_of_normal_images(workdir, tmp_path):
+    """Known maxima far above any map, just around one, or none."""
+    image = data_of(workdir, 'good') / '000.png'
+    frame, scores, pictures = cv2.imread(str(image))[..., ::-1], run_lib.read_scores(workdir), []
+    result = predictor.open_run(workdir)(frame)
+    for middle, width in ((result.map.max() + 50, 1), (np.median(result.map), 1e-3)):
+        maxima = np.float32(middle + width * np.linspace(-1, 1, len(scores.label)))
+        moved = dataclasses.replace(scores, map_maximum=maxima)
+        (workdir / 'scores.csv').write_text(moved.to_csv())
+        output = tmp_path / str(width)
+        cli.predict(f'--workdir {workdir} --input {image} --output {output} --quiet'.split())
+        pictures.append(cv2.imread(str(output / 'overlays/000.png.jpg')).astype(int))
+        heat = predictor.open_run(workdir).evidence(result.map)
+        expected = decision.evidence(result.map, moved.unseen().map_maximum)
+        np.testing.assert_array_equal(heat, expected)
+    blue_alone, both = pictures
+    # Dark blue has little green, yellow much.
+    assert blue_alone[..., 1].max() < 70 and both[..., 1].max() > 150 > 70 > both[..., 1].min()
+    (workdir / 'scores.csv').unlink()
+    heat = predictor.open_run(workdir).evidence(result.map)
+    np.testing.assert_array_equal(heat, decision.sigmoid(result.map))
+
+
+def test_drift_in_python_is_that_of_the_command(workdir):
+    model = ssn_jax.load(workdir)
+    watch = model.watch_drift(rate=0.1)
+    assert not watch.update(model(np.zeros((64, 64, 3), np.uint8)).score) and watch.seen == 1
+    model.normal = model.normal[:0]
+    with pytest.raises(ssn_jax.UserError, match='not trained on: its own command, given again'):
+        model.watch_drift()
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,21 @@ def test_p_values_by_hand():
     np.testing.assert_allclose(found, [1, 4 / 5, 2 / 5, 2 / 5, 1 / 5])
 
 
+def test_evidence_by_hand():
+    """Of 1 to 100 the median is 50.5, and the highest five reach 96."""
+    maxima = np.random.default_rng(0).permutation(np.arange(1, 101)).astype(np.float32)
+    logits = np.float32([-1e9, 50.5, (50.5 + 96) / 2, 96, 2 * 96 - 50.5, 1e9, np.nan])
+    found = decision.evidence(logits.reshape(7, 1), maxima).ravel()
+    np.testing.assert_allclose(found, [0, 0, 0.25, 0.5, 1, 1, np.nan], atol=1e-6)
+    assert found.dtype == np.float32
+    # The same of logits on any other scale; but without any to compare with, probabilities.
+    again = decision.evidence(logits * 3 - 7, maxima * 3 - 7)
+    np.testing.assert_allclose(again, found, atol=1e-5)
+    np.testing.assert_array_equal(decision.evidence(logits[1:6], ()), decision.sigmoid(logits[1:6]))
+    alike = decision.evidence(np.float32([1, 2, 3]), np.float32([2, 2]))
+    np.testing.assert_array_equal(alike, [0, 0, 1])
+
+
 def test_recall_of_each_kind_of_defect():
     scores = make_scores([1, 2, 3, 9], [1, 1, 1, 0], 'test', ['a', 'a', 'b', 'good'])
     found = decision.recall_by_defect(scores, 2.0)
@@ -110,10 +125,10 @@ def test_scores_as_a_file():
     for field in dataclasses.fields(again):
         a, b = (getattr(x, field.name) for x in (both, again))
         np.testing.assert_array_equal(a, b)
-    np.testing.assert_array_equal(again.unseen(), np.float32([1 / 3]))
+    np.testing.assert_array_equal(again.unseen().score, np.float32([1 / 3]))
     # New images take their place; those that were trained on say nothing.
-    np.testing.assert_array_equal((both + make_scores([7], [0], 'new')).unseen(), [7])
-    assert not make_scores([1], [0], 'train').unseen().size
+    np.testing.assert_array_equal((both + make_scores([7], [0], 'new')).unseen().score, [7])
+    assert not make_scores([1], [0], 'train').unseen().score.size
     with pytest.raises((KeyError, ValueError)):
         decision.Scores.from_csv(both.to_csv().replace('score', 'other'))
 

@@ -54,10 +54,11 @@ def check(path, low=2_000, high=3_000_000):
         split() | {'scores': np.full(8, np.nan), 'maps': np.full((8, 48, 40), np.nan)},
         split() | {'maps': np.full((8, 48, 40), 0.5)},
         split() | {'names': ['a very long folder name/and a very long file name.png' * 3] * 8},
+        split() | {'evidence': True},
     ],
     ids=[
         *('usual', 'one defective', 'one normal', 'none defective', 'all defective', 'tall'),
-        *('wide', 'no masks', 'not finite', 'constant maps', 'long names'),
+        *('wide', 'no masks', 'not finite', 'constant maps', 'long names', 'evidence'),
     ],
 )
 def test_overlays(tmp_path, data):
@@ -76,6 +77,16 @@ def test_best_and_worst_by_hand():
 def test_a_score_that_is_no_number_is_among_the_worst():
     scores, labels = np.array([0.9, np.nan, 0.1, np.nan]), np.array([1, 1, 0, 0])
     assert figures.pick_best_worst(scores, labels, 1) == ([0, 2], [1, 3])
+
+
+def test_colours_of_evidence_do_not_hang_on_what_else_is_shown():
+    image, maps = np.full((1, 4, 4, 3), 100, np.uint8), np.full((2, 4, 4), 0.5)
+    alone, scale = figures._tint(image, maps[:1], True)
+    maps[1] = 0.9
+    beside, _ = figures._tint(image.repeat(2, 0), maps, True)
+    assert (alone[0] == beside[0]).all() and scale.get_clim() == (0, 1)
+    spanned, _ = figures._tint(image.repeat(2, 0), maps, False)
+    assert (spanned[0] != beside[0]).any()
 
 
 def test_compare_maps(tmp_path):

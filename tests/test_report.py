@@ -218,6 +218,26 @@ def test_efficiency_and_decision(runs, tmp_path):
     assert lines[2][2:] == ['0.5000', 'train', '80.0', '–', '0.5000', '90.0', '10.0']
 
 
+def test_recall_of_each_kind_of_defect(tmp_path):
+    """Seeds of the same 20 images are 20 images; a run of before has none to show."""
+    for seed, found in enumerate((18, 20)):
+        recall = {'crack': {'images': 20, 'found': found, 'interval': [0, 1]}}
+        recall['<b>spot|'] = {'images': 1, 'found': 1, 'interval': [0.05, 1]}
+        write_run(tmp_path / f'a{seed}', seed=seed, recall=recall)
+    write_run(tmp_path / 'old', 'mod2')
+    folders = sorted(tmp_path.iterdir())
+    rows = page_lib.make_rows([run_lib.read_run(run) for run in folders])
+    crack, spot = page_lib.recall_table(rows).lines
+    # 19 of 20 or more have a chance of 0.05 at a rate of 0.784, 19 or fewer at 0.997.
+    assert crack[2:] == ['crack', '20', '95.0 ± 7.1', '78 to 100']
+    assert spot[2:] == ['<b>spot|', '1', '100.0 ± 0.0', '5 to 100']
+    page_lib.write_report(folders, tmp_path / 'report')
+    cells = Page((tmp_path / 'report/report.html').read_text()).rows
+    assert any(''.join(row[2:]) == ''.join(crack[2:]) for row in cells)
+    page_lib.write_report([folders[-1]], tmp_path / 'other')
+    assert 'Recall' not in (tmp_path / 'other/report.md').read_text()
+
+
 def test_a_sweep_beside_what_is_published(tmp_path):
     expected = []
     for beta, auroc, theirs in ((0.05, 0.6, 0.723), (0.1, 0.5, 0.678), (0.2, 0.4, None)):

@@ -51,16 +51,18 @@ def compare(
     names = [config.name for config in configs]
     shared = os.path.commonpath([workdir.absolute() for workdir in workdirs])
     systems, notes = {}, {}
-    for workdir, name in zip(workdirs, names, strict=True):
-        model = predictor.open_run(workdir)
+    models = [predictor.open_run(workdir) for workdir in workdirs]
+    evidence = all(model.normal.size for model in models)
+    for workdir, name, model in zip(workdirs, names, models, strict=True):
         scores, logits = evaluate.predict(model, split.images)
         system = name if names.count(name) == 1 else os.path.relpath(workdir, shared)
-        systems[system] = decision.sigmoid(logits)
+        systems[system] = model.evidence(logits) if evidence else decision.sigmoid(logits)
         notes[system] = [note(score, model.threshold) for score in scores]
     title = f'{dataset.category} ({"embedded data" if dataset.embedded else dataset.name})'
     if select == 'failures':
         title += f', worst of {next(iter(systems))}'
-    figures.compare_maps(output, split.images, split.masks, systems, split.files, title, notes)
+    shown = split.images, split.masks, systems, split.files
+    figures.compare_maps(output, *shown, title, notes, evidence)
 
 
 def note(score: float, threshold: float | None) -> str:

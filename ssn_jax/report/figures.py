@@ -19,13 +19,14 @@ from matplotlib.figure import Figure
 import numpy as np
 from sklearn import metrics as sklearn_metrics
 
-from ssn_jax import files, metrics
+from ssn_jax import decision, files, metrics
 from ssn_jax.data import defects
 from ssn_jax.report import overlays as overlays_lib
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 NORMAL, DEFECTIVE, MUTED = '#0072B2', '#D55E00', '#666666'
 PALETTE = cycler(color=(NORMAL, DEFECTIVE, '#009E73', '#CC79A7', '#E69F00', '#56B4E9', 'black'))
+EVIDENCE = f'evidence (0.5: as much as {100 * decision.COLOURED:.0f} % of normal images have)'
 DASHES, MARKERS = cycler(linestyle=('-', '--', ':')), cycler(marker=('o', 's', '^'))
 
 
@@ -90,10 +91,12 @@ def _outline(image: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     return image
 
 
-def _tint(images: np.ndarray, maps: np.ndarray) -> tuple[list[np.ndarray], cm.ScalarMappable]:
-    """The maps over their images, on one colour scale that spans their finite values; the scale."""
+def _tint(
+    images: np.ndarray, maps: np.ndarray, fixed: bool
+) -> tuple[list[np.ndarray], cm.ScalarMappable]:
+    """The maps over their images, and the scale of their colours: 0..1, or what they span."""
     finite = maps[np.isfinite(maps)]
-    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
+    low, high = (0.0, 1.0) if fixed or not finite.size else (finite.min(), finite.max())
     high = high if high > low else low + 1e-3
     tinted = [overlays_lib.tint(*pair, low, high) for pair in zip(images, maps, strict=True)]
     return tinted, cm.ScalarMappable(colors.Normalize(low, high), 'viridis')
@@ -165,6 +168,7 @@ def overlays(
     names: Sequence[str],
     title: str,
     k: int = 3,
+    evidence: bool = False,
 ) -> None:
     """Draws the best and the worst images of a test split: image, mask, map.
 
@@ -172,17 +176,19 @@ def overlays(
         path: file to write.
         images: (N, H, W, 3) uint8, RGB; all of the split.
         masks: (N, H, W) non-zero where defective, or None if there are none.
-        maps: (N, H, W) anomaly probability, 0..1; all share one colour scale.
+        maps: (N, H, W) anomaly probability, 0..1; all share one colour scale, which spans those
+            that are shown.
         scores: (N,) anomaly probability of the images, 0..1.
         labels: (N,) non-zero for a defective image.
         names: N file names, for the captions.
         title: what is seen: system, category, whether embedded data.
         k: images of each class on either side.
+        evidence: `maps` is what `decision.evidence` says, and colours span 0..1.
     """
     best, worst = pick_best_worst(scores, labels, k)
     sides = {'best': best, 'worst': worst} if worst else {'best': best}
     shown = best + worst
-    tinted, scale = _tint(images[shown], maps[shown])
+    tinted, scale = _tint(images[shown], maps[shown], evidence)
 
     def panels(i):
         if i is None:
@@ -198,7 +204,8 @@ def overlays(
     rows = [list(itertools.chain(*map(panels, line))) for line in lines]
     with _grid(path, title, headings, rows, span=3) as (figure, axes):
         style = {'pad': 0.02, 'shrink': 0.6, 'aspect': 8 * len(rows)}
-        figure.colorbar(scale, ax=axes, label='anomaly probability', **style)
+        label = EVIDENCE if evidence else 'anomaly probability'
+        figure.colorbar(scale, ax=axes, label=label, **style)
 
 
 def compare_maps(
@@ -209,18 +216,19 @@ def compare_maps(
     names: Sequence[str],
     title: str,
     notes: Mapping[str, Sequence[str]] | None = None,
+    evidence: bool = False,
 ) -> None:
     """Draws several systems' maps of the same images side by side, one image a row.
 
-    Each system has a colour scale of its own, since their probabilities mean different things:
-    what compares is the place and the shape. Images, masks and names are as in `overlays`, and all
-    are drawn; by a system's name, `systems` holds its maps (N, H, W), 0..1, and `notes` N texts to
-    go below them.
+    Where maps are probabilities, each system has a colour scale of its own, since they mean
+    different things: what compares is the place and the shape. Images, masks, names and `evidence`
+    are as in `overlays`, and all are drawn; by a system's name, `systems` holds its maps (N, H, W),
+    0..1, and `notes` N texts to go below them.
     """
     outlined = map(_outline, images, [None] * len(images) if masks is None else masks)
     columns, scales = [zip(outlined, map(str, names), strict=True)], []
     for system, maps in systems.items():
-        tinted, scale = _tint(images, maps)
+        tinted, scale = _tint(images, maps, evidence)
         columns.append(zip(tinted, notes[system] if notes else [''] * len(images), strict=True))
         scales.append(scale)
     rows = [[(*panel, 'black') for panel in row] for row in zip(*columns, strict=True)]

@@ -202,6 +202,27 @@ def decision_table(rows: Sequence[Row]) -> markup.Table:
     return table
 
 
+def recall_table(rows: Sequence[Row]) -> markup.Table:
+    """How many of each kind of defect in the test split are found, in percent.
+
+    Seeds share their test images, so together they say no more of new defects than one: the
+    interval is that of the mean number found.
+    """
+    interval = f'{100 * decision.CONFIDENCE:.0f} % interval'
+    table = markup.Table(['system', 'category', 'defect', 'images', 'found', interval], [])
+    for row in rows:
+        known = [run.results['recall'] for run in row.runs if run.results.get('recall')]
+        for kind, first in known[0].items() if known else ():
+            found, images = [of[kind]['found'] for of in known], first['images']
+            ends = decision.binomial(round(statistics.fmean(found)), images)
+            shown = (
+                mean_and_spread(found, 100 / images),
+                ' to '.join(f'{100 * x:.0f}' for x in ends),
+            )
+            table.add(row.label, row.where[1], kind, str(images), *shown)
+    return table
+
+
 def efficiency_table(rows: Sequence[Row], benchmark: tuple[str, dict] | None) -> markup.Table:
     """Size and speed of every row; without a benchmark, of training alone."""
     inference = {'ms': 'ms, batch 1', 'images_per_s': 'images/s, batch 16', 'mb': 'MB, batch 1'}
@@ -374,8 +395,11 @@ def make_blocks(
     blocks += [
         ('heading', 2, 'Decision'),
         ('table', decision_table(rows)),
-        ('heading', 2, 'Efficiency'),
     ]
+    recall = recall_table(rows)
+    if recall.lines:
+        blocks += [('heading', 2, 'Recall of each kind of defect'), ('table', recall)]
+    blocks.append(('heading', 2, 'Efficiency'))
     if benchmark:
         blocks.append(
             (
