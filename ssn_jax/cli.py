@@ -24,18 +24,18 @@ def main(command: str | None = None) -> None:
     argv = sys.argv[1:]
     if command is None:
         command, argv = (argv[0] if argv else '--help'), argv[1:]
-        if command in ('-h', '--help'):
-            width = max(map(len, COMMANDS))
-            lines = [f'  {name:{width}s}  {_first_line(f)}' for name, f in COMMANDS.items()]
-            print('ssn-jax COMMAND [--help] [...]', '', *lines, sep='\n')
-            return
-        if command == '--version':
-            print(f'ssn_jax {__version__}')
-            return
     terminal.guard(lambda: _run(command, argv))
 
 
 def _run(command, argv):
+    if command in ('-h', '--help'):
+        width = max(map(len, COMMANDS))
+        lines = [f'  {name:{width}s}  {_first_line(f)}' for name, f in COMMANDS.items()]
+        print('ssn-jax COMMAND [--help] [...]', '', *lines, sep='\n')
+        return
+    if command == '--version':
+        print(f'ssn_jax {__version__}')
+        return
     if command not in COMMANDS:
         raise UserError(f'no command {command!r}: there are {", ".join(COMMANDS)}.')
     sys.exit(COMMANDS[command](argv) or 0)
