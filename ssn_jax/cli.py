@@ -4,6 +4,7 @@ What a command needs is imported after its flags are read, so that a wrong one i
 """
 
 import argparse
+import collections
 from collections.abc import Callable
 import csv
 import functools
@@ -146,8 +147,9 @@ def predict(argv: list[str]) -> int:
 
     ssn-jax predict --workdir runs/mine --input photos --output predictions
 
-    Exit status: 0, or 1 for a mistake that ended the command, or 2 if some images could not be
-    read; the others are predicted all the same.
+    The same command goes on where it was stopped. Exit status: 0, or 1 for a mistake that ended the
+    command, or 2 if some images could not be read, or some pictures could not be written; all
+    others are there all the same.
     """
     parser = terminal.Parser('predict', predict.__doc__)
     terminal.add_run_arguments(parser, _ON_EVALUATION)
@@ -171,7 +173,14 @@ def predict(argv: list[str]) -> int:
         default=2**27,
         help='a larger image is refused before it is decoded (%(default)s)',
     )
-    parser.add_argument('--no_overlays', action='store_true', help='write the table only')
+    parser.add_argument('--no_overlays', action='store_true', help='draw no overlays')
+    parser.add_argument(
+        '--maps',
+        nargs='?',
+        const='png',
+        choices=('png', 'npy'),
+        help='write maps too, as PNG of 16 bits (the default) or .npy, and masks of the regions',
+    )
     arguments, overrides = terminal.parse(parser, argv)
     if arguments.max_pixels < 1:
         raise UserError(f'--max_pixels={arguments.max_pixels} cannot be used: at least 1.')
@@ -192,15 +201,19 @@ def predict(argv: list[str]) -> int:
         arguments.max_pixels,
         not arguments.no_overlays,
         functools.partial(_progress, tqdm.tqdm, arguments.quiet),
+        arguments.maps,
     )
+    table, unwritten = (arguments.output / x for x in ('predictions.csv', 'unwritten.csv'))
     if failed:
         print(f'{failed} of {done + failed} images could not be read.', file=sys.stderr)
+    if unwritten.exists():
+        print(f'Some pictures could not be written: {unwritten} names them.', file=sys.stderr)
     if not arguments.quiet:
-        table = arguments.output / 'predictions.csv'
-        with table.open(newline='', errors='surrogateescape') as f:
-            defective = sum(row['decision'] == 'defective' for row in csv.DictReader(f))
-        print(f'{done} predictions are in {table}: {defective} defective.')
-    return 2 if failed else 0
+        with table.open(newline='', encoding='utf-8', errors='surrogateescape') as f:
+            called = collections.Counter(row['decision'] for row in csv.DictReader(f))
+        total, defective = called.total(), called['defective']
+        print(f'{total} predictions are in {table}: {defective} defective.')
+    return 2 if failed or unwritten.exists() else 0
 
 
 def _above_0_below_1(what: str) -> Callable[[str], float]:
