@@ -4,6 +4,7 @@ What a command needs is imported after its flags are read, so that a wrong one i
 """
 
 import argparse
+import collections
 from collections.abc import Callable
 import csv
 import functools
@@ -24,18 +25,18 @@ def main(command: str | None = None) -> None:
     argv = sys.argv[1:]
     if command is None:
         command, argv = (argv[0] if argv else '--help'), argv[1:]
-        if command in ('-h', '--help'):
-            width = max(map(len, COMMANDS))
-            lines = [f'  {name:{width}s}  {_first_line(f)}' for name, f in COMMANDS.items()]
-            print('ssn-jax COMMAND [--help] [...]', '', *lines, sep='\n')
-            return
-        if command == '--version':
-            print(f'ssn_jax {__version__}')
-            return
     terminal.guard(lambda: _run(command, argv))
 
 
 def _run(command, argv):
+    if command in ('-h', '--help'):
+        width = max(map(len, COMMANDS))
+        lines = [f'  {name:{width}s}  {_first_line(f)}' for name, f in COMMANDS.items()]
+        print('ssn-jax COMMAND [--help] [...]', '', *lines, sep='\n')
+        return
+    if command == '--version':
+        print(f'ssn_jax {__version__}')
+        return
     if command not in COMMANDS:
         raise UserError(f'no command {command!r}: there are {", ".join(COMMANDS)}.')
     sys.exit(COMMANDS[command](argv) or 0)
@@ -146,8 +147,9 @@ def predict(argv: list[str]) -> int:
 
     ssn-jax predict --workdir runs/mine --input photos --output predictions
 
-    Exit status: 0, or 1 for a mistake that ended the command, or 2 if some images could not be
-    read; the others are predicted all the same.
+    The same command goes on where it was stopped. Exit status: 0, or 1 for a mistake that ended the
+    command, or 2 if some images could not be read, or some pictures could not be written; all
+    others are there all the same.
     """
     parser = terminal.Parser('predict', predict.__doc__)
     terminal.add_run_arguments(parser, _ON_EVALUATION)
@@ -171,7 +173,7 @@ def predict(argv: list[str]) -> int:
         default=2**27,
         help='a larger image is refused before it is decoded (%(default)s)',
     )
-    parser.add_argument('--no_overlays', action='store_true', help='write the table only')
+    parser.add_argument('--no_overlays', action='store_true', help='draw no overlays')
     parser.add_argument(
         *('--watch-drift', '--watch_drift'),
         type=_above_0_below_1('rate'),
@@ -180,6 +182,13 @@ def predict(argv: list[str]) -> int:
         metavar='RATE',
         help='say once if the scores, in the order of file names, differ from those of the '
         "run's normal images; RATE of false alarms (%(const)s)",
+    )
+    parser.add_argument(
+        '--maps',
+        nargs='?',
+        const='png',
+        choices=('png', 'npy'),
+        help='write maps too, as PNG of 16 bits (the default) or .npy, and masks of the regions',
     )
     arguments, overrides = terminal.parse(parser, argv)
     if arguments.max_pixels < 1:
@@ -203,17 +212,21 @@ def predict(argv: list[str]) -> int:
         not arguments.no_overlays,
         functools.partial(_progress, tqdm.tqdm, arguments.quiet),
         watch,
+        arguments.maps,
     )
+    table, unwritten = (arguments.output / x for x in ('predictions.csv', 'unwritten.csv'))
     if failed:
         print(f'{failed} of {done + failed} images could not be read.', file=sys.stderr)
+    if unwritten.exists():
+        print(f'Some pictures could not be written: {unwritten} names them.', file=sys.stderr)
     if not arguments.quiet:
-        table = arguments.output / 'predictions.csv'
-        with table.open(newline='', errors='surrogateescape') as f:
-            defective = sum(row['decision'] == 'defective' for row in csv.DictReader(f))
-        print(f'{done} predictions are in {table}: {defective} defective.')
+        with table.open(newline='', encoding='utf-8', errors='surrogateescape') as f:
+            called = collections.Counter(row['decision'] for row in csv.DictReader(f))
+        total, defective = called.total(), called['defective']
+        print(f'{total} predictions are in {table}: {defective} defective.')
         if watch and not watch.noticed:  # Else it was told already.
             print(f'Drift: {watch}.')
-    return 2 if failed else 0
+    return 2 if failed or unwritten.exists() else 0
 
 
 def _above_0_below_1(what: str) -> Callable[[str], float]:

@@ -57,7 +57,7 @@ def digest(path: str | os.PathLike) -> str:
 
 
 @contextlib.contextmanager
-def locked(folder: pathlib.Path) -> Iterator[None]:
+def locked(folder: pathlib.Path, flag: str = '--workdir') -> Iterator[None]:
     """Within the block no other process can have this folder `locked`.
 
     The lock is the system's own (flock): it leaves no file, and ends with its process, however
@@ -72,7 +72,7 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
     except BlockingIOError:
         os.close(handle)
         raise UserError(
-            f'{folder} is in use by another run: wait for its end, or choose another --workdir.'
+            f'{folder} is in use by another run: wait for its end, or choose another {flag}.'
         ) from None
     except OSError as e:  # Some network file systems have no such locks.
         logging.warning('%s cannot be locked (%s): start no second run in it.', folder, e.strerror)

@@ -80,7 +80,7 @@ def cli(
     """
     argv = [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]
     if {'-h', '--help', '-help', '--helpfull', '--helpshort'} & set(argv[1:]):
-        print(help_text(about, flags_of))
+        terminal.guard(lambda: print(help_text(about, flags_of)))
         return
     terminal.set_up_log()
     terminal.guard(lambda: app.run(run_fn, argv=argv, flags_parser=_parse), interrupted)
@@ -109,6 +109,8 @@ def _parse(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
     except Exception as e:  # A config file is code: it can raise anything.
         raise UserError(_explain(e, path)) from None
+    if flags.FLAGS['log_dir'].present:
+        raise UserError('--log_dir is not used: a run has its log in log.txt of its --workdir.')
     if len(rest) > 1:
         raise UserError(f'unexpected argument {rest[1]!r}: flags start with --.')
     if path is None:

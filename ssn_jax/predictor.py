@@ -79,6 +79,19 @@ class Result:
         part[:] = cv2.resize(self.map, part.shape[::-1], interpolation=cv2.INTER_LINEAR)
         return full
 
+    def full_mask(self) -> np.ndarray:
+        """Where the regions are, at the frame's size: (H, W), bool; every pixel that they touch."""
+        full = np.zeros(self.view.size, bool)
+        if self.defective:
+            part, marked = full[self.view.part], find_regions(self.map, self.view)[1]
+            marked = marked.astype(np.float32)
+            # By the share that a pixel has of regions; an axis at a time, since OpenCV does so only
+            # where both shrink, or both grow.
+            for shape in ((part.shape[1], marked.shape[0]), part.shape[::-1]):
+                marked = cv2.resize(marked, shape, interpolation=cv2.INTER_AREA)
+            part[:] = marked > 0
+        return full
+
 
 class Predictor:
     """A trained network, compiled for single frames and for batches.

@@ -1,4 +1,4 @@
-"""Signals to end: SIGTERM, and SIGINT (Ctrl-C)."""
+"""Signals to end: SIGTERM, SIGHUP (the terminal is gone), and SIGINT (Ctrl-C)."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -11,17 +11,30 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, as an exception."""
 
 
-_RAISED = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+class HungUp(KeyboardInterrupt):
+    """SIGHUP, as an exception."""
+
+
+_RAISED = {
+    signal.SIGINT: KeyboardInterrupt,
+    signal.SIGTERM: Terminated,
+    signal.SIGHUP: HungUp,
+}
+
+
+def number_of(exception: KeyboardInterrupt) -> signal.Signals:
+    """The signal that was raised as this exception."""
+    return next((n for n, kind in _RAISED.items() if type(exception) is kind), signal.SIGINT)
 
 
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
-    """Within the block SIGTERM raises `Terminated`, as SIGINT raises KeyboardInterrupt."""
+    """Within the block SIGTERM and SIGHUP raise what is theirs, as SIGINT KeyboardInterrupt."""
 
-    def terminate(number, frame):
-        raise Terminated
+    def end(number, frame):
+        raise _RAISED[number]
 
-    with _handlers({signal.SIGTERM: terminate}):
+    with _handlers(dict.fromkeys((signal.SIGTERM, signal.SIGHUP), end)):
         yield
 
 
@@ -72,10 +85,15 @@ def held() -> Iterator[Callable[[Callable[[], object]], object]]:
 
 @contextlib.contextmanager
 def _handlers(handlers: dict) -> Iterator[None]:
-    """Sets handlers by signal, and sets them back; only the main thread may, others do nothing."""
+    """Sets handlers by signal, and sets them back; only the main thread may, others do nothing.
+
+    SIGHUP stays ignored where it is, as under `nohup`.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        handlers = {n: handler for n, handler in handlers.items() if n != signal.SIGHUP}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+import contextlib
 import errno
 import inspect
 import logging as py_logging
@@ -31,7 +32,8 @@ _REFUSALS = (
 def guard(command: Callable[[], object], interrupted: str = '') -> None:
     """Runs a command and says how it ended, if not well, in one line.
 
-    A user's mistake, and what the machine refuses, is exit status 1, Ctrl-C 130 and SIGTERM 143.
+    A user's mistake, and what the machine refuses, is exit status 1; a signal's is 128 and its
+    number: SIGHUP 129, Ctrl-C 130, SIGTERM 143, and 141 where nobody reads what is printed.
 
     Args:
       command: what to run.
@@ -39,7 +41,10 @@ def guard(command: Callable[[], object], interrupted: str = '') -> None:
     """
     try:
         with signals.raised():
-            command()
+            try:
+                command()
+            finally:
+                sys.stdout.flush()
     except UserError as e:
         print(f'error: {e}', file=sys.stderr)
         sys.exit(1)
@@ -53,11 +58,11 @@ def guard(command: Callable[[], object], interrupted: str = '') -> None:
         print(f'error: {e.strerror}{where}: see to it and repeat the command.', file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as e:
-        received = signal.SIGTERM if isinstance(e, signals.Terminated) else signal.SIGINT
+        received = signals.number_of(e)
         rest = ': '.join(filter(None, [f'stopped by {received.name}', str(e) or interrupted]))
-        print(f'\n{rest}', file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # The terminal may be gone.
+            print(f'\n{rest}', file=sys.stderr, flush=True)
+            sys.stdout.flush()
         os._exit(128 + received)  # Not to wait for a thread that compiles or computes.
 
 

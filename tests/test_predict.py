@@ -1,7 +1,9 @@
 """Predictions for any folder of images: what is written, what is refused, what is held."""
 
 import csv
+import errno
 import gc
+import io
 import os
 import pathlib
 import struct
@@ -15,7 +17,7 @@ from PIL import Image
 import pytest
 import tiny
 
-from ssn_jax import config as config_lib, predict_folder, predictor
+from ssn_jax import config as config_lib, predict_folder, predictor, signals
 from ssn_jax.data import images
 from ssn_jax.errors import UserError
 
@@ -59,6 +61,7 @@ def box_of(row):
     return tuple(int(row[name]) for name in ('x', 'y', 'width', 'height'))
 
 
+WRITTEN = ['overlays', 'predictions.csv', 'predictions.json']
 KINDS = {
     'grey.png': lambda image: image[..., 0],
     'grey16.png': lambda image: image[..., 0].astype(np.uint16) * 257,
@@ -98,7 +101,7 @@ def test_any_format_and_size(size, run, tmp_path):
         assert overlay[78, 52, 0] < overlay[78, 52, 2] and overlay[5, 5, 0] > overlay[5, 5, 2], name
         white = (overlay[..., 0].astype(int) > 200).sum()  # Blue lacks in the spot: the outline.
         assert 20 < white < 400, name
-    assert sorted(os.listdir(tmp_path / 'out')) == ['overlays', 'predictions.csv']
+    assert sorted(os.listdir(tmp_path / 'out')) == WRITTEN
 
 
 def save(file, image, **options):
@@ -182,24 +185,216 @@ def test_no_name_leads_out_of_the_output(run, tmp_path):
     assert {p.as_posix() for p in drawn} == expected
 
 
-def test_interrupted_predictions_are_kept_and_called_partial(run, tmp_path, monkeypatch, caplog):
-    for i in range(12):
-        write(tmp_path / f'in/{i:02d}.png', spot(40, 40, (10, 10, 9, 9)))
-    seen, logits = [], run.logits
+# --- What ends it, and how it goes on -------------------------------------------------------------
 
-    def interrupted(images):
-        seen.append(images)
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-        return logits(images)
 
-    monkeypatch.setattr(run, 'logits', interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        predict_folder.predict(run, tmp_path / 'in', tmp_path / 'out', overlays=False)
-    assert os.listdir(tmp_path / 'out') == ['predictions.partial.csv']
-    found = table(tmp_path / 'out/predictions.partial.csv')
-    assert [*found] == [f'{i:02d}.png' for i in range(8)]
-    assert str(tmp_path / 'out/predictions.partial.csv') in caplog.text
+def write_many(folder, count):
+    """Images with a spot each, at another place."""
+    for i in range(count):
+        write(folder / f'{i:02d}.png', spot(40, 40, (i, 10, 9, 9)))
+
+
+@pytest.fixture
+def whole(run, tmp_path):
+    """12 images in in/, and the content of the table of all of them."""
+    write_many(tmp_path / 'in', 12)
+    predict_folder.predict(run, tmp_path / 'in', tmp_path / 'whole')
+    return (tmp_path / 'whole/predictions.csv').read_bytes()
+
+
+def ends(monkeypatch, where, name, error, call):
+    """Within the test the call of this number of `where.name` raises an error instead."""
+    original, seen = getattr(where, name), []
+
+    def changed(*arguments, **named):
+        seen.append(arguments)
+        if len(seen) == call:
+            raise error
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(where, name, changed)
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, signals.HungUp, MemoryError])
+def test_what_is_done_is_kept_and_gone_on_with(error, whole, run, tmp_path, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        ends(patch, run, 'logits', error(), 3)
+        with pytest.raises(error) as raised:
+            predict_folder.predict(run, tmp_path / 'in', tmp_path / 'out')
+    table = tmp_path / 'out/predictions.csv'
+    if error is not MemoryError:
+        assert f'8 predictions are in {table}, the same command goes on' in str(raised.value)
+    assert table.read_bytes() == b''.join(whole.splitlines(keepends=True)[:9])
+    caplog.set_level('INFO')
+    assert predict_folder.predict(run, tmp_path / 'in', tmp_path / 'out') == (4, 0)
+    assert f'8 images are in {table} already, 4 are left' in caplog.text
+    assert table.read_bytes() == whole
+    assert predict_folder.predict(run, tmp_path / 'in', tmp_path / 'out') == (0, 0)
+    assert 'nothing is left to do' in caplog.text and table.read_bytes() == whole
+    assert len(list((tmp_path / 'out/overlays').iterdir())) == 12
+
+
+def test_a_table_that_is_cut_off_anywhere_is_completed(whole, run, tmp_path):
+    """In the heading, in a row, in a name with line breaks, between rows."""
+    write(tmp_path / 'in/x.png', spot(40, 40, (10, 10, 9, 9)))
+    (tmp_path / 'in/x.png').rename(tmp_path / 'in/99\n"a\r\n,b".png')
+    predict_folder.predict(run, tmp_path / 'in', tmp_path / 'all', overlays=False)
+    expected = (tmp_path / 'all/predictions.csv').read_bytes()
+    assert expected.startswith(whole)
+    table = tmp_path / 'all/predictions.csv'
+    for end in (0, 5, len(whole) // 2, len(whole) - 3, *range(len(whole), len(expected))):
+        table.write_bytes(expected[:end])
+        predict_folder.predict(run, tmp_path / 'in', tmp_path / 'all', overlays=False)
+        assert table.read_bytes() == expected, end
+    table.write_bytes(expected.replace(b'03.png', b'03.png,'))
+    with pytest.raises(UserError, match=r'predictions\.csv is damaged'):
+        predict_folder.predict(run, tmp_path / 'in', tmp_path / 'all', overlays=False)
+
+
+def other_threshold(run, folder):
+    run.threshold = 0.5
+    return 'different: threshold; threshold is 0.0 there and 0.5 here'
+
+
+def other_run(run, folder):
+    run.workdir = pathlib.Path('another')
+    return "run is 'run' there and 'another' here"
+
+
+def other_input(run, folder):
+    (folder / 'in').rename(folder / 'moved')
+    (folder / 'in').symlink_to(folder / 'moved')
+    return 'different: input'
+
+
+def changed_image(run, folder):
+    write(folder / 'in/03.png', spot(40, 40, (30, 30, 9, 9)))
+    return '03.png has changed since .*predictions.csv was written'
+
+
+def no_former_prediction(run, folder):
+    (folder / 'whole/predictions.json').unlink()
+    return 'is not empty'
+
+
+CHANGES = [other_threshold, other_run, other_input, changed_image, no_former_prediction]
+
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_nothing_is_added_to_other_predictions(change, whole, run, tmp_path):
+    words = change(run, tmp_path)
+    with pytest.raises(UserError, match=words) as raised:
+        predict_folder.predict(run, tmp_path / 'in', tmp_path / 'whole')
+    assert str(raised.value).count('choose another --output') == 1
+    assert (tmp_path / 'whole/predictions.csv').read_bytes() == whole
+
+
+def test_what_could_not_be_read_is_tried_again_and_what_is_new_is_added(run, tmp_path):
+    write_many(tmp_path / 'in', 3)
+    good = (tmp_path / 'in/01.png').read_bytes()
+    (tmp_path / 'in/01.png').write_bytes(good[:50])
+    assert predict_folder.predict(run, tmp_path / 'in', tmp_path / 'out') == (2, 1)
+    assert predict_folder.predict(run, tmp_path / 'in', tmp_path / 'out') == (0, 1)
+    assert [*table(tmp_path / 'out/unreadable.csv')] == ['01.png']
+    (tmp_path / 'in/01.png').write_bytes(good)
+    write(tmp_path / 'in/00b.png', spot(40, 40, (10, 10, 9, 9)))
+    assert predict_folder.predict(run, tmp_path / 'in', tmp_path / 'out') == (2, 0)
+    assert [*table(tmp_path / 'out/predictions.csv')] == ['00.png', '02.png', '00b.png', '01.png']
+    assert not (tmp_path / 'out/unreadable.csv').exists()
+
+
+def test_pictures_that_cannot_be_written_cost_no_row(run, tmp_path, caplog):
+    """Names that are too long with what is added to them, and a file where a folder must be."""
+    names = ['a' * 240 + '.png', 'b' * 248 + '.png', 'c.png', 'c.png.jpg/x.png', 'd.png']
+    for name in names:
+        write(tmp_path / 'in/x.png', spot(40, 40, (10, 10, 9, 9)))
+        (tmp_path / 'in' / name).parent.mkdir(exist_ok=True)
+        (tmp_path / 'in/x.png').rename(tmp_path / 'in' / name)
+    found = predict_folder.predict(run, tmp_path / 'in', tmp_path / 'out', maps='png')
+    assert found == (5, 0)
+    assert [*table(tmp_path / 'out/predictions.csv')] == names
+    reasons = table(tmp_path / 'out/unwritten.csv')
+    clash = reasons.keys() - {names[1]}
+    assert len(reasons) == 2 and clash <= {'c.png', 'c.png.jpg/x.png'}
+    assert reasons[names[1]]['reason'].count('cannot be written (File name too long)') == 3
+    assert all('overlays/' in reasons[name]['reason'] for name in clash)
+    assert not any('maps/' in reasons[name]['reason'] for name in clash)
+    assert len(list((tmp_path / 'out/masks').rglob('*.png'))) == 4
+    assert caplog.text.count('cannot be written') >= 2
+
+
+@pytest.mark.parametrize('what, rows', [('overlay', 6), ('row', 5), ('half a row', 5)])
+def test_a_full_disk_ends_it_after_whole_rows(what, rows, whole, run, tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, 'No space left on device')
+    with monkeypatch.context() as patch:
+        store, opened = predict_folder._store, pathlib.Path.open
+
+        def fails(path, content):
+            if what == 'overlay' and path.name == '06.png.jpg':
+                raise full
+            store(path, content)
+
+        class Full(io.FileIO):
+            """A file on a disk with room for five rows, or five and a half."""
+
+            def write(self, content):
+                if content.startswith(b'05') and what == 'half a row':
+                    return super().write(content[:9])
+                if what != 'overlay' and content[:2] not in (
+                    b'fi',
+                    b'00',
+                    b'01',
+                    b'02',
+                    b'03',
+                    b'04',
+                ):
+                    raise full
+                return super().write(content)
+
+        patch.setattr(predict_folder, '_store', fails)
+        patch.setattr(
+            *(pathlib.Path, 'open'),
+            lambda self, mode='r', **more: (
+                Full(self, 'a') if mode == 'ab' else opened(self, mode, **more)
+            ),
+        )
+        with pytest.raises(UserError, match=r'\(No space left on device\): make room'):
+            predict_folder.predict(run, tmp_path / 'in', tmp_path / 'out')
+    table = tmp_path / 'out/predictions.csv'
+    assert table.read_bytes() == b''.join(whole.splitlines(keepends=True)[: 1 + rows])
+    predict_folder.predict(run, tmp_path / 'in', tmp_path / 'out')
+    assert table.read_bytes() == whole
+
+
+# --- Maps and masks -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('size, image_size', [((130, 190), (64, 64)), ((40, 20), (64, 64))])
+@pytest.mark.parametrize('overlays', [True, False])
+def test_maps_and_masks_are_of_the_size_of_their_image(size, image_size, overlays, run, tmp_path):
+    box = (size[1] // 2, size[0] // 3, size[1] // 4, size[0] // 4)
+    write(tmp_path / 'in/a/spot.png', spot(*size, box))
+    write(tmp_path / 'in/dark.png', spot(*size, (0, 0, 0, 0)))
+    for kind in ('png', 'npy'):
+        predict_folder.predict(run, tmp_path / 'in', tmp_path / kind, overlays=overlays, maps=kind)
+        assert (tmp_path / kind / 'overlays').exists() == overlays
+    logits = np.load(tmp_path / 'npy/maps/a/spot.png.npy')
+    assert logits.shape == size and logits.dtype == np.float32
+    image = cv2.imread(str(tmp_path / 'in/a/spot.png'))
+    expected = run(image).full_map()
+    assert np.array_equal(logits, expected)
+    levels = cv2.imread(str(tmp_path / 'png/maps/a/spot.png.png'), cv2.IMREAD_UNCHANGED)
+    assert levels.shape == size and levels.dtype == np.uint16
+    assert np.abs(levels / 65535 - 1 / (1 + np.exp(-expected))).max() < 1e-5
+    masks = [cv2.imread(str(tmp_path / kind / 'masks/a/spot.png.png'), -1) for kind in MAPS]
+    assert np.array_equal(*masks) and masks[0].shape == size and {*masks[0].flat} == {0, 255}
+    row = table(tmp_path / 'png/predictions.csv')['a/spot.png']
+    assert cv2.boundingRect(masks[0]) == box_of(row)
+    dark = cv2.imread(str(tmp_path / 'png/masks/dark.png.png'), cv2.IMREAD_UNCHANGED)
+    assert dark.shape == size and not dark.any()
+
+
+MAPS = ('png', 'npy')
 
 
 def test_an_image_of_one_pixel(run, tmp_path):

@@ -15,6 +15,13 @@ from ssn_jax.data.layouts import GOOD, Record
 from ssn_jax.errors import UserError
 
 
+class _Info(tfds.core.DatasetInfo):
+    """What is known of a data set."""
+
+    def initialize_from_bucket(self) -> None:
+        """Asks nobody; TFDS would, and leave a temporary folder behind each time."""
+
+
 class Inspection(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """A data set of images, their defects and, where known, their defects' masks."""
 
@@ -32,7 +39,7 @@ class Inspection(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             'defect': tfds.features.Text(),
             'file': tfds.features.Text(),
         }
-        return tfds.core.DatasetInfo(
+        return _Info(
             builder=self,
             description=self.__doc__,
             features=tfds.features.FeaturesDict(features),
