@@ -210,6 +210,16 @@ def ksdd2(root: Path, need: str = 'train') -> Listing:
     return listing
 
 
+def guess(root: Path) -> str:
+    """The name of the layout that a folder looks like: mvtec_ad, ksdd2 or folder."""
+    splits = [path for path in (_child(root, split) for split in SPLITS) if path.is_dir()]
+    if any(path.stem.endswith('_GT') for split in splits for path in _entries(split)):
+        return 'ksdd2'
+    folders = _folders(root, required=False)
+    inside = any(_child(path, split).is_dir() for path in folders for split in SPLITS)
+    return 'mvtec_ad' if inside and not splits else 'folder'
+
+
 def walk(
     folder: Path, excluded: Collection[Path] = (), above: frozenset[Path] = frozenset()
 ) -> Iterator[tuple[Path, bool]]:

@@ -36,7 +36,9 @@ def compare(
 ) -> None:
     """Draws `count` test images and every run's map of them into `output`, a .png."""
     configs = [run_lib.read_config(workdir) for workdir in workdirs]
-    datasets = [data.load(config.data, config.image_size, config.resize) for config in configs]
+    datasets = [
+        data.load(config.data, config.image_size, config.resize, need='test') for config in configs
+    ]
     dataset = datasets[0]
     for workdir, other in zip(workdirs, datasets, strict=True):
         if not np.array_equal(other.test.images, dataset.test.images):
