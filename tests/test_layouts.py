@@ -16,15 +16,21 @@ from ssn_jax.errors import UserError
 CASES = os.environ.get('SSN_JAX_CASES')
 
 
-def write(file: Path, value=None):
-    """An image that holds one value, or no other image's content."""
+RNG = np.random.default_rng(0)
+
+
+def write(file: Path, image=None):
+    """An image, if none is given of noise that is in no other one."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    if value is None:
-        value = int.from_bytes(os.urandom(3))
-        image = np.random.default_rng(value).integers(0, 255, (12, 10), np.uint8)
-    else:
-        image = np.full((12, 10), value, np.uint8)
+    image = RNG.integers(0, 255, (12, 10), np.uint8) if image is None else image
     assert cv2.imwrite(str(file), image)
+
+
+def mark(file: Path):
+    """A mask of 12 pixels."""
+    mask = np.zeros((12, 10), np.uint8)
+    mask[2:5, 3:7] = 255
+    write(file, mask)
 
 
 @pytest.fixture
@@ -35,7 +41,7 @@ def root(tmp_path):
         write(base / f'{name}.png')
     for i in (5, 6):
         write(base / f'test/scratch/{i}.png')
-        write(base / f'ground_truth/scratch/{i}_mask.png', 255)
+        mark(base / f'ground_truth/scratch/{i}_mask.png')
     return base
 
 
@@ -67,7 +73,7 @@ def test_names_of_the_normal_class(root, name):
     for split in layouts.SPLITS:
         (root / split / 'good').rename(root / split / name)
     write(root / 'train/good/7.png')
-    write(root / f'ground_truth/{name}/3_mask.png')  # Of a normal image, whose mask is known.
+    mark(root / f'ground_truth/{name}/3_mask.png')  # Of a normal image, whose mask is known.
     found = seen(root)
     assert found[f'train/{name}/0.png'] == ('train', 'good', None)
     assert found[f'test/{name}/3.png'] == ('test', 'good', None)
@@ -89,7 +95,7 @@ def test_other_names_of_the_normal_class(root):
 def test_subfolders_and_links(root, tmp_path):
     for folder in ('train/good', 'test/good', 'test/scratch'):
         write(root / folder / 'line 2/deep/0.png')
-    write(root / 'ground_truth/scratch/line 2/deep/0_mask.png')
+    mark(root / 'ground_truth/scratch/line 2/deep/0_mask.png')
     write(tmp_path / 'elsewhere/9.png')
     (root / 'train/good/link').symlink_to(tmp_path / 'elsewhere')
     (root / 'train/dent').symlink_to(tmp_path / 'elsewhere')
@@ -137,7 +143,7 @@ def test_names_of_the_folder_of_masks(root, name):
     (root / 'ground_truth').mkdir()  # One without images is none of masks.
     (root / 'ground_truth/5.json').write_text('{}')
     assert seen(root)['test/scratch/5.png'][2] == 'scratch/5_mask.png'
-    write(root / 'ground_truth/scratch/5_mask.png')
+    mark(root / 'ground_truth/scratch/5_mask.png')
     with pytest.raises(UserError, match='both hold masks') as caught:
         find(root)
     assert str(root / name) in str(caught.value) and 'ground_truth' in str(caught.value)
@@ -148,7 +154,7 @@ def test_masks_called_as_their_images(root):
     masks = root / 'ground_truth/scratch'
     (masks / '5_mask.png').rename(masks / '5.bmp')
     assert seen(root)['test/scratch/5.png'][2] == 'scratch/5.bmp' and not doubted(root)
-    write(masks / '5_mask.png')
+    mark(masks / '5_mask.png')
     assert seen(root)['test/scratch/5.png'][2] == 'scratch/5_mask.png'
     assert 'belongs to no image' in doubted(root)['ground_truth/scratch/5.bmp']
 
@@ -158,7 +164,7 @@ def test_names_are_compared_in_one_form(root):
     (root / 'test/scratch').rename(root / f'test/{decomposed}')
     (root / 'ground_truth/scratch').rename(root / f'ground_truth/{composed}')
     write(root / f'test/{decomposed}/{composed}.png')
-    write(root / f'ground_truth/{composed}/{decomposed}_mask.png')
+    mark(root / f'ground_truth/{composed}/{decomposed}_mask.png')
     found = seen(root)[f'test/{decomposed}/{composed}.png']
     assert found == ('test', composed, f'{composed}/{decomposed}_mask.png') and not doubted(root)
 
@@ -171,7 +177,7 @@ def test_what_is_not_used_is_named(root):
     (root / 'empty').mkdir()
     write(root / 'train/stray.png')
     write(root / 'test/scratch/5_mask.png')
-    write(root / 'ground_truth/dent/0_mask.png')
+    mark(root / 'ground_truth/dent/0_mask.png')
     doubts = doubted(root)
     assert doubts.keys() == {
         *('validation/', 'notes/', 'overview.png', 'train/stray.png'),
