@@ -27,7 +27,7 @@ test: $(STAMP)
 	[ $$quick = 0 ] && [ $$slow = 0 ]
 
 # What tells soonest that something is wrong: lint, and the tests that compile next to nothing.
-CHECKED := checkpoint data decision defects demo figures fuzz gpu losses main metrics overlays
+CHECKED := check checkpoint data decision defects demo figures fuzz gpu layouts losses main metrics overlays
 CHECKED += predict predictor readme report run sampling supervision sweep synthetic torch_archives
 CHECKED += trust weights
 check: lint
