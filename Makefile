@@ -27,9 +27,9 @@ test: $(STAMP)
 	[ $$quick = 0 ] && [ $$slow = 0 ]
 
 # What tells soonest that something is wrong: lint, and the tests that compile next to nothing.
-CHECKED := checkpoint data decision defects demo drift false_alarms figures fuzz gpu losses
-CHECKED += main metrics overlays predict predictor readme report run sampling supervision sweep
-CHECKED += synthetic torch_archives trust weights
+CHECKED := check checkpoint data decision defects demo drift false_alarms figures fuzz gpu
+CHECKED += layouts losses main metrics overlays predict predictor readme report run sampling
+CHECKED += supervision sweep synthetic torch_archives trust weights
 check: lint
 	@$(QUICK) $(CHECKED:%=tests/test_%.py)
 

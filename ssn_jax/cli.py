@@ -17,7 +17,9 @@ from ssn_jax import __version__, terminal
 from ssn_jax.errors import UserError
 
 _ON_EVALUATION = ('eval_batch_size', 'precision', 'engine')
-_DATA = ('data.name', 'data.root', 'data.category', 'data.cache', 'data.seed')
+# Of a config's data what says where images are, besides the root.
+_WHERE = ('name', 'category', 'normal', 'normal_dir', 'normal_test_dir', 'defect_dir', 'mask_dir')
+_DATA = ('data.root', 'data.cache', 'data.seed', *(f'data.{name}' for name in _WHERE))
 
 
 def main(command: str | None = None) -> None:
@@ -313,7 +315,7 @@ def evaluate(argv: list[str]) -> None:
 
     model = _open(arguments, overrides)
     config = model.config
-    dataset = data.load(config.data, config.image_size, config.resize, config.fit)
+    dataset = data.load(config.data, config.image_size, config.resize, config.fit, need='test')
     test = dataset.test
     scores, maps = evaluate_lib.predict(model, test.images)
     values, undefined = evaluate_lib.evaluate(scores, maps, test)
@@ -443,6 +445,53 @@ def compare(argv: list[str]) -> None:
 # --- Commands on none -----------------------------------------------------------------------------
 
 
+def check(argv: list[str]) -> int:
+    """Reads a folder of images as training would, and says what is doubtful about it.
+
+    ssn-jax check ROOT
+    ssn-jax check ROOT --sheet sheet.png --masks masks
+
+    Prints what it finds by split and class, every doubt in a line that names the file, and the
+    command that trains on the folder. Exit status: 0, or 1 if training would end with an error.
+    """
+    parser = terminal.Parser('check', check.__doc__)
+    add = parser.add_argument
+    add('root', type=terminal.path, metavar='ROOT', help='the folder of the data set')
+    add('--sheet', type=terminal.path, metavar='FILE', help='a .png: images with masks outlined')
+    add('--masks', type=terminal.path, metavar='DIR', help='receives masks as read: FILE.png')
+    add('--json', action='store_true', help='print one JSON object instead of the table')
+    from ssn_jax import config as config_lib
+
+    for name in _WHERE:
+        flag, about = f'data.{name}', config_lib.FIELDS[f'data.{name}'].about
+        names = f'--{name}', f'--config.{flag}'
+        add(*names, dest=f'config.{flag}', metavar='VALUE', help=about)
+    arguments, overrides = terminal.parse(parser, argv)
+    from ssn_jax import files
+
+    if arguments.sheet:
+        if arguments.sheet.suffix != '.png':
+            raise UserError(f'--sheet={arguments.sheet} cannot be used: it ends in .png.')
+        files.check_output(arguments.sheet, '--sheet')
+    if arguments.masks:
+        files.check_folder(arguments.masks, '--masks')
+    terminal.log_to_stderr()
+    from ssn_jax import check as check_lib
+
+    config = config_lib.default_config()
+    config.data.update(root=str(arguments.root), name='', category='')
+    config.update_from_flattened_dict(overrides)
+    check_lib.choose_layout(config.data)
+    found = check_lib.check(config.data, arguments.masks, arguments.sheet)
+    if arguments.json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        print(check_lib.report(config.data, found))
+    for error in found.errors:
+        print(f'error: {error.reason}', file=sys.stderr)
+    return int(bool(found.errors))
+
+
 def benchmark(argv: list[str]) -> None:
     """Measures inference with random weights, beside anomalib's models if asked.
 
@@ -526,6 +575,7 @@ COMMANDS = {
     'compare': compare,
     'sweep': sweep,
     'import-torch': import_torch,
+    'check': check,
     'benchmark': benchmark,
     'demo': demo,
 }

@@ -105,6 +105,18 @@ FIELDS = {
     'data.name': Field('mvtec_ad', 'mvtec_ad, synthetic, ksdd2 or folder.'),
     'data.root': Field('', "Folder of the real data set; '': the embedded set of the category."),
     'data.category': Field('screw', 'Of MVTec AD, or of the embedded sets.'),
+    'data.normal': Field(
+        'good,ok,normal',
+        "Names of the folder of normal images, besides good, in any case; all others are defects'.",
+    ),
+    'data.normal_dir': Field(
+        '', "Folder of normal training images, from data.root; '': train/good below it."
+    ),
+    'data.normal_test_dir': Field('', 'With it: folder of normal test images.'),
+    'data.defect_dir': Field('', 'With it: folder of defects to test on, or of a folder for each.'),
+    'data.mask_dir': Field(
+        '', "Folder of masks, with the names of the images; '': ground_truth, masks, ..."
+    ),
     'data.cache': Field('', "Folder for prepared records; '': in the user's cache folder."),
     'data.seed': Field(0, "Seed of the embedded set's images."),
     # --- What is frozen ---------------------------------------------------------------------------
@@ -492,7 +504,8 @@ def identity(config: ml_collections.ConfigDict) -> dict:
     """
     unimportant = ('checkpoint.every', 'checkpoint.keep', 'eval_batch_size', 'data.cache')
     unimportant += ('data.root', 'backbone.weights', 'debug_nans', 'features.place', 'engine')
-    unimportant += ('decision.fpr',)
+    unimportant += ('decision.fpr', 'data.normal', 'data.normal_dir', 'data.normal_test_dir')
+    unimportant += ('data.defect_dir', 'data.mask_dir')
     return {name: value for name, value in fields(config) if name not in unimportant}
 
 

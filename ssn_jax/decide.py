@@ -82,7 +82,7 @@ def score_folder(model: predictor.Predictor, folder: pathlib.Path, defect: str) 
       UserError: there is none that can be read.
     """
     named, scores, maxima = [], [], []
-    for path in predict_folder.find(folder):
+    for path in predict_folder.find(folder, warn=True):
         try:
             image = images_lib.decode(images_lib.read(path), path, images_lib.MAX_PIXELS)
         except UserError as e:

@@ -6,6 +6,8 @@ from ssn_jax import decision, devices, metrics
 from ssn_jax.data import Split
 from ssn_jax.predictor import Predictor
 
+NO_TEST_IMAGES = 'there are no test images'
+
 
 def predict(model: Predictor, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Score logits (N,) and full-size anomaly logits (N, H, W) of images, float32.
@@ -15,6 +17,8 @@ def predict(model: Predictor, images: np.ndarray) -> tuple[np.ndarray, np.ndarra
       images: uint8 RGB (N, H, W, 3) of `config.image_size`. All local devices share them, and of
         several processes each predicts a share and gets all.
     """
+    if not len(images):  # A split may be empty.
+        return np.zeros(0, np.float32), np.zeros(images.shape[:3], np.float32)
     return devices.share_images(model.logits)(images)
 
 
@@ -53,4 +57,6 @@ def evaluate(
     Returns:
       Values by metric name, None where undefined, and the reason for each None.
     """
+    if not len(scores):
+        return dict.fromkeys(metrics.METRICS), dict.fromkeys(metrics.METRICS, NO_TEST_IMAGES)
     return metrics.evaluate(scores, maps, split.labels, split.masks, split.has_mask)

@@ -128,6 +128,11 @@ def gather(config: ml_collections.ConfigDict, folders: list[pathlib.Path]) -> Ma
     """Loads data and backbone, and checks that runs that have begun did so with the same."""
     dataset = data.load(config.data, config.image_size, config.resize, config.fit)
     split = supervision.training_split(config, dataset.train)
+    if not dataset.test.files:
+        logging.warning(
+            'There are no test images: the threshold is chosen, and nothing can be measured. With '
+            'some in test/good and test/DEFECT, the same command measures the run.'
+        )
     if config.supervision.kind != 'none':
         logging.info(
             'Supervision: %d defective training images, %d of them with their mask',
@@ -379,18 +384,21 @@ def draw_figures(job, results, material, maps, scores, log, maxima) -> None:
     config, folder, split = job.config, job.folder / 'figures', material.dataset.test
     data_name = 'embedded data' if results['embedded'] else results['data']
     title = f'{results["config"]} · {results["category"]} ({data_name})'
-    masks = np.where(split.has_mask[:, None, None], split.masks, 0)
-    figures.overlays(
-        folder / 'overlays.png',
-        split.images,
-        masks,
-        decision.evidence(maps, maxima),
-        decision.sigmoid(scores),
-        split.labels,
-        split.files,
-        title,
-        evidence=len(maxima) > 0,
-    )
+    threshold = results['decision']['threshold']
+    if split.files:
+        masks = np.where(split.has_mask[:, None, None], split.masks, 0)
+        figures.overlays(
+            folder / 'overlays.png',
+            split.images,
+            masks,
+            decision.evidence(maps, maxima),
+            decision.sigmoid(scores),
+            split.labels,
+            split.files,
+            title,
+            evidence=len(maxima) > 0,
+        )
+        figures.score_histogram(folder / 'scores.png', scores, split.labels, title, threshold)
     curves = {name: column for name, column in log.history().items() if name != 'seconds'}
     if curves:
         figures.loss_curves(folder / 'losses.png', curves, title)
@@ -399,8 +407,6 @@ def draw_figures(job, results, material, maps, scores, log, maxima) -> None:
     if results['metrics']['AP-loc'] is not None:
         known = split.has_mask
         figures.pr_curve(folder / 'pixel_pr.png', maps[known], split.masks[known], title)
-    threshold = results['decision']['threshold']
-    figures.score_histogram(folder / 'scores.png', scores, split.labels, title, threshold)
     if config.drawn.count:
         normal = material.split.images[material.split.labels == 0]
         what = f'{title} · defects that were drawn into normal images'

@@ -21,16 +21,11 @@ import cv2
 import numpy as np
 
 from ssn_jax import __version__, decision, drift, files, run as run_lib
-from ssn_jax.data import images
+from ssn_jax.data import doubts, images, layouts
 from ssn_jax.errors import UserError
 from ssn_jax.predictor import Predictor, find_regions
 from ssn_jax.report import overlays as overlays_lib
 
-# What is looked at in a folder; a file that is named itself may end in anything.
-SUFFIXES = images.SUFFIXES | frozenset(
-    {'.avif', '.dib', '.exr', '.gif', '.hdr', '.j2k', '.jp2', '.jpe', '.pam', '.pbm', '.pfm'}
-    | {'.pgm', '.pic', '.pnm', '.ppm', '.pxm', '.ras', '.sr'}
-)
 COLUMNS = ('file', 'score', 'p_value', 'decision', 'x', 'y', 'width', 'height')
 COLUMNS += ('threshold', 'run', 'version')
 
@@ -42,30 +37,26 @@ _ABOUT = 'predictions.json'
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE}
 
 
-def find(source: pathlib.Path, excluded: pathlib.Path | None = None) -> Iterator[pathlib.Path]:
-    """Yields the image files below a folder, by name; holds one folder's names at a time.
+def find(
+    source: pathlib.Path, excluded: pathlib.Path | None = None, warn: bool = False
+) -> Iterator[pathlib.Path]:
+    """Yields the image files below a folder as training finds them (`layouts.walk`).
 
-    Hidden entries and links to folders are left out, and so is the folder `excluded`. A folder
-    that cannot be listed is yielded itself: it fails like a file that cannot be read.
+    Args:
+      source: a folder, or a file, which may be called anything.
+      excluded: a folder below it that is left out.
+      warn: whether to say at the end what was found and is no image.
     """
     if not source.is_dir():
         yield source
         return
-    try:
-        with os.scandir(source) as entries:
-            found = sorted((e.name, e.is_dir(follow_symlinks=False)) for e in entries)
-    except OSError:
-        yield source
-        return
-    for name, is_folder in found:
-        path = source / name
-        if name.startswith('.'):
-            continue
-        if is_folder:
-            if excluded is None or path.resolve() != excluded:
-                yield from find(path, excluded)
-        elif path.suffix.lower() in SUFFIXES:
+    others = []
+    for path, is_image in layouts.walk(source, (excluded,)):
+        if is_image:
             yield path
+        elif warn:
+            others.append(doubts.Doubt(path.relative_to(source).as_posix(), layouts.NOT_AN_IMAGE))
+    doubts.log(others)
 
 
 def check_output(output: pathlib.Path) -> None:
@@ -117,7 +108,7 @@ def predict(
     check_output(output)
     if not source.exists():
         raise UserError(f'{source} does not exist: --input names an image or a folder of images.')
-    if next(find(source, output.resolve()), None) is None:
+    if not sum(1 for _ in find(source, output.resolve(), warn=True)):
         endings = ' '.join(sorted(images.SUFFIXES))
         raise UserError(f'{source} holds no images ({endings} and others): check --input.')
     try:

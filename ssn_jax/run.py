@@ -51,7 +51,7 @@ _PACKAGE = str(pathlib.Path(__file__).parent) + os.sep
 
 def default_workdir(config: ml_collections.ConfigDict) -> pathlib.Path:
     """Where a run goes unless the user says otherwise."""
-    where = 'embedded' if data.is_embedded(config.data) else config.data.name
+    where = 'embedded' if data.is_embedded(config.data) else data.layout_of(config.data)
     last = config.seed if config.seeds == 1 else 'seeds'
     category = data.category_of(config.data)
     if category != where:  # KolektorSDD2 is its own.

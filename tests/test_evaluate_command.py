@@ -13,8 +13,9 @@ import cv2
 import pytest
 import tiny
 
-from ssn_jax import cli, metrics
-from ssn_jax.report import text as text_lib
+from ssn_jax import cli, config as config_lib, metrics, pipeline
+from ssn_jax.errors import UserError
+from ssn_jax.report import page, text as text_lib
 
 pytestmark = pytest.mark.usefixtures('small_programs')
 
@@ -93,6 +94,38 @@ def test_other_data_on_four_devices(workdir, tmp_path):
     assert 'mvtec_ad bolt: 4 test images' in done.out
     values = printed(done.out)
     assert list(values) == list(metrics.METRICS) and values != results['metrics']
+
+
+@pytest.mark.slow
+def test_without_test_images(tmp_path, capsys, caplog):
+    """The threshold is chosen; a folder of test images alone is measured on afterwards."""
+    workdir = tiny.fake_run(tmp_path)
+    tiny.write_data(tmp_path / 'data')
+    (tmp_path / 'data/nut/test').rename(tmp_path / 'test')
+    run = config_lib.from_json(workdir / 'config.json')
+    results = pipeline.train_and_evaluate(run, workdir, events=EVENTS)
+    assert results == json.loads((workdir / 'results.json').read_text())
+    assert results['metrics'] == dict.fromkeys(metrics.METRICS)
+    assert set(results['undefined'].values()) == {'there are no test images'}
+    assert results['decision']['threshold'] is not None and results['test_images'] == 0
+    assert caplog.text.count('nothing can be measured') == 1
+    table = text_lib.format_table(results)
+    assert len(table.splitlines()) == 3 and 'nothing is measured: there are no test' in table
+    page.write_report([workdir], tmp_path / 'report')
+    assert (tmp_path / 'report/report.html').exists()
+    with pytest.raises(UserError, match='test: holds no images'):
+        main('--workdir', workdir)
+
+    shutil.copytree(tmp_path / 'test', tmp_path / 'new/test')
+    shutil.copytree(tmp_path / 'data/nut/ground_truth', tmp_path / 'new/masks')
+    capsys.readouterr()
+    only_test = '--config.data.name=folder', f'--config.data.root={tmp_path / "new"}'
+    main('--workdir', workdir, *only_test)
+    found = capsys.readouterr().out
+    named = '--config.data.normal_test_dir=test/good', '--config.data.defect_dir=test/spot'
+    main('--workdir', workdir, only_test[1], *named, '--config.data.mask_dir=masks/spot')
+    again = capsys.readouterr().out
+    assert printed(found).keys() == set(metrics.METRICS) and printed(again) == printed(found)
 
 
 def test_a_user_error_is_exit_status_1(tmp_path):

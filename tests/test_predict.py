@@ -176,12 +176,12 @@ def test_no_name_leads_out_of_the_output(run, tmp_path):
     before = {p: p.lstat().st_mtime_ns for p in (*source.rglob('*'), *outside.rglob('*'))}
     hidden = {name for name in names if name.startswith('.')}
     done, failed = predict_folder.predict(run, source, tmp_path / 'out')
-    assert (done, failed) == (len(names) - len(hidden) + 1, 0)
+    assert (done, failed) == (len(names) - len(hidden) + 2, 0)
     after = {p: p.lstat().st_mtime_ns for p in (*source.rglob('*'), *outside.rglob('*'))}
     assert after == before
     assert {p.name for p in tmp_path.iterdir()} == {'in', 'out', 'outside'}
     drawn = {p.relative_to(tmp_path / 'out/overlays') for p in (tmp_path / 'out').rglob('*.jpg')}
-    expected = {f'{name}.jpg' for name in {*names, 'link.png'} - hidden}
+    expected = {f'{name}.jpg' for name in {*names, 'link.png', 'folder/secret.png'} - hidden}
     assert {p.as_posix() for p in drawn} == expected
 
 

@@ -28,6 +28,7 @@ REAL = '--config.data.root={data}/mvtec_ad --config.data.category=bottle'
 # Beginnings of commands, and what is added to them. A new command needs an entry here.
 ADDED = {
     'ssn-jax train --config edge': f'{SHORT} --config.drawn.count=8 --config.decision.parts=2',
+    'ssn-jax check': '',
     'ssn-jax decide': '',
     'ssn-jax predict --workdir runs/mine': '',
     'ssn-jax train --config mod2 --config.seeds': f'{SHORT} {REAL}',

@@ -14,7 +14,12 @@ from PIL import Image
 
 from ssn_jax.errors import UserError
 
-SUFFIXES = frozenset({'.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp'})
+# What is looked at in a folder; a file that is named itself may end in anything.
+SUFFIXES = frozenset(
+    {'.png', '.jpg', '.jpeg', '.jfif', '.jpe', '.bmp', '.dib', '.tif', '.tiff', '.webp', '.avif'}
+    | {'.exr', '.gif', '.hdr', '.j2k', '.jp2', '.pam', '.pbm', '.pfm', '.pgm', '.pic', '.pnm'}
+    | {'.ppm', '.pxm', '.ras', '.sr'}
+)
 
 _PILLOW = threading.Lock()
 # ImageNet's mean, of which backbones see nothing.

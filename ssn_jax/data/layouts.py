@@ -1,21 +1,28 @@
 """The folder layouts of real data sets: which file is which image, and which its mask.
 
-Nothing is decoded here. Every function lists a layout's files as `Record`s or raises a `UserError`
-that names the folder or file at fault.
+Nothing is decoded here. Every function lists a layout's files as a `Listing`, or raises a
+`UserError` that names the folder or file at fault.
 """
 
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+import itertools
 from pathlib import Path
+import unicodedata
 
-from absl import logging
+import cv2
 
 from ssn_jax.data import images
+from ssn_jax.data.doubts import Doubt
 from ssn_jax.errors import UserError
 
 GOOD = 'good'
+NORMAL = 'good,ok,normal'  # What people call its folder, unless they say otherwise.
+_NORMAL = tuple(NORMAL.split(','))
 SPLITS = ('train', 'test')
+NOT_AN_IMAGE = 'is not used: it is no image by its name; if it is one, give it its ending'
+# What people call the folder of masks, in any case and with any separator.
+_MASKS = ('ground_truth', 'groundtruth', 'gt', 'masks', 'mask', 'labels', 'label')
 
 
 @dataclass(frozen=True)
@@ -37,15 +44,37 @@ class Record:
     mask: Path | bytes | None
 
 
-def mvtec_ad(root: Path, category: str) -> list[Record]:
+@dataclass(frozen=True)
+class Listing:
+    """The images of a data set, and what is doubtful about their names and places."""
+
+    records: list[Record] = field(default_factory=list)
+    doubts: list[Doubt] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Image:
+    """An image, and where its mask may be: paths below the folder of masks, without ending."""
+
+    split: str
+    defect: str
+    path: Path
+    keys: tuple[str, ...]
+
+
+def mvtec_ad(
+    root: Path, category: str, normal: Collection[str] = _NORMAL, need: str = 'train'
+) -> Listing:
     """Lists a category of MVTec AD, or of any set in its layout; every defect needs its mask.
 
     Args:
       root: the folder that holds the categories.
       category: one of the folders in it.
+      normal: as of `folder`.
+      need: as of `folder`.
 
     Returns:
-      The records of `root/category/{train,test}/DEFECT/NAME.*`, with the masks
+      The images `root/category/{train,test}/DEFECT/NAME.*`, with the masks
       `root/category/ground_truth/DEFECT/NAME_mask.*`.
 
     Raises:
@@ -53,7 +82,7 @@ def mvtec_ad(root: Path, category: str) -> list[Record]:
     """
     categories = [path.name for path in _folders(root)]
     if category not in categories:
-        if 'train' in categories:
+        if any(_key(name).lower() in SPLITS for name in categories):
             raise UserError(
                 f'{root}: is itself a category; give the folder above it as --config.data.root, or '
                 'say --config.data.name=folder'
@@ -62,10 +91,24 @@ def mvtec_ad(root: Path, category: str) -> list[Record]:
             f'{root}: no category {category!r}; choose --config.data.category from: '
             + (', '.join(categories) or '(the folder holds none: check --config.data.root)')
         )
-    return _by_defect(root / category, root, masks_required=True)
+    base = root / category
+    place = _mask_folder(base)
+    listing = _by_defect(base, root, normal, need, place)
+    for record in listing.records:
+        if record.defect != GOOD and record.mask is None:
+            below = record.image.relative_to(base)
+            expected = Path(*below.parts[1:]).with_suffix('')
+            expected = (place or base / 'ground_truth') / f'{expected}_mask.png'
+            raise UserError(f'{record.image}: a defect without its mask; add {expected}')
+    return listing
 
 
-def folder(root: Path) -> list[Record]:
+def folder(
+    root: Path,
+    normal: Collection[str] = _NORMAL,
+    need: str = 'train',
+    mask_dir: Path | None = None,
+) -> Listing:
     """Lists anybody's images, laid out as one category of MVTec AD; masks are optional.
 
     Defects may occur in training too. Where `train/DEFECT` and `test/DEFECT` share a file name,
@@ -73,161 +116,335 @@ def folder(root: Path) -> list[Record]:
 
     Args:
       root: the folder that holds `train/good`, `test/...` and, with masks, `ground_truth/...`.
-
-    Returns:
-      The records of the data set.
+      normal: names of the class of normal images, besides 'good'; in any case.
+      need: the split that must hold images: 'train' (normal ones) or 'test'.
+      mask_dir: where masks are, if not in `ground_truth` or a folder with another name for it.
 
     Raises:
       UserError: a part of the layout is missing, or two files claim the same name.
     """
     _folders(root)
-    return _by_defect(root, root, masks_required=False)
+    return _by_defect(root, root, normal, need, mask_dir or _mask_folder(root))
 
 
-def ksdd2(root: Path) -> list[Record]:
+def from_folders(
+    root: Path, places: dict[str, Path], normal: Collection[str] = _NORMAL, need: str = 'train'
+) -> Listing:
+    """Lists images whose folders are named one by one, wherever they are.
+
+    Args:
+      root: what names of files are relative to, if they lie there.
+      places: by the name of their flag, `normal_dir`: normal images to train on; `normal_test_dir`:
+        normal images to test on; `defect_dir`: defects to test on, each kind in a folder of its
+        own, or all in this one (a folder with a name of the normal class holds normal ones);
+        `mask_dir`: masks, under the names that the images have below `defect_dir`.
+      normal: as of `folder`.
+      need: as of `folder`.
+
+    Raises:
+      UserError: a folder is not there or holds no images, or two files claim the same name.
+    """
+    tested = {'normal_test_dir', 'defect_dir'} & places.keys()
+    if need == 'test':
+        places = {name: path for name, path in places.items() if name != 'normal_dir'}
+    if not (tested if need == 'test' else 'normal_dir' in places):
+        flag = 'defect_dir' if need == 'test' else 'normal_dir'
+        known = ', '.join(f'--config.data.{name}' for name in places)
+        raise UserError(f'--config.data.{flag} is missing beside {known}: name that folder too')
+    listing, found = Listing(), []
+    apart = {path.resolve() for path in places.values()}  # One may lie in another.
+    for name, path in places.items():
+        if not path.is_dir():
+            raise UserError(f'{path}: no such folder; check --config.data.{name}')
+        if name == 'mask_dir':
+            continue
+        files = _images(path, root, listing.doubts, apart)
+        if not files:
+            raise UserError(f'{path}: holds no images; check --config.data.{name}')
+        split = 'train' if name == 'normal_dir' else 'test'
+        for file in files:
+            below = file.relative_to(path)
+            kind = below.parts[0] if len(below.parts) > 1 else 'defect'
+            defect = _class_of(kind, normal) if name == 'defect_dir' else GOOD
+            found.append(_Image(split, defect, file, (_key_of(below),)))
+    return _with_masks(listing, found, root, places.get('mask_dir'), normal)
+
+
+def ksdd2(root: Path, need: str = 'train') -> Listing:
     """Lists KolektorSDD2: `train/ID.png` beside `train/ID_GT.png`, and `test/` alike.
 
     Args:
       root: the folder that holds `train` and `test`.
+      need: as of `folder`.
 
     Returns:
-      The records, with `defect` None: an image is defective when its mask is not empty.
+      The images, with `defect` None: an image is defective when its mask is not empty.
 
     Raises:
       UserError: a split has no images, an image has no mask, or two files claim the same name.
     """
     _folders(root)
-    records = []
+    listing = Listing()
     for split in SPLITS:
-        files = {}
-        for path in _images(root / split):
-            if path.stem in files:
-                raise UserError(f'{path}: duplicate name, {files[path.stem].name}; remove one')
-            files[path.stem] = path
-        # The official archive holds a stray "NAME_GT (copy).png": no image has _GT in its name.
-        names = [name for name in files if '_GT' not in name]
-        if not names:
+        base, files = _child(root, split), {}
+        for path in _images(base, root, listing.doubts):
+            key = _key_of(path.relative_to(base))
+            if key in files:
+                raise UserError(f'{path}: duplicate name, {files[key].name}; remove one')
+            files[key] = path
+        keys = [key for key in files if '_GT' not in key.rpartition('/')[2]]
+        if split == need and not keys:
             raise UserError(
-                f'{root / split}: holds no images; KolektorSDD2 has {split}/ID.png and '
+                f'{base}: holds no images; KolektorSDD2 has {split}/ID.png and '
                 f'{split}/ID_GT.png below --config.data.root'
             )
-        for name in names:
-            if f'{name}_GT' not in files:
-                raise UserError(f'{files[name]}: has no mask; add {split}/{name}_GT.png')
-            file = files[name].relative_to(root).as_posix()
-            records.append(Record(split, None, file, files[name], files[f'{name}_GT']))
-    return records
+        for key in keys:
+            if f'{key}_GT' not in files:
+                raise UserError(f'{files[key]}: has no mask; add {split}/{key}_GT.png')
+            file = _name(files[key], root)
+            listing.records.append(Record(split, None, file, files[key], files[f'{key}_GT']))
+        # The official archive holds a stray "NAME_GT (copy).png".
+        for key in sorted(files.keys() - keys - {f'{key}_GT' for key in keys}):
+            reason = 'is not used: it is called as a mask and belongs to no image'
+            listing.doubts.append(Doubt(_name(files[key], root), reason))
+    return listing
 
 
-def _by_defect(base: Path, root: Path, masks_required: bool) -> list[Record]:
-    """Lists `base/SPLIT/DEFECT/NAME.*` and the masks in `base/ground_truth`."""
-    good = base / 'train' / GOOD
-    if not good.is_dir():
-        raise UserError(f'{good}: does not exist; training needs normal images there')
-    if not _images(good):
-        raise UserError(f'{good}: holds no images; training needs normal images there')
-    if not any(_images(path) for path in _folders(base / 'test', required=False)):
-        raise UserError(f'{base / "test"}: holds no images; put them into test/good, test/DEFECT')
-
-    masks = _find_masks(base)
-    records = []
-    for split in SPLITS:
-        for path in _folders(base / split, required=False):
-            for image in _images(path):
-                mask = masks.get(image)
-                if masks_required and path.name != GOOD and mask is None:
-                    expected = base / 'ground_truth' / path.name / f'{image.stem}_mask.png'
-                    raise UserError(f'{image}: a defect without its mask; add {expected}')
-                file = image.relative_to(root).as_posix()
-                records.append(Record(split, path.name, file, image, mask))
-    return records
+def guess(root: Path) -> str:
+    """The name of the layout that a folder looks like: mvtec_ad, ksdd2 or folder."""
+    splits = [path for path in (_child(root, split) for split in SPLITS) if path.is_dir()]
+    if any(path.stem.endswith('_GT') for split in splits for path in _entries(split)):
+        return 'ksdd2'
+    folders = _folders(root, required=False)
+    inside = any(_child(path, split).is_dir() for path in folders for split in SPLITS)
+    return 'mvtec_ad' if inside and not splits else 'folder'
 
 
-def _find_masks(base: Path) -> dict[Path, Path]:
-    """Assigns the masks below `base/ground_truth` to the defective images that they describe."""
-    truth = base / 'ground_truth'
-    defective = {
-        (split, path.name): _images(path)
-        for split in SPLITS
-        for path in _folders(base / split, required=False)
-        if path.name != GOOD
-    }
-    masks = {}
-    shared = {}  # a mask that does not name its split -> the image that has claimed it
-    for (split, defect), files in defective.items():
-        both = files + defective.get(('test' if split == 'train' else 'train', defect), [])
-        own = _masks_by_name(truth / split / defect, files)
-        common = _masks_by_name(truth / defect, both)
-        copies = Counter(image.stem for image in files)
-        for image in files:
-            mask = own.get(image.stem) or common.get(image.stem)
-            if mask is None:
-                continue
-            if copies[image.stem] > 1:
-                raise UserError(f'{image}: two images of this name share {mask}; rename one')
-            if mask in shared:
-                raise UserError(
-                    f'{image}: duplicate name, {mask} belongs to it or to {shared[mask]}; '
-                    'rename one, or put masks into ground_truth/train and ground_truth/test'
-                )
-            masks[image] = mask
-            shared[mask] = image
-    folders = {truth / defect for _, defect in defective}
-    folders |= {truth / split / defect for split, defect in defective}
-    for file in (file for folder in sorted(folders) for file in _images(folder)):
-        if file not in shared:
-            logging.warning(
-                '%s belongs to no image and is left out: the mask of NAME.png is NAME_mask.png',
-                file,
-            )
-    return masks
+def walk(
+    folder: Path, excluded: Collection[Path] = (), above: frozenset[Path] = frozenset()
+) -> Iterator[tuple[Path, bool]]:
+    """Yields the files below a folder, by name, and whether each is an image.
 
+    Links are followed, but not to a folder that they lie in. Hidden entries are left out. The names
+    of one folder at a time are held.
 
-def _masks_by_name(path: Path, defective: list[Path]) -> dict[str, Path]:
-    """Maps images' names (without suffix) to their masks in a folder that may not exist.
+    Args:
+      folder: where to look.
+      excluded: resolved folders that are left out.
+      above: resolved folders on the way here, besides the folder's own parents.
 
-    Masks that fit none of the images are left out, but where none fits at all their names must be
-    meant otherwise than we read them.
+    Yields:
+      A path, and whether it is to be read: by its ending, or, without one, by its first bytes. A
+      folder that cannot be listed is yielded itself, to be read: it fails like a file.
     """
-    files = _images(path)
-    masks = {}
-    for file in files:
-        name = file.stem.removesuffix('_mask')
-        if name == file.stem:
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError:
+        yield folder, True
+        return
+    above |= {folder.resolve(), *folder.resolve().parents}
+    for path in entries:
+        if path.name.startswith('.'):
             continue
-        if name in masks:
-            raise UserError(f'{file}: duplicate name, {masks[name]} is the same mask; remove one')
-        masks[name] = file
-    if files and defective and not any(image.stem in masks for image in defective):
+        if path.is_dir():
+            if path.resolve() not in above and path.resolve() not in excluded:
+                yield from walk(path, excluded, above)
+        elif path.suffix:
+            yield path, path.suffix.lower() in images.SUFFIXES
+        else:  # A named pipe would have us wait for its first bytes.
+            yield path, path.is_file() and cv2.haveImageReader(str(path))
+
+
+def _by_defect(
+    base: Path, root: Path, normal: Collection[str], need: str, place: Path | None
+) -> Listing:
+    """Lists `base/SPLIT/DEFECT/.../NAME.*` and the masks of the same names below `place`."""
+    listing, found = Listing(), []
+    for split in SPLITS:
+        for path in _folders(_child(base, split), required=False):
+            files = {x: _key_of(x.relative_to(path)) for x in _images(path, root, listing.doubts)}
+            for file, key in files.items():
+                if key.endswith('_mask') and key.removesuffix('_mask') in files.values():
+                    reason = 'is not used: it is called as the mask of the image beside it; move '
+                    reason += f'masks to ground_truth/{path.name}'
+                    listing.doubts.append(Doubt(_name(file, root), reason))
+                    continue
+                keys = f'{split}/{_key(path.name)}/{key}', f'{_key(path.name)}/{key}'
+                found.append(_Image(split, _class_of(path.name, normal), file, keys))
+    if not any(x.split == need and (need == 'test' or x.defect == GOOD) for x in found):
+        raise UserError(_missing(base, need, normal))
+    listing.doubts.extend(_strays(base, root, place))
+    return _with_masks(listing, found, root, place, normal)
+
+
+def _missing(base: Path, need: str, normal: Collection[str]) -> str:
+    """What to say where the split that is needed has no images."""
+    split = _child(base, need)
+    where = split if split.is_dir() else base
+    found = [f'{path.name}/' for path in _folders(where, required=False)]
+    flat = sum(path.suffix.lower() in images.SUFFIXES for path in _entries(where))
+    found = ', '.join(found[:8] + [f'{flat} images'] * bool(flat))
+    found = f'; {where} holds {found}' if found else ''
+    if need == 'test':
+        return f'{split}: holds no images; put them into test/good, test/DEFECT{found}'
+    good = (x for x in _folders(split, required=False) if _class_of(x.name, normal) == GOOD)
+    good = next(good, split / GOOD)
+    what = 'holds no images' if good.is_dir() else 'does not exist'
+    return (
+        f'{good}: {what}; training needs normal images there{found}. If the folder has another '
+        'name, say --config.data.normal=NAME; if it is elsewhere, --config.data.normal_dir=FOLDER'
+    )
+
+
+def _strays(base: Path, root: Path, place: Path | None) -> Iterator[Doubt]:
+    """What lies beside the folders of the layout and is not used."""
+    splits = [_child(base, split) for split in SPLITS]
+    for path in _entries(base):
+        if not path.is_dir():
+            if path.suffix.lower() in images.SUFFIXES:
+                yield Doubt(_name(path, root), 'is not used: it lies beside train and test')
+        elif path not in (*splits, place) and any(is_image for _, is_image in walk(path)):
+            reason = 'is not used, though images are in it: of folders train, test and masks are'
+            yield Doubt(f'{_name(path, root)}/', reason)
+    for split in splits:
+        for path in _entries(split):
+            if not path.is_dir():
+                reason = f'is not used: it lies in no folder below {split.name}, such as good'
+                yield Doubt(_name(path, root), reason)
+
+
+def _with_masks(
+    listing: Listing,
+    found: list[_Image],
+    root: Path,
+    place: Path | None,
+    normal: Collection[str],
+) -> Listing:
+    """Adds images to a listing, each with its mask below `place`, if it has one.
+
+    Raises:
+      UserError: of two files it is not clear which is meant, or of a class no mask fits.
+    """
+    marked, plain = {}, {}  # By key the files called NAME_mask.*, and those called NAME.*
+    for path in _images(place, root, listing.doubts) if place else ():
+        key = _key_of(path.relative_to(place))
+        of = marked if key.endswith('_mask') else plain
+        of.setdefault(key.removesuffix('_mask'), []).append(path)
+    taken = {}
+    for image in found:
+        ways = [of[key] for key in image.keys for of in (marked, plain) if key in of]
+        masks = ways[0] if ways and image.defect != GOOD else [None]
+        if len(masks) > 1:
+            raise UserError(f'{masks[1]}: duplicate name, {masks[0]} is the same mask; remove one')
+        [mask] = masks
+        if mask in taken:
+            other = taken[mask]
+            if other.split == image.split:
+                raise UserError(f'{other.path}: two images of this name share {mask}; rename one')
+            raise UserError(
+                f'{image.path}: duplicate name, {mask} belongs to it or to {other.path}; '
+                'rename one, or put masks into ground_truth/train and ground_truth/test'
+            )
+        if mask:
+            taken[mask] = image
+        file = _name(image.path, root)
+        listing.records.append(Record(image.split, image.defect, file, image.path, mask))
+
+    classes = {image.keys[-1].rpartition('/')[0] for image in found if image.defect != GOOD}
+    wanted = {key for image in found for key in image.keys}
+    masks = {**marked, **{key: marked.get(key, []) + paths for key, paths in plain.items()}}
+    fits = {path.parent for key in masks.keys() & wanted for path in masks[key]}
+    for path in sorted(set(itertools.chain(*masks.values())) - taken.keys()):
+        below = path.parent.relative_to(place).parts
+        if any(_class_of(part, normal) == GOOD for part in below):
+            continue  # The mask of a normal image is known to be empty.
+        name = '/'.join(part for part in map(_key, below) if part not in SPLITS)
+        of = f' of {name!r}' if name else ''
+        reason = f'belongs to no image{of}; the mask of NAME.png is NAME_mask.png or NAME.png'
+        if path.parent not in fits and name in classes:
+            raise UserError(f'{path}: {reason}')
+        listing.doubts.append(Doubt(_name(path, root), f'is not used: it {reason}'))
+    return listing
+
+
+def _mask_folder(base: Path) -> Path | None:
+    """The folder of masks below `base`, under any of its names; None if there is none."""
+    found = [
+        path
+        for path in _folders(base, required=False)
+        if _key(path.name).lower().replace(' ', '_').replace('-', '_') in _MASKS
+        and any(is_image for _, is_image in walk(path))
+    ]
+    if len(found) > 1:
         raise UserError(
-            f'{files[0]}: belongs to no image of {path.name!r}; the mask of NAME.png is '
-            'NAME_mask.png'
+            f'{found[0]} and {found[1]} both hold masks; leave one of them, or name it with '
+            '--config.data.mask_dir'
         )
-    return masks
+    return found[0] if found else None
+
+
+def _child(base: Path, name: str) -> Path:
+    """The folder of this name below `base`, in any case."""
+    found = [path for path in _folders(base, required=False) if _key(path.name).lower() == name]
+    if len(found) > 1:
+        raise UserError(f'{found[0]} and {found[1]} are both {name}; leave one of them')
+    return found[0] if found else base / name
+
+
+def _class_of(name: str, normal: Collection[str]) -> str:
+    """The class that a folder's name means: `GOOD`, or the defect's name."""
+    names = {_key(word).casefold() for word in (GOOD, *normal)}
+    return GOOD if _key(name).casefold() in names else _key(name)
+
+
+def _key(name: str) -> str:
+    """A name as it is compared: macOS decomposes what others write composed."""
+    return unicodedata.normalize('NFC', name).strip()
+
+
+def _key_of(below: Path) -> str:
+    """What image and mask share: the path below their folders, without the file's ending."""
+    return '/'.join(map(_key, (*below.parts[:-1], below.stem)))
+
+
+def _name(path: Path, root: Path) -> str:
+    """A file's path relative to the root; of one elsewhere, its last two parts."""
+    if path.is_relative_to(root):
+        return path.relative_to(root).as_posix()
+    return Path(*path.parts[-2:]).as_posix()
 
 
 def _folders(path: Path, required: bool = True) -> list[Path]:
     """Lists the folders in a folder, sorted; a required one must exist and hold something."""
     if required and not path.is_dir():
         raise UserError(f'{path}: no such folder; check --config.data.root')
-    entries = list(_entries(path))
+    entries = _entries(path)
     if required and not entries:
         raise UserError(f'{path}: the folder is empty; check --config.data.root')
-    return sorted(entry for entry in entries if entry.is_dir())
+    above = path.resolve(), *path.resolve().parents
+    return [entry for entry in entries if entry.is_dir() and entry.resolve() not in above]
 
 
-def _images(path: Path) -> list[Path]:
-    """Lists the image files in a folder that may not exist, sorted."""
-    return sorted(entry for entry in _entries(path) if entry.suffix.lower() in images.SUFFIXES)
+def _images(
+    path: Path, root: Path, doubts: list[Doubt], excluded: Collection[Path] = ()
+) -> list[Path]:
+    """Lists the images below a folder that may not exist, by name; notes what else is there."""
+    found = []
+    for file, is_image in walk(path, excluded) if path.is_dir() else ():
+        if file.is_dir():
+            raise UserError(f'{file}: cannot be listed; check the folder')
+        if is_image:
+            found.append(file)
+        else:
+            doubts.append(Doubt(_name(file, root), NOT_AN_IMAGE))
+    return found
 
 
-def _entries(path: Path) -> Iterator[Path]:
-    """Yields what a folder that may not exist holds, hidden entries left out."""
+def _entries(path: Path) -> list[Path]:
+    """Lists what a folder that may not exist holds, sorted, hidden entries left out."""
     if not path.is_dir():
-        return
+        return []
     try:
-        for entry in path.iterdir():
-            if not entry.name.startswith('.'):
-                yield entry
+        return sorted(entry for entry in path.iterdir() if not entry.name.startswith('.'))
     except OSError as error:
         raise UserError(f'{path}: cannot be read ({error.strerror}); check the folder') from error

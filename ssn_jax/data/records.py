@@ -8,7 +8,7 @@ one of them is damaged.
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 import hashlib
 import itertools
 import json
@@ -22,7 +22,8 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from ssn_jax import files
-from ssn_jax.data import images, layouts, splits, synthetic
+from ssn_jax.data import doubts as doubts_lib, images, layouts, splits, synthetic
+from ssn_jax.data.doubts import Doubt
 from ssn_jax.data.layouts import GOOD, Record
 from ssn_jax.errors import UserError
 
@@ -40,6 +41,7 @@ class _Source:
     category: str
     records: Iterable[Record]
     identity: list
+    doubts: list[Doubt] = field(default_factory=list)
 
 
 def load(
@@ -47,6 +49,7 @@ def load(
     image_size: tuple[int, int],
     resize: tuple[int, int] = (0, 0),
     fit: str = 'squash',
+    need: str = 'train',
 ) -> splits.Dataset:
     """Loads a data set, preparing it first if this source was not prepared before.
 
@@ -58,17 +61,19 @@ def load(
       resize: (height, width) they are resized to before `image_size` is cut out of their middle;
         zeros: they are resized to `image_size`.
       fit: 'pad' keeps their aspect ratio.
+      need: the split that must hold images, 'train' or 'test'; the other one may be empty.
 
     Returns:
-      The data set.
+      The data set. What is doubtful about its files is logged.
 
     Raises:
       UserError: the source is incomplete or broken, or the cache folder cannot be written.
     """
-    source = _source(data_config)
+    source = find(data_config, need)
     prepared = _prepare(source, cache_folder(data_config.cache))
-    train, of_train = _read(prepared, 'train', image_size, resize, fit)
-    test, of_test = _read(prepared, 'test', image_size, resize, fit)
+    train, of_train, trained = _read(prepared, 'train', image_size, resize, fit)
+    test, of_test, tested = _read(prepared, 'test', image_size, resize, fit)
+    doubts_lib.log([*source.doubts, *doubts_lib.in_both(trained, tested)])
     return splits.Dataset(
         train=train,
         test=test,
@@ -81,12 +86,28 @@ def load(
 
 def is_embedded(config: ConfigDict) -> bool:
     """Whether a config's data are the embedded set: procedural images instead of real ones."""
-    return config.name == 'synthetic' or not config.root
+    return config.name == 'synthetic' or not (config.root or _places(config))
+
+
+def layout_of(config: ConfigDict) -> str:
+    """The name of a config's layout; where folders are named one by one it is a folder."""
+    return 'folder' if _places(config) else config.name
+
+
+def _places(config: ConfigDict) -> dict[str, Path]:
+    """The folders of images that a config names one by one."""
+    names = ('normal_dir', 'normal_test_dir', 'defect_dir')
+    return {name: _below_root(config, name) for name in names if config.get(name)}
+
+
+def _below_root(config: ConfigDict, name: str) -> Path:
+    """A folder that a config names, from its root."""
+    return Path(config.root).expanduser() / Path(config[name]).expanduser()
 
 
 def category_of(config: ConfigDict) -> str:
     """The category that a config's data have: only two of the sets are told it."""
-    match config.name:
+    match layout_of(config):
         case 'folder':
             return Path(config.root).expanduser().resolve().name
         case 'ksdd2':
@@ -94,29 +115,35 @@ def category_of(config: ConfigDict) -> str:
     return config.category
 
 
-def _source(config: ConfigDict) -> _Source:
-    """Finds the data set that a config asks for."""
-    root = Path(config.root).expanduser()
-    match config.name:
+def find(config: ConfigDict, need: str = 'train') -> _Source:
+    """Finds the data set that a config asks for; `need` is the split that must hold images."""
+    root, places = Path(config.root).expanduser(), _places(config)
+    normal = config.get('normal', layouts.NORMAL).split(',')
+    masks = _below_root(config, 'mask_dir') if config.get('mask_dir') else None
+    match layout_of(config):
         case 'synthetic':
             return _embedded(config.category, config.seed)
         case 'mvtec_ad':
             if not config.root:
                 return _embedded(config.category, config.seed)
-            return _real(
-                config.name, config.category, root, layouts.mvtec_ad(root, config.category)
-            )
+            found = layouts.mvtec_ad(root, config.category, normal, need)
+            return _real(config.name, config.category, root, found)
         case 'ksdd2':
             if not config.root:
                 return _embedded(category_of(config), config.seed)
-            return _real(config.name, category_of(config), root, layouts.ksdd2(root))
+            return _real(config.name, category_of(config), root, layouts.ksdd2(root, need))
         case 'folder':
+            if places:
+                places |= {'mask_dir': masks} if masks else {}
+                found = layouts.from_folders(root, places, normal, need)
+                return _real('folder', category_of(config), root, found)
             if not config.root:
                 raise UserError(
                     '--config.data.name=folder needs your images: name their folder with '
                     '--config.data.root'
                 )
-            return _real(config.name, category_of(config), root, layouts.folder(root))
+            found = layouts.folder(root, normal, need, masks)
+            return _real(config.name, category_of(config), root, found)
     raise UserError(
         f'--config.data.name={config.name}: no such data set; choose from mvtec_ad, synthetic, '
         'ksdd2, folder'
@@ -136,16 +163,17 @@ def _embedded(category: str, seed: int) -> _Source:
     return _Source('synthetic', category, synthetic.records(category, seed), identity)
 
 
-def _real(name: str, category: str, root: Path, records: list[Record]) -> _Source:
+def _real(name: str, category: str, root: Path, found: layouts.Listing) -> _Source:
     identity = [os.fspath(root.resolve()), category]
-    for record in records:
+    for record in found.records:
+        identity += [record.split, record.defect]
         for file in filter(None, (record.image, record.mask)):
             try:
                 state = file.stat()
             except OSError as error:
                 raise UserError(f'{file}: cannot be read ({error.strerror})') from error
-            identity += [os.fspath(file.relative_to(root)), state.st_size, state.st_mtime_ns]
-    return _Source(name, category, records, identity)
+            identity += [os.fspath(file), state.st_size, state.st_mtime_ns]
+    return _Source(name, category, found.records, identity, found.doubts)
 
 
 def cache_folder(configured: str = '') -> Path:
@@ -245,12 +273,18 @@ def _builder(folder: Path):
 
 def _read(
     prepared: Path, split: str, image_size: tuple[int, int], resize: tuple[int, int], fit: str
-) -> tuple[splits.Split, str]:
-    """Decodes and resizes one split of a prepared set; returns it and its fingerprint."""
+) -> tuple[splits.Split, str, dict[str, bytes]]:
+    """Decodes and resizes one split of a prepared set.
+
+    Returns:
+      The split, its fingerprint, and by file the digests of its images as they are encoded.
+    """
     from tensorflow_datasets import decode
 
     skip = {'image': decode.SkipDecoding(), 'mask': decode.SkipDecoding()}
-    source = _builder(prepared).as_data_source(split, decoders=skip)
+    builder, source = _builder(prepared), []
+    if builder.info.splits[split].num_examples:  # array_record opens no split without a file.
+        source = builder.as_data_source(split, decoders=skip)
     # Encoded images are read twice, lest all of them be held at once.
     named = [(e['defect'].decode(), e['file'].decode(), bool(e['has_mask'])) for e in source]
     order = sorted(range(len(named)), key=named.__getitem__)
@@ -273,12 +307,13 @@ def _read(
         heading = f'{file}\0{example["defect"].decode()}\0'.encode()
         return b''.join(hashlib.sha256(part).digest() for part in (heading, *parts))
 
-    content, at_once = hashlib.sha256(), 64
+    content, encoded, at_once = hashlib.sha256(), [], 64
     with ThreadPoolExecutor() as pool:  # OpenCV and hashlib release the interpreter's lock.
         for start in range(0, len(order), at_once):
             examples = [source[i] for i in order[start : start + at_once]]
             for told in pool.map(fill, range(start, start + len(examples)), examples):
                 content.update(told)
+                encoded.append(told[32:64])
     split = splits.Split(
         **kept,
         has_mask=np.array(has_mask, bool),
@@ -286,4 +321,4 @@ def _read(
         defects=defects,
         files=names,
     )
-    return split, content.hexdigest()
+    return split, content.hexdigest(), dict(zip(names, encoded, strict=True))

@@ -37,7 +37,8 @@ def compare(
     """Draws `count` test images and every run's map of them into `output`, a .png."""
     configs = [run_lib.read_config(workdir) for workdir in workdirs]
     datasets = [
-        data.load(config.data, config.image_size, config.resize, config.fit) for config in configs
+        data.load(config.data, config.image_size, config.resize, config.fit, need='test')
+        for config in configs
     ]
     dataset = datasets[0]
     for workdir, other in zip(workdirs, datasets, strict=True):

@@ -130,6 +130,16 @@ def drawn_defects(
         pass
 
 
+def contact_sheet(
+    path: Path, cells: Sequence[tuple[np.ndarray, str, str]], title: str, columns: int = 6
+) -> None:
+    """Draws pictures (H, W, 3) of one size, each with the text below it and the text's colour."""
+    cells = [*cells, *[(None, '', 'black')] * (-len(cells) % columns)]
+    rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
+    with _grid(path, title, [' '] * columns, rows, 1):
+        pass
+
+
 def pick_best_worst(scores: np.ndarray, labels: np.ndarray, k: int) -> tuple[list[int], list[int]]:
     """Picks the images that the scores get most clearly right and most clearly wrong.
 

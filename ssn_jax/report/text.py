@@ -42,7 +42,9 @@ def summary(workdir: pathlib.Path) -> str:
 
 
 def metric_lines(values: dict, undefined: dict, digits: int = 2) -> list[str]:
-    """A line for each metric, in percent, or why it is undefined."""
+    """A line for each metric, in percent, or why it is undefined; one if all are, alike."""
+    if len(undefined) == len(metrics.METRICS) and len(set(undefined.values())) == 1:
+        return [f'  nothing is measured: {next(iter(undefined.values()))}']
     shown = {name: undefined.get(name) for name in metrics.METRICS}
     for name, value in values.items():
         if value is not None:

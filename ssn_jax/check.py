@@ -1,0 +1,219 @@
+"""What training would read of a folder, and what is doubtful about it: `ssn-jax check`."""
+
+import collections
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+import dataclasses
+import hashlib
+import pathlib
+import shlex
+
+import cv2
+import ml_collections
+import numpy as np
+
+from ssn_jax import config as config_lib, files
+from ssn_jax.data import builders, doubts as doubts_lib, images, layouts, records
+from ssn_jax.data.layouts import GOOD, Record
+from ssn_jax.errors import UserError
+from ssn_jax.report import figures, overlays
+
+# Of a config's data those that say where images are.
+FIELDS = ('name', 'root', 'category', 'normal', 'normal_dir', 'normal_test_dir', 'defect_dir')
+FIELDS += ('mask_dir',)
+_AT_ONCE = 64
+_SHOWN, _SIDE = 48, 240  # Of the contact sheet: images, and pixels of each.
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """An image as training reads it.
+
+    Attributes:
+      file: path relative to the root.
+      split: 'train' or 'test'.
+      label: 0 normal, 1 defective; None if neither its folder nor its mask tells.
+      defect: 'good' or the defect's name; None likewise.
+      size: (height, width) in pixels; None if it cannot be read.
+      bits: of a channel, in the file; None likewise.
+      mask_pixels: of the image's own that are defective; None where that is not known.
+    """
+
+    file: str
+    split: str
+    label: int | None
+    defect: str | None
+    size: tuple[int, int] | None = None
+    bits: int | None = None
+    mask_pixels: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What `check` has found.
+
+    Attributes:
+      images: all of them.
+      doubts: about them and other files, those that cannot be read among them.
+      errors: of these the ones that training would end with.
+    """
+
+    images: list[Image]
+    doubts: list[doubts_lib.Doubt]
+    errors: list[doubts_lib.Doubt]
+
+    def to_dict(self) -> dict:
+        """What `check --json` prints."""
+        return {
+            'images': [dataclasses.asdict(image) for image in self.images],
+            'doubts': [dataclasses.asdict(doubt) for doubt in self.doubts],
+        }
+
+
+def choose_layout(config: ml_collections.ConfigDict) -> None:
+    """Sets the name of `config.data` to the layout that its root looks like, if it has none."""
+    root = pathlib.Path(config.root)
+    config.name = config.name or layouts.guess(root)
+    if config.name == 'mvtec_ad' and not config.category and root.is_dir():
+        categories = [path.name for path in root.iterdir() if path.is_dir()]
+        config.category = categories[0] if len(categories) == 1 else ''
+
+
+def check(
+    config: ml_collections.ConfigDict,
+    masks: pathlib.Path | None = None,
+    sheet: pathlib.Path | None = None,
+) -> Found:
+    """Reads a data set as training would.
+
+    Args:
+      config: `config.data` of a run.
+      masks: a folder that receives what is read as masks, 0 and 255, as FILE.png.
+      sheet: a PNG to draw: images with their masks outlined, the doubtful ones first.
+
+    Raises:
+      UserError: the layout is wrong.
+    """
+    source = records.find(config)
+    found, doubts, errors, contents = [], [*source.doubts], [], {'train': {}, 'test': {}}
+    for record, read in _read(source.records, masks):
+        if isinstance(read, UserError):
+            errors.append(doubts_lib.Doubt(record.file, str(read)))
+            label = None if record.defect is None else int(record.defect != GOOD)
+            found.append(Image(record.file, record.split, label, record.defect))
+        else:
+            image, content = read
+            found.append(image)
+            contents[image.split][image.file] = content
+    doubts += [*doubts_lib.in_both(**contents), *errors]
+    found.sort(key=lambda image: image.file)
+    if sheet:
+        _draw(sheet, {record.file: record for record in source.records}, found, doubts)
+    return Found(found, doubts, errors)
+
+
+def _read(found: Sequence[Record], masks: pathlib.Path | None) -> Iterator[tuple]:
+    """Yields each record with its `Image` and the digest of its file, or with a UserError."""
+
+    def read(record):
+        try:
+            example = builders.example(record)
+        except UserError as e:
+            return record, e
+        if masks and record.mask is not None:
+            files.write(masks / f'{record.file}.png', example['mask'])
+        encoded, defect = example['image'], example['defect']
+        pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED)
+        mask = images.decode_mask(example['mask'], record.file)
+        image = Image(
+            *(record.file, record.split, int(defect != GOOD), defect, mask.shape),
+            bits=8 * pixels.itemsize,
+            mask_pixels=int(mask.sum()) if example['has_mask'] else None,
+        )
+        return record, (image, hashlib.sha256(encoded).digest())
+
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(found), _AT_ONCE):  # Lest all images be held at once.
+            yield from pool.map(read, found[start : start + _AT_ONCE])
+
+
+def report(config: ml_collections.ConfigDict, found: Found) -> str:
+    """What `check` prints of what it has found: table, doubts, and the command to train with."""
+    lines = [table(found.images), '']
+    lines += [
+        f'{doubt.file}: {doubt.reason}' for doubt in found.doubts if doubt not in found.errors
+    ]
+    if not found.doubts:
+        lines.append('Nothing is doubtful.')
+    if not any(image.split == 'test' for image in found.images):
+        lines.append('There are no test images: a training chooses its threshold all the same.')
+    first = 'Once the errors are mended, train' if found.errors else 'Train'
+    return '\n'.join([*lines, '', f'{first} with', f'  {command(config)}'])
+
+
+def table(found: Sequence[Image]) -> str:
+    """Images by split and class: how many, how many masks, sizes and bit depths."""
+    rows = [('split', 'class', 'images', 'masks', 'size (height x width)', 'bits')]
+    kinds = {(image.split, image.defect or '(unknown)') for image in found}
+    for split, defect in sorted(kinds, key=lambda x: (x[0] != 'train', x[1] != GOOD, x)):
+        of = [x for x in found if (x.split, x.defect or '(unknown)') == (split, defect)]
+        masks = '' if defect == GOOD else str(sum(x.mask_pixels is not None for x in of))
+        sizes = [f'{x.size[0]}x{x.size[1]}' for x in of if x.size]
+        bits = [str(x.bits) for x in of if x.bits]
+        rows.append((split, defect, str(len(of)), masks, _counted(sizes), _counted(bits)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return '\n'.join('  '.join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _counted(values: Sequence[str], shown: int = 3) -> str:
+    """The most frequent values, with their numbers where there are several."""
+    counts = collections.Counter(values).most_common()
+    if len(counts) == 1:
+        return counts[0][0]
+    more = [f'{len(counts) - shown} others'] if len(counts) > shown else []
+    return ', '.join([f'{value} ({n})' for value, n in counts[:shown]] + more)
+
+
+def command(config: ml_collections.ConfigDict) -> str:
+    """The command that trains on a data set."""
+    name = records.layout_of(config)
+    flags = [f'--config.data.name={name}', f'--config.data.root={config.root}']
+    flags += [f'--config.data.category={config.category}'] * (name == 'mvtec_ad')
+    for field in FIELDS[3:]:
+        if config[field] != config_lib.FIELDS[f'data.{field}'].default:
+            flags.append(f'--config.data.{field}={config[field]}')
+    workdir = f'runs/{records.category_of(config)}'
+    return shlex.join(['ssn-jax', 'train', '--config', 'auto', *flags, '--workdir', workdir])
+
+
+def _draw(path, by_file, found, doubts):
+    """Draws the contact sheet: the doubtful images, then defects, then normal ones, each spread."""
+    doubtful = {doubt.file for doubt in doubts}
+    chosen = [image for image in found if image.file in doubtful][:_SHOWN]
+    for label in (1, 0):
+        rest = [image for image in found if image.label == label and image.file not in doubtful]
+        count = min(len(rest), (_SHOWN - len(chosen)) // (1 + label))
+        chosen += [rest[i] for i in np.linspace(0, len(rest) - 1, count).round().astype(int)]
+    cells = []
+    for image in chosen:
+        colour = figures.DEFECTIVE if image.file in doubtful else 'black'
+        picture = _picture(by_file[image.file]) if image.size else None
+        text = image.file if image.size else f'{image.file}: unreadable'
+        cells.append(
+            (np.zeros((_SIDE, _SIDE, 3), np.uint8) if picture is None else picture, text, colour)
+        )
+    title = f'{len(chosen)} of {len(found)} images with their masks, those that are doubtful first'
+    figures.contact_sheet(path, cells, title)
+
+
+def _picture(record: Record) -> np.ndarray:
+    """An image with its mask's outline on a grey square."""
+    example = builders.example(record)
+    image = images.decode(example['image'], record.file)
+    height, width = (max(1, round(x * _SIDE / max(image.shape[:2]))) for x in image.shape[:2])
+    image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+    overlays.outline(image, images.decode_mask(example['mask'], record.file), 1)
+    square = np.full((_SIDE, _SIDE, 3), 224, np.uint8)
+    top, left = (_SIDE - height) // 2, (_SIDE - width) // 2
+    square[top : top + height, left : left + width] = image
+    return square

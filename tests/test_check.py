@@ -1,0 +1,171 @@
+"""`ssn-jax check`: what training would read, and what is doubtful about it."""
+
+import json
+import os
+from pathlib import Path
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+from test_layouts import RNG, mark, root, write  # noqa: F401
+
+from ssn_jax import cli
+from ssn_jax.errors import UserError
+
+DATA = os.environ.get('SSN_JAX_DATA')
+
+
+def check(capsys, *arguments):
+    """Exit status, and what is printed on stdout and stderr."""
+    status = cli.check([str(word) for word in arguments])
+    return status, *capsys.readouterr()
+
+
+def as_json(capsys, *arguments):
+    """Exit status, the images by file, and the doubts as pairs."""
+    status, out, _ = check(capsys, *arguments, '--json')
+    found = json.loads(out)
+    assert found.keys() == {'images', 'doubts'}
+    return (
+        status,
+        {image.pop('file'): image for image in found['images']},
+        [(doubt['file'], doubt['reason']) for doubt in found['doubts']],
+    )
+
+
+def test_a_clean_folder(root, capsys, tmp_path):  # noqa: F811
+    before = sorted(root.rglob('*'))
+    (root / 'ground_truth/scratch/6_mask.png').unlink()
+    write(root / 'test/good/3.png', RNG.integers(0, 2**16, (20, 30), np.uint16))
+
+    status, found, doubts = as_json(capsys, root, '--masks', tmp_path / 'masks')
+    assert (status, doubts) == (0, [])
+    normal = {'split': 'train', 'label': 0, 'defect': 'good', 'size': [12, 10], 'bits': 8}
+    assert found['train/good/0.png'] == normal | {'mask_pixels': 0}
+    deep = normal | {'split': 'test', 'size': [20, 30], 'bits': 16, 'mask_pixels': 0}
+    assert found['test/good/3.png'] == deep
+    scratch = normal | {'split': 'test', 'label': 1, 'defect': 'scratch'}
+    assert found['test/scratch/5.png'] == scratch | {'mask_pixels': 12}
+    assert found['test/scratch/6.png'] == scratch | {'mask_pixels': None}
+    assert len(found) == 7
+    [written] = [path for path in (tmp_path / 'masks').rglob('*') if path.is_file()]
+    assert written == tmp_path / 'masks/test/scratch/5.png.png'
+    expected = (root / 'ground_truth/scratch/5_mask.png').read_bytes()
+    masks = [cv2.imdecode(np.frombuffer(x, np.uint8), -1) for x in (written.read_bytes(), expected)]
+    assert (masks[0] == masks[1]).all()
+
+    status, out, err = check(capsys, root)
+    assert (status, err) == (0, '') and 'Nothing is doubtful.' in out
+    rows = [line.split() for line in out.splitlines()[:4]]
+    assert rows[1] == ['train', 'good', '3', '12x10', '8']
+    assert rows[2] == ['test', 'good', '2', *'20x30 (1), 12x10 (1) 16 (1), 8 (1)'.split()]
+    assert rows[3] == ['test', 'scratch', '2', '1', '12x10', '8']
+    assert out.splitlines()[-1] == (
+        f'  ssn-jax train --config auto --config.data.name=folder --config.data.root={root} '
+        '--workdir runs/root'
+    )
+    assert sorted(root.rglob('*')) == [path for path in before if '6_mask' not in path.name]
+
+
+def test_every_doubt_names_its_file(root, capsys, tmp_path):  # noqa: F811
+    (root / 'train/good/notes.txt').write_text('')
+    (root / 'train/good/more.txt').write_text('')
+    shutil.copy(root / 'train/good/1.png', root / 'test/scratch/x.png')
+    mark(root / 'ground_truth/scratch/9_mask.png')
+    sheet = tmp_path / 'sheet.png'
+    status, out, err = check(capsys, root, '--sheet', sheet)
+    assert (status, err) == (0, '')
+    files = 'train/good/notes.txt', 'train/good/more.txt', 'test/scratch/x.png'
+    for file in (*files, 'ground_truth/scratch/9_mask.png'):
+        assert len([line for line in out.splitlines() if line.startswith(f'{file}: ')]) == 1, file
+    assert cv2.imread(str(sheet)).shape[1] > 500
+
+
+def test_what_cannot_be_read(root, capsys, tmp_path):  # noqa: F811
+    (root / 'test/good/3.png').write_bytes(b'no image')
+    write(root / 'ground_truth/scratch/6_mask.png', np.eye(6, 10, dtype=np.uint8))
+    status, found, doubts = as_json(capsys, root, '--sheet', tmp_path / 'sheet.png')
+    assert status == 1 and dict(doubts).keys() == {'test/good/3.png', 'test/scratch/6.png'}
+    assert 'does not decode' in dict(doubts)['test/good/3.png']
+    assert '6_mask.png: the mask is 6x10' in dict(doubts)['test/scratch/6.png']
+    unread = {'split': 'test', 'label': 0, 'defect': 'good', 'size': None, 'bits': None}
+    assert found['test/good/3.png'] == unread | {'mask_pixels': None}
+    assert len(found) == 7
+    status, out, err = check(capsys, root)
+    assert status == 1 and [line[:7] for line in err.splitlines()] == ['error: '] * 2
+    assert 'Once the errors are mended, train with' in out
+
+
+def test_layouts_are_told_by_looking(root, capsys, tmp_path):  # noqa: F811
+    _, out, _ = check(capsys, root.parent)
+    assert '--config.data.name=mvtec_ad' in out and '--config.data.category=root' in out
+    assert 'root/train/good/0.png' in as_json(capsys, root.parent)[1]
+    shutil.copytree(root, root.parent / 'other')
+    with pytest.raises(UserError, match=r'choose --config\.data\.category from: other, root'):
+        check(capsys, root.parent)
+    assert len(as_json(capsys, root.parent, '--category', 'other')[1]) == 7
+
+    for split in ('train', 'test'):
+        for i in range(2):
+            write(tmp_path / f'ksdd2/{split}/{i}.png')
+        write(tmp_path / f'ksdd2/{split}/0_GT.png', np.zeros((12, 10), np.uint8))
+        mark(tmp_path / f'ksdd2/{split}/1_GT.png')
+    status, found, doubts = as_json(capsys, tmp_path / 'ksdd2')
+    assert (status, doubts) == (0, [])
+    assert [image['label'] for image in found.values()] == [0, 1, 0, 1]
+    assert '--config.data.name=ksdd2' in check(capsys, tmp_path / 'ksdd2')[1]
+
+    with pytest.raises(UserError, match='train/good: does not exist'):
+        check(capsys, tmp_path / 'ksdd2', '--config.data.name=folder')
+    flags = '--normal_dir=train/good', '--config.data.defect_dir=test/scratch'
+    status, out, _ = check(capsys, root, *flags)
+    assert status == 0 and out.splitlines()[-1].endswith(
+        f'--config.data.name=folder --config.data.root={root} --config.data.normal_dir=train/good '
+        '--config.data.defect_dir=test/scratch --workdir runs/root'
+    )
+
+
+def test_without_test_images(root, capsys):  # noqa: F811
+    shutil.rmtree(root / 'test')
+    shutil.rmtree(root / 'ground_truth')
+    status, out, _ = check(capsys, root)
+    assert status == 0 and 'There are no test images' in out
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'expected'),
+    [
+        (['nowhere'], 'nowhere: no such folder'),
+        (['.', '--sheet=a.jpg'], 'it ends in .png'),
+        (['.', '--config.epochs=3'], 'epochs belongs to training: this command takes'),
+        (['.', '--name=imagenet'], '--config.data.name=imagenet: no such data set'),
+        ([], 'required: ROOT'),
+    ],
+)
+def test_mistakes(arguments, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=expected):
+        check(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ('name', 'images'),
+    [
+        *(('mvtec_ad/bottle', 292), ('mvtec_ad/screw', 480), ('mvtec_ad/transistor', 313)),
+        *(('aitex/02', 322), ('aitex/04', 331), ('kolektorsdd_items', 383)),
+    ],
+)
+def test_nothing_is_doubtful_about_real_data(name, images, capsys):
+    if not DATA:
+        pytest.skip('SSN_JAX_DATA does not name a folder with mvtec_ad, aitex, kolektorsdd_items')
+    status, found, doubts = as_json(capsys, Path(DATA, name))
+    assert (status, len(found), doubts) == (0, images, [])
+    assert all((image['mask_pixels'] > 0) == bool(image['label']) for image in found.values())
+
+
+def test_real_data_with_a_training_image_in_its_test_split(capsys):
+    if not DATA:
+        pytest.skip('SSN_JAX_DATA does not name a folder with kolektorsdd')
+    _, _, doubts = as_json(capsys, Path(DATA, 'kolektorsdd'))
+    assert [reason.split(' (')[0] for _, reason in doubts] == ['is in training and in test']
