@@ -57,9 +57,9 @@ def link(one: str, folder: pathlib.Path, seed: int, together: str | None) -> Non
     """Lays out a new split as links: `all`, and `held`, of which a fifth lies in `kept`."""
     name, root = one.split(':', 1)
     root = pathlib.Path(root).resolve()
-    records = layouts.ksdd2(root) if name == 'ksdd2' else layouts.folder(root)
+    listing = layouts.ksdd2(root) if name == 'ksdd2' else layouts.folder(root)
     good, defects = [], []
-    for record in records:
+    for record in listing.records:
         known = record.defect == layouts.GOOD
         if record.defect is None:
             known = not images.decode_mask(images.read(record.mask), record.file).any()
