@@ -22,6 +22,7 @@ from ssn_jax.report import figures, overlays
 FIELDS = ('name', 'root', 'category', 'normal', 'normal_dir', 'normal_test_dir', 'defect_dir')
 FIELDS += ('mask_dir',)
 _AT_ONCE = 64
+_TRAINED = (256, 256)  # The image_size of `configs/auto.py`.
 _SHOWN, _SIDE = 48, 240  # Of the contact sheet: images, and pixels of each.
 
 
@@ -95,16 +96,24 @@ def check(
       UserError: the layout is wrong.
     """
     source = records.find(config)
-    found, doubts, errors, contents = [], [*source.doubts], [], {'train': {}, 'test': {}}
+    found, doubts, errors, deep = [], [*source.doubts], [], []
+    contents = {'train': {}, 'test': {}}
     for record, read in _read(source.records, masks):
         if isinstance(read, UserError):
             errors.append(doubts_lib.Doubt(record.file, str(read)))
             label = None if record.defect is None else int(record.defect != GOOD)
             found.append(Image(record.file, record.split, label, record.defect))
         else:
-            image, content = read
+            image, content, kinds, *values = read
             found.append(image)
             contents[image.split][image.file] = content
+            doubts += [doubts_lib.Doubt(image.file, doubts_lib.REASONS[kind]) for kind in kinds]
+            deep.append((image, *values))
+    trained = [white for image, white, _ in deep if image.split == 'train']
+    white = config.range or max(trained, default=0) or images.WHITE
+    for image, own, span in deep:
+        if own and images.unfitting(span, white):
+            doubts.append(doubts_lib.Doubt(image.file, doubts_lib.REASONS['values']))
     doubts += [*doubts_lib.in_both(**contents), *errors]
     found.sort(key=lambda image: image.file)
     if sheet:
@@ -113,7 +122,11 @@ def check(
 
 
 def _read(found: Sequence[Record], masks: pathlib.Path | None) -> Iterator[tuple]:
-    """Yields each record with its `Image` and the digest of its file, or with a UserError."""
+    """Yields each record with what is read of it, or with a UserError.
+
+    That is its `Image`, the digest of its file, kinds of doubt, and what white is and the lowest
+    and highest value, as `builders.example` has them.
+    """
 
     def read(record):
         try:
@@ -124,13 +137,17 @@ def _read(found: Sequence[Record], masks: pathlib.Path | None) -> Iterator[tuple
             files.write(masks / f'{record.file}.png', example['mask'])
         encoded, defect = example['image'], example['defect']
         pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED)
-        mask = images.decode_mask(example['mask'], record.file)
+        mask = images.read_mask(example['mask'])
+        kinds = ['turned mask'] * example['turned'] + [doubts_lib.of_shape(mask.shape, _TRAINED)]
+        if defect != GOOD and example['has_mask']:
+            kinds.append(doubts_lib.of_mask(mask))
         image = Image(
             *(record.file, record.split, int(defect != GOOD), defect, mask.shape),
             bits=8 * pixels.itemsize,
             mask_pixels=int(mask.sum()) if example['has_mask'] else None,
         )
-        return record, (image, hashlib.sha256(encoded).digest())
+        digest = hashlib.sha256(encoded).digest()
+        return record, (image, digest, filter(None, kinds), example['white'], example['span'])
 
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(found), _AT_ONCE):  # Lest all images be held at once.
@@ -212,7 +229,7 @@ def _picture(record: Record) -> np.ndarray:
     image = images.decode(example['image'], record.file)
     height, width = (max(1, round(x * _SIDE / max(image.shape[:2]))) for x in image.shape[:2])
     image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-    overlays.outline(image, images.decode_mask(example['mask'], record.file), 1)
+    overlays.outline(image, images.read_mask(example['mask']), 1)
     square = np.full((_SIDE, _SIDE, 3), 224, np.uint8)
     top, left = (_SIDE - height) // 2, (_SIDE - width) // 2
     square[top : top + height, left : left + width] = image

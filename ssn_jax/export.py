@@ -82,6 +82,8 @@ def metadata(model: Predictor) -> dict:
         'image_size': list(config.image_size),
         'resize': list(config.resize),
         'fit': config.fit,
+        # Of images of more than 8 bits: 0 to it become 0 to 255.
+        'white': model.white,
         'config': config.name,
         'category': data.category_of(config.data),
         'epoch': model.epoch,

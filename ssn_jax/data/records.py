@@ -6,7 +6,7 @@ source, so a file that changes is never read from an old copy; digests of its ow
 one of them is damaged.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 import hashlib
@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from ssn_jax import files
-from ssn_jax.data import doubts as doubts_lib, images, layouts, splits, synthetic
+from ssn_jax.data import doubts as doubts_lib, images, layouts, masks, splits, synthetic
 from ssn_jax.data.doubts import Doubt
 from ssn_jax.data.layouts import GOOD, Record
 from ssn_jax.errors import UserError
@@ -30,7 +30,7 @@ from ssn_jax.errors import UserError
 # Of a prepared set's files, by their path in it. Sets of a version without are prepared anew.
 _DIGESTS = 'sha256.json'
 # Of how a prepared set is stored: raise it, and older ones are prepared anew.
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,10 @@ def load(
     Args:
       data_config: fields `name` ('mvtec_ad', 'synthetic', 'ksdd2' or 'folder'), `root` (folder of
         the real data; empty: the embedded set), `category`, `cache` (folder of the prepared sets;
-        empty: ssn_jax in the user's cache folder) and `seed` (of the embedded set).
+        empty: ssn_jax in the user's cache folder) and `seed` (of the embedded set); and, if it has
+        them, `range` (what white is in files of more than 8 bits; 0: found from the training
+        images) and `masks` (how they are resized: 'nearest', 'region', which loses none, or
+        'auto': 'region' of a 'folder').
       image_size: (height, width) of images and masks.
       resize: (height, width) they are resized to before `image_size` is cut out of their middle;
         zeros: they are resized to `image_size`.
@@ -71,9 +74,21 @@ def load(
     """
     source = find(data_config, need)
     prepared = _prepare(source, cache_folder(data_config.cache))
-    train, of_train, trained = _read(prepared, 'train', image_size, resize, fit)
-    test, of_test, tested = _read(prepared, 'test', image_size, resize, fit)
-    doubts_lib.log([*source.doubts, *doubts_lib.in_both(trained, tested)])
+    how = data_config.get('masks', 'auto')
+    if how == 'auto':
+        how = 'region' if data_config.name == 'folder' else 'nearest'
+    listed = {split: _list(prepared, split) for split in layouts.SPLITS}
+    fitting = {
+        'white': float(data_config.get('range', 0)) or _white(listed['train'][1]),
+        'image_size': image_size,
+        'resize': resize,
+        'fit': fit,
+        'resize_mask': masks.resize if how == 'region' else images.resize_mask,
+    }
+    train, of_train, trained, in_train = _read(*listed['train'], prepared.parent, **fitting)
+    test, of_test, tested, in_test = _read(*listed['test'], prepared.parent, **fitting)
+    doubts = *source.doubts, *doubts_lib.in_both(trained, tested), *in_train, *in_test
+    doubts_lib.log(doubts)
     return splits.Dataset(
         train=train,
         test=test,
@@ -81,6 +96,8 @@ def load(
         category=source.category,
         embedded=source.name == 'synthetic',
         fingerprints={'train': of_train, 'test': of_test},
+        white=fitting['white'],
+        doubts=doubts,
     )
 
 
@@ -271,13 +288,12 @@ def _builder(folder: Path):
     return builders.Inspection(data_dir=folder, file_format='array_record')
 
 
-def _read(
-    prepared: Path, split: str, image_size: tuple[int, int], resize: tuple[int, int], fit: str
-) -> tuple[splits.Split, str, dict[str, bytes]]:
-    """Decodes and resizes one split of a prepared set.
+def _list(prepared: Path, split: str) -> tuple[Sequence[dict], list[tuple]]:
+    """A split of a prepared set.
 
     Returns:
-      The split, its fingerprint, and by file the digests of its images as they are encoded.
+      Its examples, images and masks as they were encoded; and, in the order of defects and files,
+      of each its defect, file, whether it has a mask, what white is, and its place in the former.
     """
     from tensorflow_datasets import decode
 
@@ -285,40 +301,103 @@ def _read(
     builder, source = _builder(prepared), []
     if builder.info.splits[split].num_examples:  # array_record opens no split without a file.
         source = builder.as_data_source(split, decoders=skip)
-    # Encoded images are read twice, lest all of them be held at once.
-    named = [(e['defect'].decode(), e['file'].decode(), bool(e['has_mask'])) for e in source]
-    order = sorted(range(len(named)), key=named.__getitem__)
-    named = [named[i] for i in order]
-    defects, names, has_mask = (tuple(x) for x in zip(*named, strict=True)) if named else ((),) * 3
-    shape, pixels = (len(named), *image_size), np.uint8
-    wanted = {'images': ((*shape, 3), pixels), 'masks': (shape, pixels)}
-    kept = files.allocate(wanted, prepared.parent)
+    # Encoded images are read again later, lest all of them be held at once.
+    return source, sorted(
+        (e['defect'].decode(), e['file'].decode(), bool(e['has_mask']), float(e['white']), i)
+        for i, e in enumerate(source)
+    )
 
-    def fill(place: int, example: dict) -> bytes:
-        """Decodes an image to its place; what it is told by."""
-        file = example['file'].decode()
-        kept['images'][place] = images.fit(
-            images.decode(example['image'], file), image_size, resize, fit
+
+def _white(examples: list[tuple]) -> float:
+    """What white is in training images of more than 8 bits; 0 if there are none.
+
+    One rule for all of them: that of the image whose white is the highest.
+
+    Args:
+      examples: as `_list` has them.
+
+    Raises:
+      UserError: some are of 0 to 1, and others are not.
+    """
+    found = sorted((white, file) for _, file, _, white, _ in examples if white)
+    if not found:
+        return 0.0
+    (least, one), (white, other) = found[0], found[-1]
+    if least <= 1 and white > 2:
+        raise UserError(
+            f'{one} holds values of 0 to 1, and {other} of 0 to {white:g}: save all images with '
+            'one range'
         )
-        mask = images.decode_mask(example['mask'], file)
-        kept['masks'][place] = images.fit_mask(mask, image_size, resize, fit)
+    logging.info('White is %g in images of more than 8 bits, as training images tell.', white)
+    return white
+
+
+def _read(
+    source: Sequence[dict],
+    examples: list[tuple],
+    folder: Path,
+    white: float,
+    image_size: tuple[int, int],
+    resize: tuple[int, int],
+    fit: str,
+    resize_mask: Callable,
+) -> tuple[splits.Split, str, dict[str, bytes], list[Doubt]]:
+    """Decodes and resizes a split.
+
+    Returns:
+      The split, its fingerprint, by file the digests of its images as they are encoded, and what
+      is doubtful about it.
+    """
+    defects, names, has_mask, _, order = (
+        (tuple(x) for x in zip(*examples, strict=True)) if examples else ((),) * 5
+    )
+    has_mask = np.array(has_mask, bool)
+    shape, pixels = (len(order), *image_size), np.uint8
+    wanted = {'images': ((*shape, 3), pixels), 'masks': (shape, pixels)}
+    kept = files.allocate(wanted, folder)
+    squashed = fit == 'squash' and not any(resize)
+
+    def fill(place: int, example: dict) -> tuple[bytes, list[str | None]]:
+        """Decodes an image to its place; what it is told by, and kinds of doubt about it."""
+        file = example['file'].decode()
+        image = images.decode(example['image'], file, white=white or images.WHITE, warn=False)
+        kept['images'][place] = images.fit(image, image_size, resize, fit)
+        found = [doubts_lib.of_shape(image.shape[:2], image_size)] if squashed else []
+        if example['white'] and images.unfitting(example['span'], white or images.WHITE):
+            found.append('values')
         # The mask as pixels, since it was encoded here, by whatever version of OpenCV.
+        mask = images.read_mask(example['mask'])
         parts = example['image'], np.packbits(mask).tobytes(), bytes([example['has_mask']])
         heading = f'{file}\0{example["defect"].decode()}\0'.encode()
-        return b''.join(hashlib.sha256(part).digest() for part in (heading, *parts))
+        told = b''.join(hashlib.sha256(part).digest() for part in (heading, *parts))
+        if example['turned']:
+            found.append('turned mask')
+        if has_mask[place] and defects[place] != GOOD:
+            doubtful = doubts_lib.of_mask(mask)
+            mask = images.fit_mask(mask, image_size, resize, fit, resize_mask)
+            if not doubtful and not mask.any():
+                doubtful = 'lost mask'
+            found.append(doubtful)
+            has_mask[place] = not doubtful
+        known = has_mask[place] and defects[place] != GOOD
+        kept['masks'][place] = mask if known else 0
+        return told, found
 
-    content, encoded, at_once = hashlib.sha256(), [], 64
+    content, encoded, at_once, doubts = hashlib.sha256(), [], 64, []
     with ThreadPoolExecutor() as pool:  # OpenCV and hashlib release the interpreter's lock.
         for start in range(0, len(order), at_once):
-            examples = [source[i] for i in order[start : start + at_once]]
-            for told in pool.map(fill, range(start, start + len(examples)), examples):
+            some = [source[i] for i in order[start : start + at_once]]
+            places = range(start, start + len(some))
+            for place, (told, found) in zip(places, pool.map(fill, places, some), strict=True):
                 content.update(told)
                 encoded.append(told[32:64])
+                kinds = filter(None, found)
+                doubts += [Doubt(names[place], doubts_lib.REASONS[kind]) for kind in kinds]
     split = splits.Split(
         **kept,
-        has_mask=np.array(has_mask, bool),
+        has_mask=has_mask,
         labels=np.array([defect != GOOD for defect in defects], np.int32),
         defects=defects,
         files=names,
     )
-    return split, content.hexdigest(), dict(zip(names, encoded, strict=True))
+    return split, content.hexdigest(), dict(zip(names, encoded, strict=True)), doubts
