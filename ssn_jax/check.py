@@ -57,11 +57,13 @@ class Found:
       images: all of them.
       doubts: about them and other files, those that cannot be read among them.
       errors: of these the ones that training would end with.
+      image_size: what the images suggest; None if it is that of `configs/auto.py`.
     """
 
     images: list[Image]
     doubts: list[doubts_lib.Doubt]
     errors: list[doubts_lib.Doubt]
+    image_size: tuple[int, int] | None = None
 
     def to_dict(self) -> dict:
         """What `check --json` prints."""
@@ -110,6 +112,11 @@ def check(
             doubts += [doubts_lib.Doubt(image.file, doubts_lib.REASONS[kind]) for kind in kinds]
             deep.append((image, *values))
     trained = [white for image, white, _ in deep if image.split == 'train']
+    sizes = [(*image.size, image.mask_pixels or 0) for image, *_ in deep]
+    better = records.recommended_size(sizes, _TRAINED)
+    for image, *_ in deep:
+        if doubts_lib.of_shape(image.size, better or _TRAINED):
+            doubts.append(doubts_lib.Doubt(image.file, doubts_lib.REASONS['shape']))
     white = config.range or max(trained, default=0) or images.WHITE
     for image, own, span in deep:
         if own and images.unfitting(span, white):
@@ -118,7 +125,7 @@ def check(
     found.sort(key=lambda image: image.file)
     if sheet:
         _draw(sheet, {record.file: record for record in source.records}, found, doubts)
-    return Found(found, doubts, errors)
+    return Found(found, doubts, errors, better)
 
 
 def _read(found: Sequence[Record], masks: pathlib.Path | None) -> Iterator[tuple]:
@@ -138,7 +145,7 @@ def _read(found: Sequence[Record], masks: pathlib.Path | None) -> Iterator[tuple
         encoded, defect = example['image'], example['defect']
         pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED)
         mask = images.read_mask(example['mask'])
-        kinds = ['turned mask'] * example['turned'] + [doubts_lib.of_shape(mask.shape, _TRAINED)]
+        kinds = ['turned mask'] * example['turned']
         if defect != GOOD and example['has_mask']:
             kinds.append(doubts_lib.of_mask(mask))
         image = Image(
@@ -165,7 +172,7 @@ def report(config: ml_collections.ConfigDict, found: Found) -> str:
     if not any(image.split == 'test' for image in found.images):
         lines.append('There are no test images: a training chooses its threshold all the same.')
     first = 'Once the errors are mended, train' if found.errors else 'Train'
-    return '\n'.join([*lines, '', f'{first} with', f'  {command(config)}'])
+    return '\n'.join([*lines, '', f'{first} with', f'  {command(config, found.image_size)}'])
 
 
 def table(found: Sequence[Image]) -> str:
@@ -191,7 +198,7 @@ def _counted(values: Sequence[str], shown: int = 3) -> str:
     return ', '.join([f'{value} ({n})' for value, n in counts[:shown]] + more)
 
 
-def command(config: ml_collections.ConfigDict) -> str:
+def command(config: ml_collections.ConfigDict, image_size: tuple[int, int] | None = None) -> str:
     """The command that trains on a data set."""
     name = records.layout_of(config)
     flags = [f'--config.data.name={name}', f'--config.data.root={config.root}']
@@ -199,6 +206,8 @@ def command(config: ml_collections.ConfigDict) -> str:
     for field in FIELDS[3:]:
         if config[field] != config_lib.FIELDS[f'data.{field}'].default:
             flags.append(f'--config.data.{field}={config[field]}')
+    if image_size:
+        flags.append('--config.image_size=({},{})'.format(*image_size))
     workdir = f'runs/{records.category_of(config)}'
     return shlex.join(['ssn-jax', 'train', '--config', 'auto', *flags, '--workdir', workdir])
 

@@ -123,11 +123,11 @@ def test_every_other_kind_of_file(run, tmp_path, caplog):
     save(source / 'grey alpha.png', picture.convert('LA'))
     save(source / 'one bit.png', picture.convert('1', dither=Image.Dither.NONE))
     black = Image.new('RGB', picture.size)
-    save(source / 'animated.gif', picture, save_all=True, append_images=[black])
     save(source / 'exif.jpg', picture.transpose(Image.Transpose.ROTATE_90), exif=turned)
     save(source / '検査 Übung €.png', picture)
     good = {p.name for p in source.iterdir()}
 
+    save(source / 'animated.gif', picture, save_all=True, append_images=[black])
     encoded = (source / 'palette.png').read_bytes()
     bad = {'empty.png': b'', 'cut.png': encoded[:-20], 'text.png': b'# Notes\n'}
     bad['cut.jpg'] = (source / 'cmyk.jpg').read_bytes()[:-200]
@@ -138,7 +138,7 @@ def test_every_other_kind_of_file(run, tmp_path, caplog):
     (source / 'round').symlink_to(source)
     write(source / 'full.png/1.png', spot(128, 192, box))
 
-    counts = len(good) + 1, len(bad) + 1
+    counts = len(good) + 1, len(bad) + 2
     assert predict_folder.predict(run, source, tmp_path / 'out') == counts
     rows = table(tmp_path / 'out/predictions.csv')
     assert rows.keys() == good | {'full.png/1.png'}
@@ -147,7 +147,7 @@ def test_every_other_kind_of_file(run, tmp_path, caplog):
         assert np.abs(np.array(box_of(row)) - box).max() <= 8, name
         overlay = cv2.imread(str(tmp_path / 'out/overlays' / f'{name}.jpg'))
         assert overlay.shape == (128, 192, 3), name
-    assert table(tmp_path / 'out/unreadable.csv').keys() == {*bad, 'loop.png'}
+    assert table(tmp_path / 'out/unreadable.csv').keys() == {*bad, 'loop.png', 'animated.gif'}
     warned = [r.getMessage() for r in caplog.records if r.levelname == 'WARNING']
     assert len(warned) == len(bad) + 1 and not any('\n' in text for text in warned)
 
@@ -440,7 +440,9 @@ def test_what_can_not_be_read_stops_nothing(run, tmp_path, monkeypatch, caplog):
     (source / '8.gone.png').symlink_to(source / 'nowhere')
     decoded, decode = [], images.decode
     monkeypatch.setattr(
-        images, 'decode', lambda x, f, *more: decoded.append(f.name) or decode(x, f, *more)
+        images,
+        'decode',
+        lambda x, f, *more, **white: decoded.append(f.name) or decode(x, f, *more, **white),
     )
     assert predict_folder.predict(run, source, tmp_path / 'out') == (8, 5)
     assert '7.huge.png' not in decoded
@@ -464,8 +466,8 @@ def test_memory_does_not_grow_with_the_number_of_images(
         write(tmp_path / f'in/{i:02d}.png', np.zeros((*shape, 3), np.uint8))
     held, most, decode, threads = [], [], images.decode, cv2.getNumThreads()
 
-    def counted(encoded, file, *more):
-        image = decode(encoded, file, *more)
+    def counted(encoded, file, *more, **white):
+        image = decode(encoded, file, *more, **white)
         held.append(weakref.ref(image))
         most.append(sum(x() is not None for x in held))
         return image

@@ -31,6 +31,8 @@ from ssn_jax.errors import UserError
 _DIGESTS = 'sha256.json'
 # Of how a prepared set is stored: raise it, and older ones are prepared anew.
 _FORMAT = 3
+# Pixels of a side that a defect should have where the network sees it, whose grid has steps of 4.
+_LEAST = 12
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,12 @@ def load(
         'fit': fit,
         'resize_mask': masks.resize if how == 'region' else images.resize_mask,
     }
-    train, of_train, trained, in_train = _read(*listed['train'], prepared.parent, **fitting)
-    test, of_test, tested, in_test = _read(*listed['test'], prepared.parent, **fitting)
+    train, of_train, trained, in_train, seen = _read(*listed['train'], prepared.parent, **fitting)
+    test, of_test, tested, in_test, more = _read(*listed['test'], prepared.parent, **fitting)
     doubts = *source.doubts, *doubts_lib.in_both(trained, tested), *in_train, *in_test
     doubts_lib.log(doubts)
+    if (better := recommended_size([*seen, *more], image_size)) and not any(resize):
+        logging.info('Images and their defects suggest --config.image_size=(%d,%d)', *better)
     return splits.Dataset(
         train=train,
         test=test,
@@ -99,6 +103,36 @@ def load(
         white=fitting['white'],
         doubts=doubts,
     )
+
+
+def recommended_size(
+    seen: Sequence[tuple[int, int, int]], image_size: tuple[int, int]
+) -> tuple[int, int] | None:
+    """The image_size that images suggest by their shape and by how small their defects are.
+
+    Args:
+      seen: of images height, width, and how many of their pixels are defective; 0 if unknown.
+      image_size: (height, width) that they would be resized to.
+
+    Returns:
+      (height, width), multiples of 8, no larger than the images and of at most 2^20 pixels, in
+      which half of the defects are as large as a square of `_LEAST` pixels a side; in the ratio of
+      the images where image_size is far from it. None if image_size serves as well.
+    """
+    if not seen:
+        return None
+    found = np.array(seen, float)
+    own, wanted = np.median(found[:, :2], 0), np.array(image_size, float)
+    shape = doubts_lib.of_shape(tuple(own), image_size)
+    if shape:  # As many pixels.
+        wanted = own * np.sqrt(wanted.prod() / own.prod())
+    shares = (found[:, 2] / found[:, :2].prod(1))[found[:, 2] > 0]
+    side = np.sqrt(np.median(shares) * wanted.prod()) if len(shares) else _LEAST
+    wanted *= max(1, _LEAST / side)
+    wanted *= min(1, (own / wanted).min(), np.sqrt(2**20 / wanted.prod()))
+    better = tuple(int(max(32, 8 * round(x / 8))) for x in wanted)
+    larger = np.prod(better) > 1.2 * np.prod(image_size)
+    return better if shape or larger else None
 
 
 def is_embedded(config: ConfigDict) -> bool:
@@ -341,12 +375,12 @@ def _read(
     resize: tuple[int, int],
     fit: str,
     resize_mask: Callable,
-) -> tuple[splits.Split, str, dict[str, bytes], list[Doubt]]:
+) -> tuple[splits.Split, str, dict[str, bytes], list[Doubt], list[tuple[int, int, int]]]:
     """Decodes and resizes a split.
 
     Returns:
-      The split, its fingerprint, by file the digests of its images as they are encoded, and what
-      is doubtful about it.
+      The split, its fingerprint, by file the digests of its images as they are encoded, what is
+      doubtful about it, and of each image height, width and how many pixels its mask marks.
     """
     defects, names, has_mask, _, order = (
         (tuple(x) for x in zip(*examples, strict=True)) if examples else ((),) * 5
@@ -357,8 +391,8 @@ def _read(
     kept = files.allocate(wanted, folder)
     squashed = fit == 'squash' and not any(resize)
 
-    def fill(place: int, example: dict) -> tuple[bytes, list[str | None]]:
-        """Decodes an image to its place; what it is told by, and kinds of doubt about it."""
+    def fill(place: int, example: dict) -> tuple[bytes, list[str | None], tuple[int, int, int]]:
+        """Decodes an image to its place; what it is told by, kinds of doubt, and its sizes."""
         file = example['file'].decode()
         image = images.decode(example['image'], file, white=white or images.WHITE, warn=False)
         kept['images'][place] = images.fit(image, image_size, resize, fit)
@@ -367,6 +401,7 @@ def _read(
             found.append('values')
         # The mask as pixels, since it was encoded here, by whatever version of OpenCV.
         mask = images.read_mask(example['mask'])
+        sizes = *mask.shape, int(np.count_nonzero(mask))
         parts = example['image'], np.packbits(mask).tobytes(), bytes([example['has_mask']])
         heading = f'{file}\0{example["defect"].decode()}\0'.encode()
         told = b''.join(hashlib.sha256(part).digest() for part in (heading, *parts))
@@ -381,15 +416,17 @@ def _read(
             has_mask[place] = not doubtful
         known = has_mask[place] and defects[place] != GOOD
         kept['masks'][place] = mask if known else 0
-        return told, found
+        return told, found, sizes
 
-    content, encoded, at_once, doubts = hashlib.sha256(), [], 64, []
+    content, encoded, at_once, doubts, seen = hashlib.sha256(), [], 64, [], []
     with ThreadPoolExecutor() as pool:  # OpenCV and hashlib release the interpreter's lock.
         for start in range(0, len(order), at_once):
             some = [source[i] for i in order[start : start + at_once]]
             places = range(start, start + len(some))
-            for place, (told, found) in zip(places, pool.map(fill, places, some), strict=True):
+            filled = zip(places, pool.map(fill, places, some), strict=True)
+            for place, (told, found, sizes) in filled:
                 content.update(told)
+                seen.append(sizes)
                 encoded.append(told[32:64])
                 kinds = filter(None, found)
                 doubts += [Doubt(names[place], doubts_lib.REASONS[kind]) for kind in kinds]
@@ -400,4 +437,4 @@ def _read(
         defects=defects,
         files=names,
     )
-    return split, content.hexdigest(), dict(zip(names, encoded, strict=True)), doubts
+    return split, content.hexdigest(), dict(zip(names, encoded, strict=True)), doubts, seen
