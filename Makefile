@@ -28,8 +28,8 @@ test: $(STAMP)
 
 # What tells soonest that something is wrong: lint, and the tests that compile next to nothing.
 CHECKED := checkpoint data decision defects demo figures fuzz gpu losses main metrics overlays
-CHECKED += predict predictor readme report run sampling supervision sweep synthetic torch_archives
-CHECKED += trust weights
+CHECKED += predict predictor reading readme report run sampling supervision sweep synthetic
+CHECKED += torch_archives trust weights
 check: lint
 	@$(QUICK) $(CHECKED:%=tests/test_%.py)
 
