@@ -28,8 +28,8 @@ test: $(STAMP)
 
 # What tells soonest that something is wrong: lint, and the tests that compile next to nothing.
 CHECKED := check checkpoint data decision defects demo drift false_alarms figures fuzz gpu
-CHECKED += layouts losses main metrics overlays predict predictor readme report run sampling
-CHECKED += supervision sweep synthetic torch_archives trust weights
+CHECKED += layouts losses main metrics overlays predict predictor reading readme report run
+CHECKED += sampling supervision sweep synthetic torch_archives trust weights
 check: lint
 	@$(QUICK) $(CHECKED:%=tests/test_%.py)
 

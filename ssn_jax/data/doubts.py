@@ -9,14 +9,16 @@ import numpy as np
 
 # Of an image or its mask, by kind: what is wrong, how it is read, and what to do.
 REASONS = {
-    'empty mask': 'its mask is empty and not used: mark the defect in it, or remove the mask',
+    'empty mask': (
+        'its mask is empty, and counts as unknown: mark the defect in it, or remove the mask'
+    ),
     'large mask': (
-        'its mask covers more than half of the image and is not used: invert it if it marks what '
-        'is normal, or remove it'
+        'its mask covers more than half of the image, and counts as unknown: invert it if it marks '
+        'what is normal, or remove it'
     ),
     'lost mask': (
-        'nothing of its mask is left at image_size, so it is not used: raise --config.image_size, '
-        'or set --config.data.masks=region'
+        'nothing of its mask is left at image_size, and it counts as unknown: raise '
+        '--config.image_size, cut less, or set --config.data.masks=region'
     ),
     'values': (
         'its values do not fit those of the training images: save it with their range, or set '
