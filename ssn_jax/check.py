@@ -202,7 +202,8 @@ def _draw(path, by_file, found, doubts):
         cells.append(
             (np.zeros((_SIDE, _SIDE, 3), np.uint8) if picture is None else picture, text, colour)
         )
-    title = f'{len(chosen)} of {len(found)} images with their masks, those that are doubtful first'
+    title = f'{len(chosen)} of {len(found)} images with their masks'
+    title += ', the doubtful ones first' if doubtful else ''
     figures.contact_sheet(path, cells, title)
 
 

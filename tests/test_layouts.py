@@ -169,6 +169,18 @@ def test_names_are_compared_in_one_form(root):
     assert found == ('test', composed, f'{composed}/{decomposed}_mask.png') and not doubted(root)
 
 
+def test_names_that_are_no_utf_8(root, tmp_path):
+    for folder in (b'train/good', b'test/scratch'):
+        os.rename(
+            root / os.fsdecode(folder) / ('0.png' if b'good' in folder else '5.png'),
+            os.fsencode(root) + b'/' + folder + b'/Pr\xfcf.png',
+        )
+    masks = os.fsencode(root / 'ground_truth/scratch')
+    os.rename(masks + b'/5_mask.png', masks + b'/Pr\xfcf_mask.png')
+    assert load(root, tmp_path).train.files[-1] == 'train/good/Pr\\xfcf.png'
+    assert seen(root)['test/scratch/Pr\\xfcf.png'][2] is not None
+
+
 def test_what_is_not_used_is_named(root):
     write(root / 'validation/good/0.png')
     write(root / 'notes/0.png')

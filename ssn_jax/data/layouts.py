@@ -7,6 +7,7 @@ Nothing is decoded here. Every function lists a layout's files as a `Listing`, o
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 import itertools
+import os
 from pathlib import Path
 import unicodedata
 
@@ -299,11 +300,12 @@ def _missing(base: Path, need: str, normal: Collection[str]) -> str:
 def _strays(base: Path, root: Path, place: Path | None) -> Iterator[Doubt]:
     """What lies beside the folders of the layout and is not used."""
     splits = [_child(base, split) for split in SPLITS]
+    used = {*splits, *((place, *place.parents) if place else ())}
     for path in _entries(base):
         if not path.is_dir():
             if path.suffix.lower() in images.SUFFIXES:
                 yield Doubt(_name(path, root), 'is not used: it lies beside train and test')
-        elif path not in (*splits, place) and any(is_image for _, is_image in walk(path)):
+        elif path not in used and any(is_image for _, is_image in walk(path)):
             reason = 'is not used, though images are in it: of folders train, test and masks are'
             yield Doubt(f'{_name(path, root)}/', reason)
     for split in splits:
@@ -408,10 +410,12 @@ def _key_of(below: Path) -> str:
 
 
 def _name(path: Path, root: Path) -> str:
-    """A file's path relative to the root; of one elsewhere, its last two parts."""
-    if path.is_relative_to(root):
-        return path.relative_to(root).as_posix()
-    return Path(*path.parts[-2:]).as_posix()
+    r"""A file's path relative to the root; of one elsewhere, its last two parts.
+
+    Bytes that are no UTF-8, of names from other systems, are written as \xNN.
+    """
+    below = path.relative_to(root) if path.is_relative_to(root) else Path(*path.parts[-2:])
+    return os.fsencode(below.as_posix()).decode(errors='backslashreplace')
 
 
 def _folders(path: Path, required: bool = True) -> list[Path]:

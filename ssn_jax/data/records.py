@@ -118,6 +118,8 @@ def find(config: ConfigDict, need: str = 'train') -> _Source:
     root, places = Path(config.root).expanduser(), _places(config)
     normal = config.get('normal', layouts.NORMAL).split(',')
     masks = _below_root(config, 'mask_dir') if config.get('mask_dir') else None
+    if masks and layout_of(config) != 'folder':
+        raise UserError('--config.data.mask_dir is for --config.data.name=folder: say that too')
     match layout_of(config):
         case 'synthetic':
             return _embedded(config.category, config.seed)
@@ -125,7 +127,7 @@ def find(config: ConfigDict, need: str = 'train') -> _Source:
             if not config.root:
                 return _embedded(config.category, config.seed)
             found = layouts.mvtec_ad(root, config.category, normal, need)
-            return _real(config.name, config.category, root, found)
+            return _real('mvtec_ad', config.category, root, found)
         case 'ksdd2':
             if not config.root:
                 return _embedded(category_of(config), config.seed)
