@@ -17,6 +17,7 @@ from ssn_jax.config import default_config
 def get_config():
     config = default_config()
     config.name = 'auto'
+    config.data.masks = 'region'
     config.product.update(angle='auto', place='auto', surface='auto')
     config.image_score = 'map'
     config.positions = 32

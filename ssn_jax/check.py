@@ -1,7 +1,7 @@
 """What training would read of a folder, and what is doubtful about it: `ssn-jax check`."""
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import dataclasses
 import hashlib
@@ -21,6 +21,7 @@ from ssn_jax.report import figures, overlays
 # Of a config's data those that say where images are.
 FIELDS = ('name', 'root', 'category', 'normal', 'normal_dir', 'normal_test_dir', 'defect_dir')
 FIELDS += ('mask_dir',)
+CONFIG = 'auto'  # What the folder is read for.
 _AT_ONCE = 64
 _SHOWN, _SIDE = 48, 240  # Of the contact sheet: images, and pixels of each.
 
@@ -55,18 +56,18 @@ class Found:
     Attributes:
       images: all of them.
       doubts: about them and other files, those that cannot be read among them.
-      errors: of these the ones that training would end with.
+      errors: by file what training would end with.
     """
 
     images: list[Image]
     doubts: list[doubts_lib.Doubt]
-    errors: list[doubts_lib.Doubt]
+    errors: dict[str, str]
 
     def to_dict(self) -> dict:
         """What `check --json` prints."""
         return {
             'images': [dataclasses.asdict(image) for image in self.images],
-            'doubts': [dataclasses.asdict(doubt) for doubt in self.doubts],
+            'doubts': [{'file': doubt.file, 'reason': doubt.reason} for doubt in self.doubts],
         }
 
 
@@ -80,40 +81,54 @@ def choose_layout(config: ml_collections.ConfigDict) -> None:
 
 
 def check(
-    config: ml_collections.ConfigDict,
+    run: ml_collections.ConfigDict,
     masks: pathlib.Path | None = None,
     sheet: pathlib.Path | None = None,
 ) -> Found:
     """Reads a data set as training would.
 
     Args:
-      config: `config.data` of a run.
+      run: the config of a run.
       masks: a folder that receives what is read as masks, 0 and 255, as FILE.png.
       sheet: a PNG to draw: images with their masks outlined, the doubtful ones first.
 
     Raises:
       UserError: the layout is wrong.
     """
+    config, size = run.data, (tuple(run.image_size), tuple(run.resize))
     source = records.find(config)
-    found, doubts, errors, contents = [], [*source.doubts], [], {'train': {}, 'test': {}}
-    for record, read in _read(source.records, masks):
+    found, told, errors, contents = [], [], {}, {split: {} for split in layouts.SPLITS}
+    for record, read in _read(source.records, records.mask_fitter(config, *size), masks):
         if isinstance(read, UserError):
-            errors.append(doubts_lib.Doubt(record.file, str(read)))
+            errors[record.file] = str(read)
             label = None if record.defect is None else int(record.defect != GOOD)
             found.append(Image(record.file, record.split, label, record.defect))
         else:
-            image, content = read
+            image, content, *of_doubts = read
             found.append(image)
             contents[image.split][image.file] = content
-    doubts += [*doubts_lib.in_both(**contents), *errors]
+            told.append((image, *of_doubts))
+    trained = {image.file: example['white'] for image, example, _ in told if image.split == 'train'}
+    white = records.white_of(config, trained)
+    doubts = [*source.doubts, *doubts_lib.in_both(**contents)]
+    for image, example, of_mask in told:
+        doubts += records.doubts_about(image.file, example, of_mask, white)
+    doubts += [doubts_lib.Doubt(file, 'unreadable', error) for file, error in errors.items()]
     found.sort(key=lambda image: image.file)
     if sheet:
-        _draw(sheet, {record.file: record for record in source.records}, found, doubts)
+        _draw(sheet, {record.file: record for record in source.records}, found, doubts, white)
     return Found(found, doubts, errors)
 
 
-def _read(found: Sequence[Record], masks: pathlib.Path | None) -> Iterator[tuple]:
-    """Yields each record with its `Image` and the digest of its file, or with a UserError."""
+def _read(
+    found: Sequence[Record],
+    fit_mask: Callable[[np.ndarray], np.ndarray],
+    masks: pathlib.Path | None,
+) -> Iterator[tuple]:
+    """Yields each record with what is read of it, or with a UserError.
+
+    That is its `Image`, the digest of its file, and what `records.doubts_about` takes.
+    """
 
     def read(record):
         try:
@@ -122,15 +137,16 @@ def _read(found: Sequence[Record], masks: pathlib.Path | None) -> Iterator[tuple
             return record, e
         if masks and record.mask is not None:
             files.write(masks / f'{record.file}.png', example['mask'])
-        encoded, defect = example['image'], example['defect']
-        pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED)
-        mask = images.decode_mask(example['mask'], record.file)
+        encoded, defect = example.pop('image'), example['defect']
+        mask = images.read_mask(example.pop('mask'))
         image = Image(
             *(record.file, record.split, int(defect != GOOD), defect, mask.shape),
-            bits=8 * pixels.itemsize,
+            bits=8 * images.pixels(encoded, record.file).itemsize,
             mask_pixels=int(mask.sum()) if example['has_mask'] else None,
         )
-        return record, (image, hashlib.sha256(encoded).digest())
+        marked = example['has_mask'] and defect != GOOD
+        of_mask = doubts_lib.of_mask(mask, fit_mask(mask)) if marked else None
+        return record, (image, hashlib.sha256(encoded).digest(), example, of_mask)
 
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(found), _AT_ONCE):  # Lest all images be held at once.
@@ -183,10 +199,10 @@ def command(config: ml_collections.ConfigDict) -> str:
         if config[field] != config_lib.FIELDS[f'data.{field}'].default:
             flags.append(f'--config.data.{field}={config[field]}')
     workdir = f'runs/{records.category_of(config)}'
-    return shlex.join(['ssn-jax', 'train', '--config', 'auto', *flags, '--workdir', workdir])
+    return shlex.join(['ssn-jax', 'train', '--config', CONFIG, *flags, '--workdir', workdir])
 
 
-def _draw(path, by_file, found, doubts):
+def _draw(path, by_file, found, doubts, white):
     """Draws the contact sheet: the doubtful images, then defects, then normal ones, each spread."""
     doubtful = {doubt.file for doubt in doubts}
     chosen = [image for image in found if image.file in doubtful][:_SHOWN]
@@ -197,7 +213,7 @@ def _draw(path, by_file, found, doubts):
     cells = []
     for image in chosen:
         colour = figures.DEFECTIVE if image.file in doubtful else 'black'
-        picture = _picture(by_file[image.file]) if image.size else None
+        picture = _picture(by_file[image.file], white) if image.size else None
         text = image.file if image.size else f'{image.file}: unreadable'
         cells.append(
             (np.zeros((_SIDE, _SIDE, 3), np.uint8) if picture is None else picture, text, colour)
@@ -207,13 +223,13 @@ def _draw(path, by_file, found, doubts):
     figures.contact_sheet(path, cells, title)
 
 
-def _picture(record: Record) -> np.ndarray:
+def _picture(record: Record, white: float) -> np.ndarray:
     """An image with its mask's outline on a grey square."""
     example = builders.example(record)
-    image = images.decode(example['image'], record.file)
+    image = images.decode(example['image'], record.file, white=white or images.WHITE, warn=False)
     height, width = (max(1, round(x * _SIDE / max(image.shape[:2]))) for x in image.shape[:2])
     image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-    overlays.outline(image, images.decode_mask(example['mask'], record.file), 1)
+    overlays.outline(image, images.read_mask(example['mask']), 1)
     square = np.full((_SIDE, _SIDE, 3), 224, np.uint8)
     top, left = (_SIDE - height) // 2, (_SIDE - width) // 2
     square[top : top + height, left : left + width] = image

@@ -113,6 +113,18 @@ FIELDS = {
     ),
     'data.cache': Field('', "Folder for prepared records; '': in the user's cache folder."),
     'data.seed': Field(0, "Seed of the embedded set's images."),
+    'data.range': Field(
+        0.0,
+        'The value of white in images of more than 8 bits; 0: found, the highest of as many bits '
+        'as the training images have.',
+        *_AMOUNT,
+    ),
+    'data.masks': Field(
+        'auto',
+        'How masks are resized: nearest (published); region: half of a pixel, and none vanishes; '
+        "auto: region of a 'folder'.",
+        *_one_of('auto', 'nearest', 'region'),
+    ),
     # --- What is frozen ---------------------------------------------------------------------------
     'backbone.name': Field(
         'resnet18',

@@ -84,7 +84,7 @@ def score_folder(model: predictor.Predictor, folder: pathlib.Path, defect: str) 
     named, scores, maxima = [], [], []
     for path in predict_folder.find(folder, warn=True):
         try:
-            image = images_lib.decode(images_lib.read(path), path, images_lib.MAX_PIXELS)
+            image = images_lib.decode(images_lib.read(path), path, white=model.white)
         except UserError as e:
             logging.warning('%s', e)
             continue

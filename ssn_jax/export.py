@@ -80,6 +80,8 @@ def metadata(model: Predictor) -> dict:
         'classes': list(decision.CLASSES),
         'image_size': list(config.image_size),
         'resize': list(config.resize),
+        # Of images of more than 8 bits: 0 to it become 0 to 255.
+        'white': model.white,
         'config': config.name,
         'category': data.category_of(config.data),
         'epoch': model.epoch,

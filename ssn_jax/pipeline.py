@@ -26,7 +26,7 @@ from ssn_jax import (
     seeds,
     supervision,
 )
-from ssn_jax.data import splits
+from ssn_jax.data import doubts, splits
 from ssn_jax.fused import engine, fold
 from ssn_jax.models import systems, weights
 from ssn_jax.training import loop, parts, product
@@ -67,7 +67,10 @@ def train_and_evaluate(
     with run_lib.remembered() as said:
         found = find_backbone(config, folders)
         config = config_lib.with_found(config, found)
-        material = gather(config, folders)
+        begun = any(run_lib.read_found(folder) is not None for folder in folders)
+        material = gather(run_lib.with_white(config) if begun else config, folders)
+        if material.dataset.white and not begun:
+            found['data.range'] = material.dataset.white
         normal = material.split.images[material.split.labels == 0]
         found |= product.find(config, normal, material.backbone)
         config = config_lib.with_found(config, found)
@@ -249,6 +252,7 @@ def measure(job, state, log, heads, earlier: decision.Scores | None, material) -
         'train_defects': int(split.labels.sum()),
         'train_masks': len(supervision.masked_files(split)),
         'test_images': len(dataset.test.labels),
+        'doubts': doubts.count(dataset.doubts),
         'parameters': sum(count(v['params']) for v in (backbone, network)),
         'train_seconds': round(sum(seconds), 1) if seconds else None,
         'loss_grew': loss_grew(history),

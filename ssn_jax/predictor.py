@@ -115,10 +115,10 @@ class Predictor:
 
         Args:
           frames: grey (H, W) or (H, W, 1), RGB (H, W, 3), or RGBA (H, W, 4), whose alpha is
-            ignored; uint8, or uint16, of which the high byte is read. Of any size. A list of
-            frames, or a batch (N, H, W, C), gives a list of results.
-          white: the value of white, for floats in 0..white, and for integers whose white is none of
-            their type's, such as 4095.
+            ignored; uint8, or of more bits. Of any size. A list of frames, or a batch
+            (N, H, W, C), gives a list of results.
+          white: the value of white, for frames in 0..white; None: of uint8 255, of others that of
+            the training images (`Predictor.white`), beyond which they are cut.
 
         Returns:
           The same numbers as the command `predict` writes.
@@ -129,7 +129,7 @@ class Predictor:
         """
         self.require_threshold()
         several = isinstance(frames, list | tuple) or np.ndim(frames) == 4
-        rgb = [to_rgb(frame, white) for frame in (frames if several else [frames])]
+        rgb = [to_rgb(frame, white, self.white) for frame in (frames if several else [frames])]
         if not rgb:
             return []
         scores, maps = self.logits(np.stack([self.fit(frame) for frame in rgb]))
@@ -156,6 +156,11 @@ class Predictor:
                 'command, given again, makes them if --config.decision.parts is above 0.'
             )
         return self.normal
+
+    @property
+    def white(self) -> float:
+        """The value of white in images of more than 8 bits, as the training images had it."""
+        return self.config.data.range or images_lib.WHITE
 
     @property
     def batch_size(self) -> int:
@@ -381,8 +386,11 @@ def from_variables(
     return model
 
 
-def to_rgb(frame, white: float | None = None) -> np.ndarray:
-    """A frame as uint8 RGB (H, W, 3); arguments and errors as of `Predictor.__call__`."""
+def to_rgb(frame, white: float | None = None, trained: float = images_lib.WHITE) -> np.ndarray:
+    """A frame as uint8 RGB (H, W, 3); arguments and errors as of `Predictor.__call__`.
+
+    `trained` is what white was in the training images.
+    """
     x = np.asarray(frame)
     channels = x.shape[2] if x.ndim == 3 else 1
     if x.ndim not in (2, 3) or channels not in (1, 3, 4) or not x.size:
@@ -390,7 +398,8 @@ def to_rgb(frame, white: float | None = None) -> np.ndarray:
             f'a frame of shape {x.shape} and type {x.dtype}: frames are grey (H, W) or (H, W, 1), '
             'RGB (H, W, 3) or RGBA (H, W, 4), and batches (N, H, W, C).'
         )
-    if white is None and x.dtype not in (np.uint8, np.uint16):
+    # Nothing else is known of a run whose training images were of 8 bits, or of all 16.
+    if white is None and trained == images_lib.WHITE and x.dtype not in (np.uint8, np.uint16):
         raise ValueError(
             f'a frame of shape {x.shape} and type {x.dtype}: uint8 and uint16 are read as they '
             'are; of others say what white is, such as white=1.0.'
@@ -399,8 +408,12 @@ def to_rgb(frame, white: float | None = None) -> np.ndarray:
         if not (np.isfinite(x).all() and x.min() >= 0 and x.max() <= white):
             raise ValueError(f'a frame with values from {x.min()} to {x.max()}, not in 0..{white}.')
         x = np.round(x * (255.0 / white)).astype(np.uint8)
-    elif x.dtype == np.uint16:
-        x = (x >> 8).astype(np.uint8)
+    elif x.dtype != np.uint8:
+        if not np.isfinite(x).all():
+            raise ValueError('a frame with values that are no numbers (NaN or infinite).')
+        if misfit := images_lib.unfitting(x, trained):
+            logging.warning('A frame: %s', misfit)
+        x = images_lib.to_8_bit(x, trained)
     x = x.reshape(*x.shape[:2], channels)[:, :, :3]
     return np.ascontiguousarray(np.broadcast_to(x, (*x.shape[:2], 3)))
 

@@ -43,6 +43,7 @@ from ssn_jax import (
     files,
     metrics,
 )
+from ssn_jax.data import images
 from ssn_jax.errors import UserError
 
 _MODEL = 'model.safetensors'
@@ -109,7 +110,12 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     config = config_lib.from_json(workdir / 'config.json')
     config = config_lib.with_found(config, read_found(workdir) or {})
     config_lib.validate(config)
-    return config
+    return with_white(config)
+
+
+def with_white(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config of a run that has begun: if it found no range, white is that of 16 bits."""
+    return config_lib.with_found(config, {'data.range': config.data.range or images.WHITE})
 
 
 def read_found(workdir: pathlib.Path) -> dict | None:

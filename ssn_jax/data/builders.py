@@ -29,6 +29,9 @@ class Inspection(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             'image': tfds.features.Image(shape=(None, None, 3)),
             'mask': tfds.features.Image(shape=(None, None, 1)),
             'has_mask': np.bool_,
+            'turned': np.bool_,
+            'white': np.float64,
+            'span': tfds.features.Tensor(shape=(2,), dtype=np.float64),
             'defect': tfds.features.Text(),
             'file': tfds.features.Text(),
         }
@@ -53,27 +56,59 @@ def example(record: Record) -> dict:
 
     Returns:
       The example to store: the image as it was encoded, the mask as PNG of the image's size
-      (empty where no defect is known), and what is known of the defect.
+      (empty where no defect is known), and what is known of the defect; whether its mask was
+      turned with the image though it fits unturned too; and of an image of more than 8 bits what
+      white is as far as it tells, and its lowest and highest value (zeros of others).
 
     Raises:
       UserError: a file does not decode, or the mask's size is not the image's.
     """
     encoded = images.read(record.image)
-    size = images.decode(encoded, record.file).shape[:2]
-    mask = np.zeros(size, np.uint8)
+    pixels = images.pixels(encoded, record.file)
+    deep = pixels.dtype != np.uint8
+    mask, turned = np.zeros(pixels.shape[:2], np.uint8), False
     if record.mask is not None:
-        file = record.file if isinstance(record.mask, bytes) else record.mask
-        mask = images.decode_mask(images.read(record.mask), file)
-        if mask.shape != size:
-            raise UserError(
-                f'{file}: the mask is {mask.shape[0]}x{mask.shape[1]} (height by width), its image '
-                f'{size[0]}x{size[1]}; give them the same size'
-            )
+        mask, turned = _mask(record, encoded, mask.shape)
     defect = record.defect or ('defect' if mask.any() else GOOD)
     return {
         'image': encoded,
         'mask': images.encode_mask(mask),
         'has_mask': defect == GOOD or record.mask is not None,
+        'turned': turned,
+        'white': images.white_of(pixels),
+        'span': np.array([pixels.min(), pixels.max()] if deep else [0, 0], np.float64),
         'defect': defect,
         'file': record.file,
     }
+
+
+def _mask(record: Record, image: bytes, size: tuple[int, int]) -> tuple[np.ndarray, bool]:
+    """A record's mask, turned with its image if it was not drawn on the turned one.
+
+    Args:
+      record: of a mask.
+      image: its image as it was encoded.
+      size: the image's (height, width), as it is shown.
+
+    Returns:
+      The mask, and whether it was turned and would fit without.
+
+    Raises:
+      UserError: it does not decode, or its size is not the image's.
+    """
+    file = record.file if isinstance(record.mask, bytes) else record.mask
+    encoded = images.read(record.mask)
+    mask = images.decode_mask(encoded, file)
+    angle, own = images.orientation(image), images.orientation(encoded)
+    fits, turned = mask.shape == size, images.turn(mask, angle)
+    if angle not in (None, 1) and turned.shape == size and (own is None or not fits):
+        return turned, fits
+    if fits:
+        return mask, False
+    of_exif = mask.shape == size[::-1] and (angle or own)
+    raise UserError(
+        f'{file}: the mask is {mask.shape[0]}x{mask.shape[1]} (height by width), its image '
+        f'{size[0]}x{size[1]}; '
+        + ('one of them is turned by its EXIF orientation: save both upright' if of_exif else '')
+        + ('' if of_exif else 'give them the same size')
+    )

@@ -1,22 +1,82 @@
-"""What is doubtful about the files of a data set, though they can be read."""
+"""What is doubtful about a data set's files: each is told, counted, and not taken for known."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from absl import logging
+import numpy as np
+
+# By kind: what is wrong, and what to do.
+REASONS = {
+    'empty mask': 'its mask is empty: mark the defect in it, or remove the mask',
+    'large mask': (
+        'its mask covers more than half of the image: invert it if it marks what is normal, or '
+        'remove it'
+    ),
+    'lost mask': (
+        'nothing of its mask is left at image_size: raise --config.image_size, or set '
+        '--config.data.masks=region'
+    ),
+    'values': (
+        'its values do not fit those of the training images: save it with their range, or set '
+        'white by --config.data.range'
+    ),
+    'turned mask': (
+        'its mask was turned as the EXIF orientation of the image says: if they do not meet now, '
+        'save both upright'
+    ),
+    'unreadable': '',  # The error follows.
+    'no image': (
+        'not used, since its name is none of an image: if it is one, give it its ending, such as '
+        '.png'
+    ),
+    'stray image': 'not used, since images lie in folders: move it to train/good or test/DEFECT',
+    'other folder': 'not used, though it holds images: move them to train/good or test/DEFECT',
+    'mask among images': (
+        'not used, since it is called as the mask of the image beside it: move masks to '
+        'ground_truth/DEFECT'
+    ),
+    'mask of no image': (
+        'not used, since no image has its name: the mask of NAME.png is NAME_mask.png or NAME.png'
+    ),
+    'in both splits': (
+        'in training and in test, so its score says nothing: remove one of both files, such as '
+    ),
+}
 
 
-@dataclass(frozen=True)
-class Doubt:
-    """Something about a file that its owner should know.
+class Doubt(NamedTuple):
+    """What is doubtful about a file.
 
     Attributes:
-      file: path relative to the data set's root.
-      reason: what is wrong with it, how it is read, and what to do.
+      file: its path relative to the data set's root; of a mask mostly that of its image.
+      kind: one of `REASONS`.
+      more: what is added to the reason.
     """
 
     file: str
-    reason: str
+    kind: str
+    more: str = ''
+
+    @property
+    def reason(self) -> str:
+        """What is wrong, and what to do."""
+        return REASONS[self.kind] + self.more
+
+
+def of_mask(mask: np.ndarray, fitted: np.ndarray) -> str | None:
+    """The kind of doubt about a defective image's mask; None if there is none.
+
+    Args:
+      mask: (H, W) at its own size.
+      fitted: (h, w) as it is trained or measured with.
+    """
+    if not mask.any():
+        return 'empty mask'
+    if 2 * np.count_nonzero(mask) > mask.size:
+        return 'large mask'
+    return None if fitted.any() else 'lost mask'
 
 
 def in_both(train: Mapping[str, bytes], test: Mapping[str, bytes]) -> list[Doubt]:
@@ -28,20 +88,21 @@ def in_both(train: Mapping[str, bytes], test: Mapping[str, bytes]) -> list[Doubt
     """
     trained = {content: file for file, content in train.items()}
     found = [file for file, content in test.items() if content in trained]
-    if not found:
-        return []
-    reason = (
-        f'is in training and in test ({len(found)} test images are; {found[0]} is the file '
-        f'{trained[test[found[0]]]}): its score says nothing, remove one of both'
-    )
-    return [Doubt(file, reason) for file in found]
+    pair = f'{found[0]} and {trained[test[found[0]]]}' if found else ''
+    return [Doubt(file, 'in both splits', pair) for file in found]
 
 
-def log(doubts: Iterable[Doubt]) -> None:
-    """Logs what is doubtful, a line for each reason with the files that it holds for."""
-    by_reason = {}
+def count(doubts: Iterable[Doubt]) -> dict[str, int]:
+    """How many there are of each kind."""
+    return dict(Counter(doubt.kind for doubt in doubts))
+
+
+def log(doubts: Iterable[Doubt], split: str = '') -> None:
+    """Warns once of each reason, with the number of files and the first ones."""
+    files = {}
     for doubt in doubts:
-        by_reason.setdefault(doubt.reason, []).append(doubt.file)
-    for reason, files in by_reason.items():
-        more = f' and {len(files) - 1} more' if len(files) > 1 else ''
-        logging.warning('%s%s: %s', files[0], more, reason)
+        files.setdefault(doubt.reason, []).append(doubt.file)
+    of = f' of the {split} images' if split else ' in all'
+    for reason, named in files.items():
+        first = ', '.join(named[:3]) + ', ...' * (len(named) > 3)
+        logging.warning('%s, %d%s (%s)', reason, len(named), of, first)

@@ -8,10 +8,12 @@ import struct
 import threading
 import warnings
 
+from absl import logging
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
+from ssn_jax.data import masks
 from ssn_jax.errors import UserError
 
 # What is looked at in a folder; a file that is named itself may end in anything.
@@ -23,8 +25,11 @@ SUFFIXES = frozenset(
 
 _PILLOW = threading.Lock()
 MAX_PIXELS = 2**27  # Of an image that is decoded, unless more is asked for.
+WHITE = 2.0**16 - 1  # Of files of more than 8 bits, unless more is known.
 _JPEG_MAGIC = b'\xff\xd8\xff'
 _PNG_MAGIC = b'\x89PNG\r\n\x1a\n'
+_TIFF_MAGICS = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')
+_BITS, _PHOTOMETRIC, _ORIENTATION = 258, 262, 274  # Tags of TIFF.
 
 
 def read(source: Path | bytes) -> bytes:
@@ -41,33 +46,136 @@ def read(source: Path | bytes) -> bytes:
         raise UserError(f'{source}: cannot be read ({error.strerror}); check the file') from error
 
 
-def decode(encoded: bytes, file: Path | str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def decode(
+    encoded: bytes,
+    file: Path | str,
+    max_pixels: int = MAX_PIXELS,
+    *,
+    white: float = WHITE,
+    warn: bool = True,
+) -> np.ndarray:
     """Decodes an image to 8-bit RGB.
 
-    Grey is replicated to three channels, 16 bits become 8, alpha is dropped and the EXIF
-    orientation is applied, all of it as `cv2.imread` does.
+    Grey is replicated to three channels, alpha is dropped and the EXIF orientation is applied, all
+    of it as `cv2.imread` does. Files of 8 bits are read as they are; of deeper ones 0 to `white`
+    become 0 to 255.
 
     Args:
       encoded: the contents of an image file.
-      file: name for the error message.
+      file: name for messages.
       max_pixels: a larger image is refused before it is decoded.
+      white: the value of white in files of more than 8 bits.
+      warn: whether to log that a file's values and `white` do not fit.
 
     Returns:
       uint8 array of shape (H, W, 3).
 
     Raises:
-      UserError: the bytes are no image that OpenCV reads, or one that is too large.
+      UserError: the bytes are no image that OpenCV reads, one that is too large or of several
+        pages, or its values are no numbers or far below `white`.
     """
+    values = pixels(encoded, file, max_pixels)
+    if values.dtype == np.uint8:
+        return values
+    misfit = unfitting(values, white)
+    if misfit and values.dtype != np.uint16 and white == WHITE:
+        raise UserError(
+            f'{file}: is of {values.dtype} to {values.max():g}, and nothing tells what white is: '
+            'save it as the training images are'
+        )
+    if misfit and warn:
+        logging.warning('%s: %s', file, misfit)
+    tags = _tiff_tags(encoded)
+    inverted = bool(tags) and tags.get(_PHOTOMETRIC) == 0
+    if values.dtype == np.uint16 and white == WHITE and tags and not inverted:
+        # OpenCV rounds colours of TIFF otherwise than those of PNG.
+        bgr = _imdecode(encoded, cv2.IMREAD_COLOR)
+        return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+    grey = to_8_bit(values, white)
+    # OpenCV turns white-is-zero round in files of 8 bits alone.
+    grey = 255 - grey if inverted else grey
+    return grey if grey.ndim == 3 else cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB)
+
+
+def pixels(encoded: bytes, file: Path | str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decodes an image to values as they are stored; arguments and errors as of `decode`.
+
+    Returns:
+      (H, W, 3) RGB, uint8 of files of 8 bits and less; of deeper ones the file's own type, where
+      grey is (H, W).
+    """
+    _check(encoded, file, max_pixels)
     if encoded.startswith(_JPEG_MAGIC):  # A third faster; of .pam OpenCV leaves blue first.
-        return _decode(encoded, file, cv2.IMREAD_COLOR_RGB, max_pixels)
-    image = _decode(encoded, file, cv2.IMREAD_COLOR, max_pixels)
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+        return _decode(encoded, file, cv2.IMREAD_COLOR_RGB)
+    flags = cv2.IMREAD_COLOR
+    tags = _tiff_tags(encoded)
+    if tags and max(tags.get(_BITS, (1,))) > 16:
+        flags = cv2.IMREAD_UNCHANGED  # With others OpenCV reads no grey of 32 bits.
+    elif tags or encoded.startswith((_PNG_MAGIC, b'P2', b'P3', b'P5', b'P6')):
+        flags |= cv2.IMREAD_ANYDEPTH
+    image = _decode(encoded, file, flags)
+    if image.dtype.kind == 'f' and not np.isfinite(image).all():
+        raise UserError(f'{file}: holds values that are no numbers (NaN or infinite); repair it')
+    if image.dtype == np.uint8 and image.ndim == 2:
+        return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
+    if image.ndim == 2:
+        return image
+    return np.ascontiguousarray(image[..., 2::-1])
+
+
+def white_of(values: np.ndarray) -> float:
+    """What white is, as far as one image of `pixels` tells; 0 of 8 bits, where it is 255.
+
+    That is the highest value of 8, 10, 12, 14, 16, ... bits, whichever holds the image's own; of
+    floats 1, or a power of two beyond it (less one from 8 bits on).
+    """
+    if values.dtype == np.uint8:
+        return 0.0
+    highest = float(values.max())
+    if values.dtype.kind == 'f' and highest < 2**7:
+        return 2.0 ** max(0, int(np.ceil(np.log2(max(highest, 1)))))
+    bits = int(np.ceil(highest)).bit_length()
+    return 2.0 ** max(8, bits + bits % 2) - 1
+
+
+def unfitting(values: np.ndarray, white: float) -> str | None:
+    """Why the values of an image of `pixels` do not fit `white`, and what to do; None if they do.
+
+    Args:
+      values: of more than 8 bits; or their lowest and highest.
+      white: the value of white.
+    """
+    low, high = float(values.min()), float(values.max())
+    if low < 0 or high > white:
+        return (
+            f'its values go from {low:g} to {high:g}, and what is outside of 0..{white:g} is cut: '
+            'save it with the range of the training images, or train with white as '
+            '--config.data.range'
+        )
+    if 0 < high * 16 < white:
+        return (
+            f'its highest value is {high:g} where white is {white:g}, so it is nearly black: save '
+            'it with the range of the training images, or train with white as --config.data.range'
+        )
+    return None
+
+
+def to_8_bit(values: np.ndarray, white: float) -> np.ndarray:
+    """Maps 0 to `white` to 0 to 255, uint8; what is outside is cut."""
+    if values.dtype != np.uint16:
+        return np.round(np.clip(values, 0, white) * (255.0 / white)).astype(np.uint8)
+    table = np.arange(2**16)
+    if white == WHITE:  # As OpenCV does.
+        return (table >> 8).astype(np.uint8)[values]
+    return np.round(np.minimum(table, white) * (255.0 / white)).astype(np.uint8)[values]
 
 
 def decode_mask(encoded: bytes, file: Path | str) -> np.ndarray:
-    """Decodes a mask: every pixel that is not black belongs to the defect.
+    """Decodes a mask of any kind to the region that it marks.
 
-    Masks of 0 and 1, of 0 and 255 and of 16 bits all mean the same.
+    Marked is what is opaque where something is transparent, what differs from the ground of a
+    coloured mask, and what is brighter than the darkest of a grey one. Each label counts, however
+    faint; soft edges and those of lossy files end at half of their region's highest value.
 
     Args:
       encoded: the contents of an image file.
@@ -77,12 +185,51 @@ def decode_mask(encoded: bytes, file: Path | str) -> np.ndarray:
       uint8 array of shape (H, W) of zeros and ones.
 
     Raises:
-      UserError: the bytes are no image that OpenCV reads, or one of more than `MAX_PIXELS`.
+      UserError: the bytes are no image that OpenCV reads, or one of more than `MAX_PIXELS`, of
+        several pages, or of values that are no numbers.
     """
-    mask = _decode(encoded, file, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH)
-    # JPEG rings around edges: its black is not exactly 0.
-    floor = 127 if encoded.startswith(_JPEG_MAGIC) else 0
-    return (mask > floor).astype(np.uint8)
+    _check(encoded, file, MAX_PIXELS)
+    layers = _palette(encoded)
+    if layers is None:
+        layers = _decode(encoded, file, cv2.IMREAD_UNCHANGED)
+    strength = masks.strength(layers)
+    if not np.isfinite(strength).all():
+        raise UserError(f'{file}: holds values that are no numbers (NaN or infinite); repair it')
+    # VP8 is WebP's lossy form, VP8L the other.
+    lossy = encoded.startswith(_JPEG_MAGIC) or (encoded[:4] == b'RIFF' and b'VP8 ' in encoded)
+    region = masks.region(strength, lossy)
+    # As it is, OpenCV turns TIFF alone.
+    return region if _tiff_tags(encoded) else turn(region, orientation(encoded))
+
+
+def orientation(encoded: bytes) -> int | None:
+    """The EXIF orientation, 1 to 8, that an image file names; None if it names none."""
+    if tags := _tiff_tags(encoded):
+        found = tags.get(_ORIENTATION, 1)
+        return found if found != 1 else None  # Libraries write 1 without being asked.
+    if not any(mark in encoded for mark in (b'Exif', b'eXIf', b'EXIF')):
+        return None
+    try:
+        with _pillow_unbounded(), Image.open(io.BytesIO(encoded)) as image:
+            return image.getexif().get(_ORIENTATION)
+    except Exception:  # Pillow raises many kinds.
+        return None
+
+
+def turn(image: np.ndarray, orientation: int | None) -> np.ndarray:
+    """Turns an image (H, W, ...) as stored to how its EXIF orientation says that it is shown."""
+    if orientation in (5, 6, 7, 8):
+        image = image.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    return np.ascontiguousarray(image)
+
+
+def read_mask(encoded: bytes) -> np.ndarray:
+    """Reads what `encode_mask` has written."""
+    return cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_GRAYSCALE) // 255
 
 
 def encode_mask(mask: np.ndarray) -> bytes:
@@ -175,16 +322,84 @@ def check_size(found: tuple[int, int] | None, file: Path | str, max_pixels: int)
         )
 
 
-def _decode(
-    encoded: bytes, file: Path | str, flags: int, max_pixels: int = MAX_PIXELS
-) -> np.ndarray:
+def _check(encoded: bytes, file: Path | str, max_pixels: int) -> None:
+    """Raises UserError, before anything is decoded, of an image too large or of several pages."""
     check_size(size(encoded), file, max_pixels)
+    count = _pages(encoded)
+    if count > 1:
+        raise UserError(f'{file}: holds {count} pages: split it into one file a page')
+
+
+def _pages(encoded: bytes) -> int:
+    """How many pictures a file holds, without its previews; 1 if that cannot be told."""
+    if encoded.startswith(_TIFF_MAGICS):
+        pages = _tiff_pages(encoded)
+        return max(1, sum(not (t.get(254, 0) & 5 or t.get(255) == 2) for t in pages))
+    animated = encoded.startswith(b'GIF8') or b'ANMF' in encoded[: 2**16] or b'avis' in encoded[:64]
+    if not animated and b'acTL' not in encoded[: 2**16]:
+        return 1
+    try:
+        with _pillow_unbounded(), Image.open(io.BytesIO(encoded)) as image:
+            return getattr(image, 'n_frames', 1)
+    except Exception:  # Pillow raises many kinds.
+        return 1
+
+
+def _tiff_pages(
+    encoded: bytes, most: int | None = None
+) -> list[TiffImagePlugin.ImageFileDirectory_v2]:
+    """The tags of each page of a TIFF file, at most of so many; of a damaged one what is found."""
+    pages, seen, file = [], {0}, io.BytesIO(encoded)
+    try:
+        with _pillow_unbounded():
+            head = encoded[:16] if encoded[2:3] in b'+' or encoded[3:4] in b'+' else encoded[:8]
+            place = TiffImagePlugin.ImageFileDirectory_v2(head).next
+            while place not in seen and len(pages) != most:
+                seen.add(place)
+                file.seek(place)
+                tags = TiffImagePlugin.ImageFileDirectory_v2(head)
+                tags.load(file)
+                place = tags.next
+                pages.append(tags)
+    except Exception:  # Pillow raises many kinds.
+        pass
+    return pages
+
+
+def _tiff_tags(encoded: bytes):
+    """The tags of a TIFF file's first page; None of another file."""
+    if not encoded.startswith(_TIFF_MAGICS):
+        return None
+    return next(iter(_tiff_pages(encoded, 1)), None)
+
+
+def _palette(encoded: bytes) -> np.ndarray | None:
+    """The colours of a file with a palette, uint8 (H, W, 4); None of another file.
+
+    Where all are the same colour, their numbers (H, W).
+    """
+    try:
+        with _pillow_unbounded(), Image.open(io.BytesIO(encoded)) as image:
+            if image.mode != 'P':
+                return None
+            numbers = np.asarray(image)
+            colours = np.asarray(image.convert('RGBA'))
+    except Exception:  # Pillow raises many kinds, and OpenCV tells what is wrong.
+        return None
+    return numbers if (colours == colours[0, 0]).all() else colours
+
+
+def _decode(encoded: bytes, file: Path | str, flags: int) -> np.ndarray:
     # Of a file without its end libpng complains to stderr itself.
     cut_off = encoded.startswith(_PNG_MAGIC) and b'IEND' not in encoded
-    try:
-        image = None if cut_off else cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
-    except cv2.error:  # an empty buffer, or more pixels than OpenCV accepts
-        image = None
+    image = None if cut_off else _imdecode(encoded, flags)
     if image is None:
         raise UserError(f'{file}: does not decode as an image; repair or remove the file')
     return image
+
+
+def _imdecode(encoded: bytes, flags: int) -> np.ndarray | None:
+    try:
+        return cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
+    except cv2.error:  # an empty buffer, or more pixels than OpenCV accepts
+        return None

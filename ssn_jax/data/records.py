@@ -6,7 +6,7 @@ source, so a file that changes is never read from an old copy; digests of its ow
 one of them is damaged.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 import hashlib
@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from ssn_jax import files
-from ssn_jax.data import doubts as doubts_lib, images, layouts, splits, synthetic
+from ssn_jax.data import doubts as doubts_lib, images, layouts, masks, splits, synthetic
 from ssn_jax.data.doubts import Doubt
 from ssn_jax.data.layouts import GOOD, Record
 from ssn_jax.errors import UserError
@@ -30,7 +30,7 @@ from ssn_jax.errors import UserError
 # Of a prepared set's files, by their path in it. Sets of a version without are prepared anew.
 _DIGESTS = 'sha256.json'
 # Of how a prepared set is stored: raise it, and older ones are prepared anew.
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,10 @@ def load(
     Args:
       data_config: fields `name` ('mvtec_ad', 'synthetic', 'ksdd2' or 'folder'), `root` (folder of
         the real data; empty: the embedded set), `category`, `cache` (folder of the prepared sets;
-        empty: ssn_jax in the user's cache folder) and `seed` (of the embedded set).
+        empty: ssn_jax in the user's cache folder) and `seed` (of the embedded set); and, if it has
+        them, `range` (what white is in files of more than 8 bits; 0: found from the training
+        images) and `masks` (how they are resized: 'nearest', 'region', which loses none, or
+        'auto': 'region' of a 'folder').
       image_size: (height, width) of images and masks.
       resize: (height, width) they are resized to before `image_size` is cut out of their middle;
         zeros: they are resized to `image_size`.
@@ -69,9 +72,22 @@ def load(
     """
     source = find(data_config, need)
     prepared = _prepare(source, cache_folder(data_config.cache))
-    train, of_train, trained = _read(prepared, 'train', image_size, resize)
-    test, of_test, tested = _read(prepared, 'test', image_size, resize)
+    listed = {split: _list(prepared, split) for split in layouts.SPLITS}
+    fitting = {
+        'white': white_of(
+            data_config, {file: white for _, file, _, white, _ in listed['train'][1]}
+        ),
+        'image_size': image_size,
+        'resize': resize,
+        'fit_mask': mask_fitter(data_config, image_size, resize),
+    }
+    train, of_train, trained, of_train_doubtful = _read(
+        *listed['train'], prepared.parent, **fitting
+    )
+    test, of_test, tested, of_test_doubtful = _read(*listed['test'], prepared.parent, **fitting)
     doubts_lib.log([*source.doubts, *doubts_lib.in_both(trained, tested)])
+    doubts_lib.log(of_train_doubtful, 'training')
+    doubts_lib.log(of_test_doubtful, 'test')
     return splits.Dataset(
         train=train,
         test=test,
@@ -79,6 +95,8 @@ def load(
         category=source.category,
         embedded=source.name == 'synthetic',
         fingerprints={'train': of_train, 'test': of_test},
+        white=fitting['white'],
+        doubts=(*of_train_doubtful, *of_test_doubtful),
     )
 
 
@@ -117,8 +135,8 @@ def find(config: ConfigDict, need: str = 'train') -> _Source:
     """Finds the data set that a config asks for; `need` is the split that must hold images."""
     root, places = Path(config.root).expanduser(), _places(config)
     normal = config.get('normal', layouts.NORMAL).split(',')
-    masks = _below_root(config, 'mask_dir') if config.get('mask_dir') else None
-    if masks and layout_of(config) != 'folder':
+    masks_in = _below_root(config, 'mask_dir') if config.get('mask_dir') else None
+    if masks_in and layout_of(config) != 'folder':
         raise UserError('--config.data.mask_dir is for --config.data.name=folder: say that too')
     match layout_of(config):
         case 'synthetic':
@@ -134,7 +152,7 @@ def find(config: ConfigDict, need: str = 'train') -> _Source:
             return _real(config.name, category_of(config), root, layouts.ksdd2(root, need))
         case 'folder':
             if places:
-                places |= {'mask_dir': masks} if masks else {}
+                places |= {'mask_dir': masks_in} if masks_in else {}
                 found = layouts.from_folders(root, places, normal, need)
                 return _real('folder', category_of(config), root, found)
             if not config.root:
@@ -142,7 +160,7 @@ def find(config: ConfigDict, need: str = 'train') -> _Source:
                     '--config.data.name=folder needs your images: name their folder with '
                     '--config.data.root'
                 )
-            found = layouts.folder(root, normal, need, masks)
+            found = layouts.folder(root, normal, need, masks_in)
             return _real(config.name, category_of(config), root, found)
     raise UserError(
         f'--config.data.name={config.name}: no such data set; choose from mvtec_ad, synthetic, '
@@ -271,13 +289,12 @@ def _builder(folder: Path):
     return builders.Inspection(data_dir=folder, file_format='array_record')
 
 
-def _read(
-    prepared: Path, split: str, image_size: tuple[int, int], resize: tuple[int, int]
-) -> tuple[splits.Split, str, dict[str, bytes]]:
-    """Decodes and resizes one split of a prepared set.
+def _list(prepared: Path, split: str) -> tuple[Sequence[dict], list[tuple]]:
+    """A split of a prepared set.
 
     Returns:
-      The split, its fingerprint, and by file the digests of its images as they are encoded.
+      Its examples, images and masks as they were encoded; and, in the order of defects and files,
+      of each its defect, file, whether it has a mask, what white is, and its place in the former.
     """
     from tensorflow_datasets import decode
 
@@ -285,41 +302,126 @@ def _read(
     builder, source = _builder(prepared), []
     if builder.info.splits[split].num_examples:  # array_record opens no split without a file.
         source = builder.as_data_source(split, decoders=skip)
-    # Encoded images are read twice, lest all of them be held at once.
-    named = [(e['defect'].decode(), e['file'].decode(), bool(e['has_mask'])) for e in source]
-    order = sorted(range(len(named)), key=named.__getitem__)
-    named = [named[i] for i in order]
-    defects, names, has_mask = (tuple(x) for x in zip(*named, strict=True)) if named else ((),) * 3
-    shape, pixels = (len(named), *image_size), np.uint8
-    wanted = {'images': ((*shape, 3), pixels), 'masks': (shape, pixels)}
-    kept = files.allocate(wanted, prepared.parent)
-    size = resize if any(resize) else image_size
+    # Encoded images are read again later, lest all of them be held at once.
+    return source, sorted(
+        (e['defect'].decode(), e['file'].decode(), bool(e['has_mask']), float(e['white']), i)
+        for i, e in enumerate(source)
+    )
 
-    def fill(place: int, example: dict) -> bytes:
-        """Decodes an image to its place; what it is told by."""
-        file = example['file'].decode()
-        kept['images'][place] = images.fit(
-            images.decode(example['image'], file), image_size, resize
+
+def white_of(config: ConfigDict, trained: Mapping[str, float]) -> float:
+    """What white is in images of more than 8 bits; 0 if no training image tells.
+
+    One rule for all of them: what the config says, or that of the training image whose white is the
+    highest.
+
+    Args:
+      config: as of `load`.
+      trained: by training image what white is in it; 0 in one of 8 bits.
+
+    Raises:
+      UserError: some are of 0 to 1, and others are not.
+    """
+    if white := float(config.get('range', 0)):
+        return white
+    found = sorted((white, file) for file, white in trained.items() if white)
+    if not found:
+        return 0.0
+    (least, one), (white, other) = found[0], found[-1]
+    if least <= 1 and white > 2:
+        raise UserError(
+            f'{one} holds values of 0 to 1, and {other} of 0 to {white:g}: save all images with '
+            'one range'
         )
-        mask = images.decode_mask(example['mask'], file)
-        kept['masks'][place] = images.centre(images.resize_mask(mask, size), image_size)
+    logging.info('White is %g in images of more than 8 bits, as training images tell.', white)
+    return white
+
+
+def mask_fitter(
+    config: ConfigDict, image_size: tuple[int, int], resize: tuple[int, int]
+) -> Callable[[np.ndarray], np.ndarray]:
+    """What fits masks (H, W) to `image_size`; arguments as of `load`."""
+    how = config.get('masks', 'auto')
+    if how == 'auto':
+        how = 'region' if layout_of(config) == 'folder' else 'nearest'
+    to_size = masks.resize if how == 'region' else images.resize_mask
+    whole = resize if any(resize) else image_size
+    return lambda mask: images.centre(to_size(mask, whole), image_size)
+
+
+def doubts_about(file: str, example: Mapping, of_mask: str | None, white: float) -> list[Doubt]:
+    """What is doubtful about an image.
+
+    Args:
+      file: its name.
+      example: `turned`, `white` and `span` of `builders.example`.
+      of_mask: as `doubts.of_mask` found it.
+      white: of all images, as `white_of` found it.
+    """
+    kinds = [of_mask] if of_mask else []
+    if example['white'] and images.unfitting(example['span'], white or images.WHITE):
+        kinds.append('values')
+    if example['turned']:
+        kinds.append('turned mask')
+    return [Doubt(file, kind) for kind in kinds]
+
+
+def _read(
+    source: Sequence[dict],
+    examples: list[tuple],
+    folder: Path,
+    white: float,
+    image_size: tuple[int, int],
+    resize: tuple[int, int],
+    fit_mask: Callable,
+) -> tuple[splits.Split, str, dict[str, bytes], list[Doubt]]:
+    """Decodes and resizes a split.
+
+    Returns:
+      It, its fingerprint, by file the digests of its images as they are encoded, and what is
+      doubtful about it.
+    """
+    defects, names, has_mask, _, order = (
+        (tuple(x) for x in zip(*examples, strict=True)) if examples else ((),) * 5
+    )
+    has_mask = np.array(has_mask, bool)
+    shape, pixels = (len(order), *image_size), np.uint8
+    wanted = {'images': ((*shape, 3), pixels), 'masks': (shape, pixels)}
+    kept = files.allocate(wanted, folder)
+
+    def fill(place: int, example: dict) -> tuple[bytes, list[Doubt]]:
+        """Decodes an image to its place; what it is told by, and what is doubtful about it."""
+        file, of_mask = example['file'].decode(), None
+        image = images.decode(example['image'], file, white=white or images.WHITE, warn=False)
+        kept['images'][place] = images.fit(image, image_size, resize)
         # The mask as pixels, since it was encoded here, by whatever version of OpenCV.
+        mask = images.read_mask(example['mask'])
         parts = example['image'], np.packbits(mask).tobytes(), bytes([example['has_mask']])
         heading = f'{file}\0{example["defect"].decode()}\0'.encode()
-        return b''.join(hashlib.sha256(part).digest() for part in (heading, *parts))
+        told = b''.join(hashlib.sha256(part).digest() for part in (heading, *parts))
+        kept['masks'][place] = 0
+        if has_mask[place] and defects[place] != GOOD:
+            fitted = fit_mask(mask)
+            of_mask = doubts_lib.of_mask(mask, fitted)
+            has_mask[place] = not of_mask
+            if not of_mask:
+                kept['masks'][place] = fitted
+        return told, doubts_about(file, example, of_mask, white)
 
-    content, encoded, at_once = hashlib.sha256(), [], 64
+    content, encoded, at_once, doubtful = hashlib.sha256(), [], 64, []
     with ThreadPoolExecutor() as pool:  # OpenCV and hashlib release the interpreter's lock.
         for start in range(0, len(order), at_once):
-            examples = [source[i] for i in order[start : start + at_once]]
-            for told in pool.map(fill, range(start, start + len(examples)), examples):
+            some = [source[i] for i in order[start : start + at_once]]
+            places = range(start, start + len(some))
+            for told, found in pool.map(fill, places, some):
                 content.update(told)
                 encoded.append(told[32:64])
+                doubtful += found
     split = splits.Split(
         **kept,
-        has_mask=np.array(has_mask, bool),
+        has_mask=has_mask,
         labels=np.array([defect != GOOD for defect in defects], np.int32),
         defects=defects,
         files=names,
     )
-    return split, content.hexdigest(), dict(zip(names, encoded, strict=True))
+    return split, content.hexdigest(), dict(zip(names, encoded, strict=True)), doubtful

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ssn_jax.data.doubts import Doubt
+
 
 @dataclass(frozen=True)
 class Split:
@@ -39,6 +41,8 @@ class Dataset:
       embedded: whether this is the embedded procedural set instead of real data.
       fingerprints: by split, 'train' and 'test', the SHA-256 of what it holds: of names, encoded
         images and masks, wherever they lie.
+      white: what white is in images of more than 8 bits; 0 if no training image tells.
+      doubts: about its images.
     """
 
     train: Split
@@ -47,6 +51,8 @@ class Dataset:
     category: str
     embedded: bool
     fingerprints: dict[str, str]
+    white: float = 0.0
+    doubts: tuple[Doubt, ...] = ()
 
 
 def take(split: Split, indices: np.ndarray) -> Split:
