@@ -27,9 +27,9 @@ test: $(STAMP)
 	[ $$quick = 0 ] && [ $$slow = 0 ]
 
 # What tells soonest that something is wrong: lint, and the tests that compile next to nothing.
-CHECKED := check checkpoint data decision defects demo figures fuzz gpu layouts losses main metrics overlays
-CHECKED += predict predictor readme report run sampling supervision sweep synthetic torch_archives
-CHECKED += trust weights
+CHECKED := check checkpoint data decision defects demo figures fuzz gpu layouts losses main metrics
+CHECKED += overlays predict predictor reading readme report run sampling supervision sweep synthetic
+CHECKED += torch_archives trust weights
 check: lint
 	@$(QUICK) $(CHECKED:%=tests/test_%.py)
 

@@ -268,8 +268,7 @@ def test_an_image_that_is_too_large_is_not_decoded(load, tmp_path, monkeypatch):
     """As prediction does it; the limit is made small here."""
     make_category(tmp_path / 'root/nut')
     write(tmp_path / 'root/nut/train/good/003.png', 5, (80, 90))
-    monkeypatch.setattr(images._decode, '__defaults__', (80 * 89,))
-    monkeypatch.setattr(images.decode, '__defaults__', (80 * 89,))
+    monkeypatch.setattr(images.pixels, '__defaults__', (80 * 89,))
     with pytest.raises(UserError, match=r'003\.png: 80x90'):
         load()
 

@@ -9,14 +9,16 @@ import numpy as np
 
 # By kind: what is wrong, and what to do.
 REASONS = {
-    'empty mask': 'its mask is empty: mark the defect in it, or remove the mask',
+    'empty mask': (
+        'its mask is empty, and counts as unknown: mark the defect in it, or remove the mask'
+    ),
     'large mask': (
-        'its mask covers more than half of the image: invert it if it marks what is normal, or '
-        'remove it'
+        'its mask covers more than half of the image, and counts as unknown: invert it if it marks '
+        'what is normal, or remove it'
     ),
     'lost mask': (
-        'nothing of its mask is left at image_size: raise --config.image_size, or set '
-        '--config.data.masks=region'
+        'nothing of its mask is left at image_size, and it counts as unknown: raise '
+        '--config.image_size, cut less, or set --config.data.masks=region'
     ),
     'values': (
         'its values do not fit those of the training images: save it with their range, or set '
@@ -102,7 +104,7 @@ def log(doubts: Iterable[Doubt], split: str = '') -> None:
     files = {}
     for doubt in doubts:
         files.setdefault(doubt.reason, []).append(doubt.file)
-    of = f' of the {split} images' if split else ' in all'
+    of = f' of the {split} images' if split else ''
     for reason, named in files.items():
         first = ', '.join(named[:3]) + ', ...' * (len(named) > 3)
-        logging.warning('%s, %d%s (%s)', reason, len(named), of, first)
+        logging.warning('%d%s (%s): %s', len(named), of, first, reason)
