@@ -280,7 +280,7 @@ def _missing(base: Path, need: str, normal: Collection[str]) -> str:
     where = split if split.is_dir() else base
     found = [f'{path.name}/' for path in _folders(where, required=False)]
     flat = sum(path.suffix.lower() in images.SUFFIXES for path in _entries(where))
-    found = ', '.join(found[:8] + [f'{flat} images'] * bool(flat))
+    found = ', '.join(found[:8] + [f'{flat} image' + 's' * (flat > 1)] * bool(flat))
     found = f'; {where} holds {found}' if found else ''
     if need == 'test':
         return f'{split}: holds no images; put them into test/good, test/DEFECT{found}'
