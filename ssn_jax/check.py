@@ -1,7 +1,7 @@
 """What training would read of a folder, and what is doubtful about it: `ssn-jax check`."""
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import dataclasses
 import hashlib
@@ -21,8 +21,8 @@ from ssn_jax.report import figures, overlays
 # Of a config's data those that say where images are.
 FIELDS = ('name', 'root', 'category', 'normal', 'normal_dir', 'normal_test_dir', 'defect_dir')
 FIELDS += ('mask_dir',)
+CONFIG = 'auto'  # What the folder is read for.
 _AT_ONCE = 64
-_TRAINED = (256, 256)  # The image_size of `configs/auto.py`.
 _SHOWN, _SIDE = 48, 240  # Of the contact sheet: images, and pixels of each.
 
 
@@ -56,20 +56,20 @@ class Found:
     Attributes:
       images: all of them.
       doubts: about them and other files, those that cannot be read among them.
-      errors: of these the ones that training would end with.
-      image_size: what the images suggest; None if it is that of `configs/auto.py`.
+      errors: by file what training would end with.
+      image_size: what the images suggest; None if the config's serves as well.
     """
 
     images: list[Image]
     doubts: list[doubts_lib.Doubt]
-    errors: list[doubts_lib.Doubt]
+    errors: dict[str, str]
     image_size: tuple[int, int] | None = None
 
     def to_dict(self) -> dict:
         """What `check --json` prints."""
         return {
             'images': [dataclasses.asdict(image) for image in self.images],
-            'doubts': [dataclasses.asdict(doubt) for doubt in self.doubts],
+            'doubts': [{'file': doubt.file, 'reason': doubt.reason} for doubt in self.doubts],
         }
 
 
@@ -83,56 +83,58 @@ def choose_layout(config: ml_collections.ConfigDict) -> None:
 
 
 def check(
-    config: ml_collections.ConfigDict,
+    run: ml_collections.ConfigDict,
     masks: pathlib.Path | None = None,
     sheet: pathlib.Path | None = None,
 ) -> Found:
     """Reads a data set as training would.
 
     Args:
-      config: `config.data` of a run.
+      run: the config of a run.
       masks: a folder that receives what is read as masks, 0 and 255, as FILE.png.
       sheet: a PNG to draw: images with their masks outlined, the doubtful ones first.
 
     Raises:
       UserError: the layout is wrong.
     """
+    config, size = run.data, (tuple(run.image_size), tuple(run.resize))
     source = records.find(config)
-    found, doubts, errors, deep = [], [*source.doubts], [], []
-    contents = {'train': {}, 'test': {}}
-    for record, read in _read(source.records, masks):
+    found, told, errors, contents = [], [], {}, {split: {} for split in layouts.SPLITS}
+    for record, read in _read(source.records, records.mask_fitter(config, *size), masks):
         if isinstance(read, UserError):
-            errors.append(doubts_lib.Doubt(record.file, str(read)))
+            errors[record.file] = str(read)
             label = None if record.defect is None else int(record.defect != GOOD)
             found.append(Image(record.file, record.split, label, record.defect))
         else:
-            image, content, kinds, *values = read
+            image, content, *of_doubts = read
             found.append(image)
             contents[image.split][image.file] = content
-            doubts += [doubts_lib.Doubt(image.file, doubts_lib.REASONS[kind]) for kind in kinds]
-            deep.append((image, *values))
-    trained = [white for image, white, _ in deep if image.split == 'train']
-    sizes = [(*image.size, image.mask_pixels or 0) for image, *_ in deep]
-    better = records.recommended_size(sizes, _TRAINED)
-    for image, *_ in deep:
-        if doubts_lib.of_shape(image.size, better or _TRAINED):
-            doubts.append(doubts_lib.Doubt(image.file, doubts_lib.REASONS['shape']))
-    white = config.range or max(trained, default=0) or images.WHITE
-    for image, own, span in deep:
-        if own and images.unfitting(span, white):
-            doubts.append(doubts_lib.Doubt(image.file, doubts_lib.REASONS['values']))
-    doubts += [*doubts_lib.in_both(**contents), *errors]
+            told.append((image, *of_doubts))
+    trained = {image.file: example['white'] for image, example, _ in told if image.split == 'train'}
+    white = records.white_of(config, trained)
+    doubts = [*source.doubts, *doubts_lib.in_both(**contents)]
+    for image, example, of_mask in told:
+        doubts += records.doubts_about(image.file, example, of_mask, white)
+    sizes = [(*image.size, image.mask_pixels or 0) for image, *_ in told]
+    better = records.recommended_size(sizes, size[0])
+    for image, *_ in told:
+        if doubts_lib.of_shape(image.size, better or size[0]):
+            doubts.append(doubts_lib.Doubt(image.file, 'shape'))
+    doubts += [doubts_lib.Doubt(file, 'unreadable', error) for file, error in errors.items()]
     found.sort(key=lambda image: image.file)
     if sheet:
-        _draw(sheet, {record.file: record for record in source.records}, found, doubts)
+        _draw(sheet, {record.file: record for record in source.records}, found, doubts, white)
     return Found(found, doubts, errors, better)
 
 
-def _read(found: Sequence[Record], masks: pathlib.Path | None) -> Iterator[tuple]:
+def _read(
+    found: Sequence[Record],
+    fit_mask: Callable[[np.ndarray], np.ndarray],
+    masks: pathlib.Path | None,
+) -> Iterator[tuple]:
     """Yields each record with what is read of it, or with a UserError.
 
-    That is its `Image`, the digest of its file, kinds of doubt, and what white is and the lowest
-    and highest value, as `builders.example` has them.
+    That is its `Image`, the digest of its file, and what `records.doubts_about` takes.
     """
 
     def read(record):
@@ -142,19 +144,16 @@ def _read(found: Sequence[Record], masks: pathlib.Path | None) -> Iterator[tuple
             return record, e
         if masks and record.mask is not None:
             files.write(masks / f'{record.file}.png', example['mask'])
-        encoded, defect = example['image'], example['defect']
-        pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED)
-        mask = images.read_mask(example['mask'])
-        kinds = ['turned mask'] * example['turned']
-        if defect != GOOD and example['has_mask']:
-            kinds.append(doubts_lib.of_mask(mask))
+        encoded, defect = example.pop('image'), example['defect']
+        mask = images.read_mask(example.pop('mask'))
         image = Image(
             *(record.file, record.split, int(defect != GOOD), defect, mask.shape),
-            bits=8 * pixels.itemsize,
+            bits=8 * images.pixels(encoded, record.file).itemsize,
             mask_pixels=int(mask.sum()) if example['has_mask'] else None,
         )
-        digest = hashlib.sha256(encoded).digest()
-        return record, (image, digest, filter(None, kinds), example['white'], example['span'])
+        marked = example['has_mask'] and defect != GOOD
+        of_mask = doubts_lib.of_mask(mask, fit_mask(mask)) if marked else None
+        return record, (image, hashlib.sha256(encoded).digest(), example, of_mask)
 
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(found), _AT_ONCE):  # Lest all images be held at once.
@@ -209,10 +208,10 @@ def command(config: ml_collections.ConfigDict, image_size: tuple[int, int] | Non
     if image_size:
         flags.append('--config.image_size=({},{})'.format(*image_size))
     workdir = f'runs/{records.category_of(config)}'
-    return shlex.join(['ssn-jax', 'train', '--config', 'auto', *flags, '--workdir', workdir])
+    return shlex.join(['ssn-jax', 'train', '--config', CONFIG, *flags, '--workdir', workdir])
 
 
-def _draw(path, by_file, found, doubts):
+def _draw(path, by_file, found, doubts, white):
     """Draws the contact sheet: the doubtful images, then defects, then normal ones, each spread."""
     doubtful = {doubt.file for doubt in doubts}
     chosen = [image for image in found if image.file in doubtful][:_SHOWN]
@@ -223,19 +222,20 @@ def _draw(path, by_file, found, doubts):
     cells = []
     for image in chosen:
         colour = figures.DEFECTIVE if image.file in doubtful else 'black'
-        picture = _picture(by_file[image.file]) if image.size else None
+        picture = _picture(by_file[image.file], white) if image.size else None
         text = image.file if image.size else f'{image.file}: unreadable'
         cells.append(
             (np.zeros((_SIDE, _SIDE, 3), np.uint8) if picture is None else picture, text, colour)
         )
-    title = f'{len(chosen)} of {len(found)} images with their masks, those that are doubtful first'
+    title = f'{len(chosen)} of {len(found)} images with their masks'
+    title += ', the doubtful ones first' if doubtful else ''
     figures.contact_sheet(path, cells, title)
 
 
-def _picture(record: Record) -> np.ndarray:
+def _picture(record: Record, white: float) -> np.ndarray:
     """An image with its mask's outline on a grey square."""
     example = builders.example(record)
-    image = images.decode(example['image'], record.file)
+    image = images.decode(example['image'], record.file, white=white or images.WHITE, warn=False)
     height, width = (max(1, round(x * _SIDE / max(image.shape[:2]))) for x in image.shape[:2])
     image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
     overlays.outline(image, images.read_mask(example['mask']), 1)

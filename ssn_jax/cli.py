@@ -478,17 +478,17 @@ def check(argv: list[str]) -> int:
     terminal.log_to_stderr()
     from ssn_jax import check as check_lib
 
-    config = config_lib.default_config()
+    config = config_lib.load(check_lib.CONFIG)
     config.data.update(root=str(arguments.root), name='', category='')
     config.update_from_flattened_dict(overrides)
     check_lib.choose_layout(config.data)
-    found = check_lib.check(config.data, arguments.masks, arguments.sheet)
+    found = check_lib.check(config, arguments.masks, arguments.sheet)
     if arguments.json:
         print(json.dumps(found.to_dict(), indent=2))
     else:
         print(check_lib.report(config.data, found))
-    for error in found.errors:
-        print(f'error: {error.reason}', file=sys.stderr)
+    for error in found.errors.values():
+        print(f'error: {error}', file=sys.stderr)
     return int(bool(found.errors))
 
 

@@ -55,7 +55,7 @@ def find(
         if is_image:
             yield path
         elif warn:
-            others.append(doubts.Doubt(path.relative_to(source).as_posix(), layouts.NOT_AN_IMAGE))
+            others.append(doubts.Doubt(path.relative_to(source).as_posix(), 'no image'))
     doubts.log(others)
 
 

@@ -111,9 +111,7 @@ def test_folder_without_masks(load, tmp_path, caplog):
     write(root / 'ground_truth/dent/008_mask.png', half_mask())  # Of no image, which is told.
     dataset = load('folder')
     told = [r.getMessage() for r in caplog.records if r.levelname == 'WARNING']
-    assert len(told) == 1 and told[0].startswith(
-        'ground_truth/dent/008_mask.png: is not used: it belongs'
-    )
+    assert len(told) == 1 and '(ground_truth/dent/008_mask.png)' in told[0]
 
     assert (dataset.name, dataset.category) == ('folder', 'root')
     assert dataset.train.defects == ('dent', 'good', 'good', 'good')

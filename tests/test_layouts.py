@@ -11,6 +11,7 @@ import pytest
 
 from ssn_jax import data, predict_folder
 from ssn_jax.data import layouts, records
+from ssn_jax.data.doubts import REASONS
 from ssn_jax.errors import UserError
 
 CASES = os.environ.get('SSN_JAX_CASES')
@@ -59,7 +60,8 @@ def seen(root='', **fields):
 
 
 def doubted(root='', **fields):
-    return {doubt.file: doubt.reason for doubt in find(root, **fields).doubts}
+    """By file the kind of doubt."""
+    return {doubt.file: doubt.kind for doubt in find(root, **fields).doubts}
 
 
 def test_a_clean_folder_raises_no_doubt(root):
@@ -130,10 +132,10 @@ def test_endings_are_the_same_everywhere(root, caplog):
     left = {'e.heic', 'f', 'g.txt', 'h.png.bak', 'pipe'}
     assert {f'train/good/{name}' for name in read} == {x for x in found if x.startswith('train')}
     others = {f'train/good/{name}' for name in left} | {'ground_truth/scratch/notes.txt'}
-    assert doubts == dict.fromkeys(others, layouts.NOT_AN_IMAGE)
+    assert doubts == dict.fromkeys(others, 'no image')
     assert {path.name for path in predict_folder.find(good, warn=True)} == read
     [told] = [r.getMessage() for r in caplog.records]
-    assert told == f'e.heic and 4 more: {layouts.NOT_AN_IMAGE}'
+    assert told == f'5 (e.heic, f, g.txt, ...): {REASONS["no image"]}'
 
 
 @pytest.mark.parametrize('name', ['masks', 'mask', 'labels', 'Ground_Truth', 'Ground Truth'])
@@ -156,7 +158,7 @@ def test_masks_called_as_their_images(root):
     assert seen(root)['test/scratch/5.png'][2] == 'scratch/5.bmp' and not doubted(root)
     mark(masks / '5_mask.png')
     assert seen(root)['test/scratch/5.png'][2] == 'scratch/5_mask.png'
-    assert 'belongs to no image' in doubted(root)['ground_truth/scratch/5.bmp']
+    assert doubted(root) == {'ground_truth/scratch/5.bmp': 'mask of no image'}
 
 
 def test_names_are_compared_in_one_form(root):
@@ -169,6 +171,18 @@ def test_names_are_compared_in_one_form(root):
     assert found == ('test', composed, f'{composed}/{decomposed}_mask.png') and not doubted(root)
 
 
+def test_names_that_are_no_utf_8(root, tmp_path):
+    for folder in (b'train/good', b'test/scratch'):
+        os.rename(
+            root / os.fsdecode(folder) / ('0.png' if b'good' in folder else '5.png'),
+            os.fsencode(root) + b'/' + folder + b'/Pr\xfcf.png',
+        )
+    masks = os.fsencode(root / 'ground_truth/scratch')
+    os.rename(masks + b'/5_mask.png', masks + b'/Pr\xfcf_mask.png')
+    assert load(root, tmp_path).train.files[-1] == 'train/good/Pr\\xfcf.png'
+    assert seen(root)['test/scratch/Pr\\xfcf.png'][2] is not None
+
+
 def test_what_is_not_used_is_named(root):
     write(root / 'validation/good/0.png')
     write(root / 'notes/0.png')
@@ -179,11 +193,14 @@ def test_what_is_not_used_is_named(root):
     write(root / 'test/scratch/5_mask.png')
     mark(root / 'ground_truth/dent/0_mask.png')
     doubts = doubted(root)
-    assert doubts.keys() == {
-        *('validation/', 'notes/', 'overview.png', 'train/stray.png'),
-        *('test/scratch/5_mask.png', 'ground_truth/dent/0_mask.png'),
+    assert doubts == {
+        'validation/': 'other folder',
+        'notes/': 'other folder',
+        'overview.png': 'stray image',
+        'train/stray.png': 'stray image',
+        'test/scratch/5_mask.png': 'mask among images',
+        'ground_truth/dent/0_mask.png': 'mask of no image',
     }
-    assert all('is not used' in reason for reason in doubts.values())
     assert not doubts.keys() & seen(root).keys()
 
 
@@ -273,8 +290,8 @@ def test_the_same_file_in_training_and_test(root, tmp_path, caplog):
     shutil.copy(root / 'train/good/2.png', root / 'test/scratch/y.png')
     load(root, tmp_path)
     [told] = [r.getMessage() for r in caplog.records if r.levelname == 'WARNING']
-    assert told.startswith('test/good/x.png and 1 more: is in training and in test (2 test images')
-    assert 'test/good/x.png is the file train/good/1.png' in told
+    pair = 'test/good/x.png and train/good/1.png'
+    assert told == f'2 (test/good/x.png, test/scratch/y.png): {REASONS["in both splits"]}{pair}'
 
 
 def test_another_name_of_the_class_prepares_the_set_anew(root, tmp_path):

@@ -1,13 +1,13 @@
-"""What is doubtful about a data set's files, though they can be read: told, and counted."""
+"""What is doubtful about a data set's files: each is told, counted, and not taken for known."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from absl import logging
 import numpy as np
 
-# Of an image or its mask, by kind: what is wrong, how it is read, and what to do.
+# By kind: what is wrong, and what to do.
 REASONS = {
     'empty mask': (
         'its mask is empty, and counts as unknown: mark the defect in it, or remove the mask'
@@ -32,36 +32,64 @@ REASONS = {
         'its sides are not in the ratio of image_size by a factor of 1.5 or more, and it is '
         'squashed: set --config.image_size to its shape, or --config.fit=pad'
     ),
+    'unreadable': '',  # The error follows.
+    'no image': (
+        'not used, since its name is none of an image: if it is one, give it its ending, such as '
+        '.png'
+    ),
+    'stray image': 'not used, since images lie in folders: move it to train/good or test/DEFECT',
+    'other folder': 'not used, though it holds images: move them to train/good or test/DEFECT',
+    'mask among images': (
+        'not used, since it is called as the mask of the image beside it: move masks to '
+        'ground_truth/DEFECT'
+    ),
+    'mask of no image': (
+        'not used, since no image has its name: the mask of NAME.png is NAME_mask.png or NAME.png'
+    ),
+    'in both splits': (
+        'in training and in test, so its score says nothing: remove one of both files, such as '
+    ),
 }
-_KINDS = {reason: kind for kind, reason in REASONS.items()}
 
 
-@dataclass(frozen=True)
-class Doubt:
-    """Something about a file that its owner should know.
+class Doubt(NamedTuple):
+    """What is doubtful about a file.
 
     Attributes:
-      file: path relative to the data set's root.
-      reason: what is wrong with it, how it is read, and what to do.
+      file: its path relative to the data set's root; of a mask mostly that of its image.
+      kind: one of `REASONS`.
+      more: what is added to the reason.
     """
 
     file: str
-    reason: str
+    kind: str
+    more: str = ''
+
+    @property
+    def reason(self) -> str:
+        """What is wrong, and what to do."""
+        return REASONS[self.kind] + self.more
 
 
-def of_mask(mask: np.ndarray) -> str | None:
-    """The kind of doubt about a defective image's mask (H, W), at its own size; None if none."""
-    covered = np.count_nonzero(mask)
-    if not covered:
+def of_mask(mask: np.ndarray, fitted: np.ndarray) -> str | None:
+    """The kind of doubt about a defective image's mask; None if there is none.
+
+    Args:
+      mask: (H, W) at its own size.
+      fitted: (h, w) as it is trained or measured with.
+    """
+    if not mask.any():
         return 'empty mask'
-    return 'large mask' if 2 * covered > mask.size else None
+    if 2 * np.count_nonzero(mask) > mask.size:
+        return 'large mask'
+    return None if fitted.any() else 'lost mask'
 
 
-def of_shape(size: tuple[int, int], image_size: tuple[int, int]) -> str | None:
-    """The kind of doubt about an image's (height, width) that is squashed; None if none."""
+def of_shape(size: tuple[int, int], image_size: tuple[int, int]) -> bool:
+    """Whether an image of this (height, width) is squashed to image_size beyond all likeness."""
     (height, width), (high, wide) = size, image_size
     ratio = height * wide / (width * high)
-    return 'shape' if max(ratio, 1 / ratio) > 1.5 else None
+    return max(ratio, 1 / ratio) > 1.5
 
 
 def in_both(train: Mapping[str, bytes], test: Mapping[str, bytes]) -> list[Doubt]:
@@ -73,25 +101,21 @@ def in_both(train: Mapping[str, bytes], test: Mapping[str, bytes]) -> list[Doubt
     """
     trained = {content: file for file, content in train.items()}
     found = [file for file, content in test.items() if content in trained]
-    if not found:
-        return []
-    reason = (
-        f'is in training and in test ({len(found)} test images are; {found[0]} is the file '
-        f'{trained[test[found[0]]]}): its score says nothing, remove one of both'
-    )
-    return [Doubt(file, reason) for file in found]
+    pair = f'{found[0]} and {trained[test[found[0]]]}' if found else ''
+    return [Doubt(file, 'in both splits', pair) for file in found]
 
 
 def count(doubts: Iterable[Doubt]) -> dict[str, int]:
-    """How many there are of each kind, those of names and places together as 'files'."""
-    return dict(Counter(_KINDS.get(doubt.reason, 'files') for doubt in doubts))
+    """How many there are of each kind."""
+    return dict(Counter(doubt.kind for doubt in doubts))
 
 
-def log(doubts: Iterable[Doubt]) -> None:
-    """Logs what is doubtful, a line for each reason with the files that it holds for."""
-    by_reason = {}
+def log(doubts: Iterable[Doubt], split: str = '') -> None:
+    """Warns once of each reason, with the number of files and the first ones."""
+    files = {}
     for doubt in doubts:
-        by_reason.setdefault(doubt.reason, []).append(doubt.file)
-    for reason, files in by_reason.items():
-        more = f' and {len(files) - 1} more' if len(files) > 1 else ''
-        logging.warning('%s%s: %s', files[0], more, reason)
+        files.setdefault(doubt.reason, []).append(doubt.file)
+    of = f' of the {split} images' if split else ''
+    for reason, named in files.items():
+        first = ', '.join(named[:3]) + ', ...' * (len(named) > 3)
+        logging.warning('%d%s (%s): %s', len(named), of, first, reason)

@@ -7,6 +7,7 @@ Nothing is decoded here. Every function lists a layout's files as a `Listing`, o
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 import itertools
+import os
 from pathlib import Path
 import unicodedata
 
@@ -20,7 +21,6 @@ GOOD = 'good'
 NORMAL = 'good,ok,normal'  # What people call its folder, unless they say otherwise.
 _NORMAL = tuple(NORMAL.split(','))
 SPLITS = ('train', 'test')
-NOT_AN_IMAGE = 'is not used: it is no image by its name; if it is one, give it its ending'
 # What people call the folder of masks, in any case and with any separator.
 _MASKS = ('ground_truth', 'groundtruth', 'gt', 'masks', 'mask', 'labels', 'label')
 
@@ -205,8 +205,7 @@ def ksdd2(root: Path, need: str = 'train') -> Listing:
             listing.records.append(Record(split, None, file, files[key], files[f'{key}_GT']))
         # The official archive holds a stray "NAME_GT (copy).png".
         for key in sorted(files.keys() - keys - {f'{key}_GT' for key in keys}):
-            reason = 'is not used: it is called as a mask and belongs to no image'
-            listing.doubts.append(Doubt(_name(files[key], root), reason))
+            listing.doubts.append(Doubt(_name(files[key], root), 'mask of no image'))
     return listing
 
 
@@ -265,9 +264,7 @@ def _by_defect(
             files = {x: _key_of(x.relative_to(path)) for x in _images(path, root, listing.doubts)}
             for file, key in files.items():
                 if key.endswith('_mask') and key.removesuffix('_mask') in files.values():
-                    reason = 'is not used: it is called as the mask of the image beside it; move '
-                    reason += f'masks to ground_truth/{path.name}'
-                    listing.doubts.append(Doubt(_name(file, root), reason))
+                    listing.doubts.append(Doubt(_name(file, root), 'mask among images'))
                     continue
                 keys = f'{split}/{_key(path.name)}/{key}', f'{_key(path.name)}/{key}'
                 found.append(_Image(split, _class_of(path.name, normal), file, keys))
@@ -283,7 +280,7 @@ def _missing(base: Path, need: str, normal: Collection[str]) -> str:
     where = split if split.is_dir() else base
     found = [f'{path.name}/' for path in _folders(where, required=False)]
     flat = sum(path.suffix.lower() in images.SUFFIXES for path in _entries(where))
-    found = ', '.join(found[:8] + [f'{flat} images'] * bool(flat))
+    found = ', '.join(found[:8] + [f'{flat} image' + 's' * (flat > 1)] * bool(flat))
     found = f'; {where} holds {found}' if found else ''
     if need == 'test':
         return f'{split}: holds no images; put them into test/good, test/DEFECT{found}'
@@ -299,18 +296,18 @@ def _missing(base: Path, need: str, normal: Collection[str]) -> str:
 def _strays(base: Path, root: Path, place: Path | None) -> Iterator[Doubt]:
     """What lies beside the folders of the layout and is not used."""
     splits = [_child(base, split) for split in SPLITS]
+    used = {*splits, *((place, *place.parents) if place else ())}
     for path in _entries(base):
         if not path.is_dir():
             if path.suffix.lower() in images.SUFFIXES:
-                yield Doubt(_name(path, root), 'is not used: it lies beside train and test')
-        elif path not in (*splits, place) and any(is_image for _, is_image in walk(path)):
-            reason = 'is not used, though images are in it: of folders train, test and masks are'
-            yield Doubt(f'{_name(path, root)}/', reason)
+                yield Doubt(_name(path, root), 'stray image')
+        elif path not in used and any(is_image for _, is_image in walk(path)):
+            yield Doubt(f'{_name(path, root)}/', 'other folder')
     for split in splits:
         for path in _entries(split):
             if not path.is_dir():
-                reason = f'is not used: it lies in no folder below {split.name}, such as good'
-                yield Doubt(_name(path, root), reason)
+                image = path.suffix.lower() in images.SUFFIXES
+                yield Doubt(_name(path, root), 'stray image' if image else 'no image')
 
 
 def _with_masks(
@@ -359,11 +356,13 @@ def _with_masks(
         if any(_class_of(part, normal) == GOOD for part in below):
             continue  # The mask of a normal image is known to be empty.
         name = '/'.join(part for part in map(_key, below) if part not in SPLITS)
-        of = f' of {name!r}' if name else ''
-        reason = f'belongs to no image{of}; the mask of NAME.png is NAME_mask.png or NAME.png'
         if path.parent not in fits and name in classes:
-            raise UserError(f'{path}: {reason}')
-        listing.doubts.append(Doubt(_name(path, root), f'is not used: it {reason}'))
+            of = f' of {name!r}' if name else ''
+            raise UserError(
+                f'{path}: belongs to no image{of}; the mask of NAME.png is NAME_mask.png or '
+                'NAME.png'
+            )
+        listing.doubts.append(Doubt(_name(path, root), 'mask of no image'))
     return listing
 
 
@@ -408,10 +407,12 @@ def _key_of(below: Path) -> str:
 
 
 def _name(path: Path, root: Path) -> str:
-    """A file's path relative to the root; of one elsewhere, its last two parts."""
-    if path.is_relative_to(root):
-        return path.relative_to(root).as_posix()
-    return Path(*path.parts[-2:]).as_posix()
+    r"""A file's path relative to the root; of one elsewhere, its last two parts.
+
+    Bytes that are no UTF-8, of names from other systems, are written as \xNN.
+    """
+    below = path.relative_to(root) if path.is_relative_to(root) else Path(*path.parts[-2:])
+    return os.fsencode(below.as_posix()).decode(errors='backslashreplace')
 
 
 def _folders(path: Path, required: bool = True) -> list[Path]:
@@ -436,7 +437,7 @@ def _images(
         if is_image:
             found.append(file)
         else:
-            doubts.append(Doubt(_name(file, root), NOT_AN_IMAGE))
+            doubts.append(Doubt(_name(file, root), 'no image'))
     return found
 
 

@@ -6,7 +6,7 @@ source, so a file that changes is never read from an old copy; digests of its ow
 one of them is damaged.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 import hashlib
@@ -76,21 +76,22 @@ def load(
     """
     source = find(data_config, need)
     prepared = _prepare(source, cache_folder(data_config.cache))
-    how = data_config.get('masks', 'auto')
-    if how == 'auto':
-        how = 'region' if data_config.name == 'folder' else 'nearest'
     listed = {split: _list(prepared, split) for split in layouts.SPLITS}
     fitting = {
-        'white': float(data_config.get('range', 0)) or _white(listed['train'][1]),
+        'white': white_of(
+            data_config, {file: white for _, file, _, white, _ in listed['train'][1]}
+        ),
         'image_size': image_size,
         'resize': resize,
         'fit': fit,
-        'resize_mask': masks.resize if how == 'region' else images.resize_mask,
+        'fit_mask': mask_fitter(data_config, image_size, resize, fit),
     }
     train, of_train, trained, in_train, seen = _read(*listed['train'], prepared.parent, **fitting)
     test, of_test, tested, in_test, more = _read(*listed['test'], prepared.parent, **fitting)
-    doubts = *source.doubts, *doubts_lib.in_both(trained, tested), *in_train, *in_test
-    doubts_lib.log(doubts)
+    of_both = doubts_lib.in_both(trained, tested)
+    doubts_lib.log([*source.doubts, *of_both])
+    doubts_lib.log(in_train, 'training')
+    doubts_lib.log(in_test, 'test')
     if (better := recommended_size([*seen, *more], image_size)) and not any(resize):
         logging.info('Images and their defects suggest --config.image_size=(%d,%d)', *better)
     return splits.Dataset(
@@ -101,7 +102,7 @@ def load(
         embedded=source.name == 'synthetic',
         fingerprints={'train': of_train, 'test': of_test},
         white=fitting['white'],
-        doubts=doubts,
+        doubts=(*source.doubts, *of_both, *in_train, *in_test),
     )
 
 
@@ -170,7 +171,9 @@ def find(config: ConfigDict, need: str = 'train') -> _Source:
     """Finds the data set that a config asks for; `need` is the split that must hold images."""
     root, places = Path(config.root).expanduser(), _places(config)
     normal = config.get('normal', layouts.NORMAL).split(',')
-    masks = _below_root(config, 'mask_dir') if config.get('mask_dir') else None
+    masks_in = _below_root(config, 'mask_dir') if config.get('mask_dir') else None
+    if masks_in and layout_of(config) != 'folder':
+        raise UserError('--config.data.mask_dir is for --config.data.name=folder: say that too')
     match layout_of(config):
         case 'synthetic':
             return _embedded(config.category, config.seed)
@@ -178,14 +181,14 @@ def find(config: ConfigDict, need: str = 'train') -> _Source:
             if not config.root:
                 return _embedded(config.category, config.seed)
             found = layouts.mvtec_ad(root, config.category, normal, need)
-            return _real(config.name, config.category, root, found)
+            return _real('mvtec_ad', config.category, root, found)
         case 'ksdd2':
             if not config.root:
                 return _embedded(category_of(config), config.seed)
             return _real(config.name, category_of(config), root, layouts.ksdd2(root, need))
         case 'folder':
             if places:
-                places |= {'mask_dir': masks} if masks else {}
+                places |= {'mask_dir': masks_in} if masks_in else {}
                 found = layouts.from_folders(root, places, normal, need)
                 return _real('folder', category_of(config), root, found)
             if not config.root:
@@ -193,7 +196,7 @@ def find(config: ConfigDict, need: str = 'train') -> _Source:
                     '--config.data.name=folder needs your images: name their folder with '
                     '--config.data.root'
                 )
-            found = layouts.folder(root, normal, need, masks)
+            found = layouts.folder(root, normal, need, masks_in)
             return _real(config.name, category_of(config), root, found)
     raise UserError(
         f'--config.data.name={config.name}: no such data set; choose from mvtec_ad, synthetic, '
@@ -342,18 +345,22 @@ def _list(prepared: Path, split: str) -> tuple[Sequence[dict], list[tuple]]:
     )
 
 
-def _white(examples: list[tuple]) -> float:
-    """What white is in training images of more than 8 bits; 0 if there are none.
+def white_of(config: ConfigDict, trained: Mapping[str, float]) -> float:
+    """What white is in images of more than 8 bits; 0 if no training image tells.
 
-    One rule for all of them: that of the image whose white is the highest.
+    One rule for all of them: what the config says, or that of the training image whose white is the
+    highest.
 
     Args:
-      examples: as `_list` has them.
+      config: as of `load`.
+      trained: by training image what white is in it; 0 in one of 8 bits.
 
     Raises:
       UserError: some are of 0 to 1, and others are not.
     """
-    found = sorted((white, file) for _, file, _, white, _ in examples if white)
+    if white := float(config.get('range', 0)):
+        return white
+    found = sorted((white, file) for file, white in trained.items() if white)
     if not found:
         return 0.0
     (least, one), (white, other) = found[0], found[-1]
@@ -366,6 +373,37 @@ def _white(examples: list[tuple]) -> float:
     return white
 
 
+def mask_fitter(
+    config: ConfigDict,
+    image_size: tuple[int, int],
+    resize: tuple[int, int] = (0, 0),
+    fit: str = 'squash',
+) -> Callable[[np.ndarray], np.ndarray]:
+    """What fits masks (H, W) to `image_size`; arguments as of `load`."""
+    how = config.get('masks', 'auto')
+    if how == 'auto':
+        how = 'region' if layout_of(config) == 'folder' else 'nearest'
+    to_size = masks.resize if how == 'region' else images.resize_mask
+    return lambda mask: images.fit_mask(mask, image_size, resize, fit, to_size)
+
+
+def doubts_about(file: str, example: Mapping, of_mask: str | None, white: float) -> list[Doubt]:
+    """What is doubtful about an image.
+
+    Args:
+      file: its name.
+      example: `turned`, `white` and `span` of `builders.example`.
+      of_mask: as `doubts.of_mask` found it.
+      white: of all images, as `white_of` found it.
+    """
+    kinds = [of_mask] if of_mask else []
+    if example['white'] and images.unfitting(example['span'], white or images.WHITE):
+        kinds.append('values')
+    if example['turned']:
+        kinds.append('turned mask')
+    return [Doubt(file, kind) for kind in kinds]
+
+
 def _read(
     source: Sequence[dict],
     examples: list[tuple],
@@ -374,13 +412,13 @@ def _read(
     image_size: tuple[int, int],
     resize: tuple[int, int],
     fit: str,
-    resize_mask: Callable,
+    fit_mask: Callable,
 ) -> tuple[splits.Split, str, dict[str, bytes], list[Doubt], list[tuple[int, int, int]]]:
     """Decodes and resizes a split.
 
     Returns:
-      The split, its fingerprint, by file the digests of its images as they are encoded, what is
-      doubtful about it, and of each image height, width and how many pixels its mask marks.
+      It, its fingerprint, by file the digests of its images as they are encoded, what is doubtful
+      about it, and of each image height, width and how many pixels its mask marks.
     """
     defects, names, has_mask, _, order = (
         (tuple(x) for x in zip(*examples, strict=True)) if examples else ((),) * 5
@@ -389,47 +427,41 @@ def _read(
     shape, pixels = (len(order), *image_size), np.uint8
     wanted = {'images': ((*shape, 3), pixels), 'masks': (shape, pixels)}
     kept = files.allocate(wanted, folder)
+
     squashed = fit == 'squash' and not any(resize)
 
-    def fill(place: int, example: dict) -> tuple[bytes, list[str | None], tuple[int, int, int]]:
-        """Decodes an image to its place; what it is told by, kinds of doubt, and its sizes."""
-        file = example['file'].decode()
+    def fill(place: int, example: dict) -> tuple[bytes, list[Doubt], tuple[int, int, int]]:
+        """Decodes an image to its place; what it is told by, what is doubtful, and its sizes."""
+        file, of_mask = example['file'].decode(), None
         image = images.decode(example['image'], file, white=white or images.WHITE, warn=False)
         kept['images'][place] = images.fit(image, image_size, resize, fit)
-        found = [doubts_lib.of_shape(image.shape[:2], image_size)] if squashed else []
-        if example['white'] and images.unfitting(example['span'], white or images.WHITE):
-            found.append('values')
         # The mask as pixels, since it was encoded here, by whatever version of OpenCV.
         mask = images.read_mask(example['mask'])
-        sizes = *mask.shape, int(np.count_nonzero(mask))
         parts = example['image'], np.packbits(mask).tobytes(), bytes([example['has_mask']])
         heading = f'{file}\0{example["defect"].decode()}\0'.encode()
         told = b''.join(hashlib.sha256(part).digest() for part in (heading, *parts))
-        if example['turned']:
-            found.append('turned mask')
+        kept['masks'][place] = 0
         if has_mask[place] and defects[place] != GOOD:
-            doubtful = doubts_lib.of_mask(mask)
-            mask = images.fit_mask(mask, image_size, resize, fit, resize_mask)
-            if not doubtful and not mask.any():
-                doubtful = 'lost mask'
-            found.append(doubtful)
-            has_mask[place] = not doubtful
-        known = has_mask[place] and defects[place] != GOOD
-        kept['masks'][place] = mask if known else 0
-        return told, found, sizes
+            fitted = fit_mask(mask)
+            of_mask = doubts_lib.of_mask(mask, fitted)
+            has_mask[place] = not of_mask
+            if not of_mask:
+                kept['masks'][place] = fitted
+        found = doubts_about(file, example, of_mask, white)
+        if squashed and doubts_lib.of_shape(mask.shape, image_size):
+            found.append(Doubt(file, 'shape'))
+        return told, found, (*mask.shape, int(np.count_nonzero(mask)))
 
-    content, encoded, at_once, doubts, seen = hashlib.sha256(), [], 64, [], []
+    content, encoded, at_once, doubtful, seen = hashlib.sha256(), [], 64, [], []
     with ThreadPoolExecutor() as pool:  # OpenCV and hashlib release the interpreter's lock.
         for start in range(0, len(order), at_once):
             some = [source[i] for i in order[start : start + at_once]]
             places = range(start, start + len(some))
-            filled = zip(places, pool.map(fill, places, some), strict=True)
-            for place, (told, found, sizes) in filled:
-                content.update(told)
+            for told, found, sizes in pool.map(fill, places, some):
                 seen.append(sizes)
+                content.update(told)
                 encoded.append(told[32:64])
-                kinds = filter(None, found)
-                doubts += [Doubt(names[place], doubts_lib.REASONS[kind]) for kind in kinds]
+                doubtful += found
     split = splits.Split(
         **kept,
         has_mask=has_mask,
@@ -437,4 +469,4 @@ def _read(
         defects=defects,
         files=names,
     )
-    return split, content.hexdigest(), dict(zip(names, encoded, strict=True)), doubts, seen
+    return split, content.hexdigest(), dict(zip(names, encoded, strict=True)), doubtful, seen

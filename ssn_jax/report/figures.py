@@ -72,7 +72,8 @@ def _grid(
         for panel, (picture, text, colour) in zip(axes.flat, itertools.chain(*rows), strict=True):
             panel.set(xticks=[], yticks=[], frame_on=False)
             # About 13 characters of this size fit an inch, 12 bold ones.
-            panel.set_xlabel(_shorten(text, int(13 * span * width)), fontsize='small', color=colour)
+            label = _shorten(text, int(13 * span * width))
+            panel.set_xlabel(label, fontsize='small', color=colour, parse_math=False)
             if picture is not None:
                 panel.imshow(picture)
         for panel, heading in zip(axes[0], headings, strict=True):
