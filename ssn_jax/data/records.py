@@ -6,15 +6,18 @@ source, so a file that changes is never read from an old copy; digests of its ow
 one of them is damaged.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+import contextlib
 from dataclasses import dataclass
+import errno
 import hashlib
 import itertools
 import json
 import os
 from pathlib import Path
 import shutil
+import tempfile
 import uuid
 
 from absl import logging
@@ -59,12 +62,13 @@ def load(
       The data set.
 
     Raises:
-      UserError: the source is incomplete or broken, or the cache folder cannot be written.
+      UserError: the source is incomplete or broken, or the folder that `cache` names cannot be
+        written.
     """
     source = _source(data_config)
-    prepared = _prepare(source, cache_folder(data_config.cache))
-    train, of_train = _read(prepared, 'train', image_size, resize)
-    test, of_test = _read(prepared, 'test', image_size, resize)
+    with _prepared(source, data_config.cache) as prepared:
+        train, of_train = _read(prepared, 'train', image_size, resize)
+        test, of_test = _read(prepared, 'test', image_size, resize)
     return splits.Dataset(
         train=train,
         test=test,
@@ -145,10 +149,35 @@ def _real(name: str, category: str, root: Path, records: list[Record]) -> _Sourc
 
 
 def cache_folder(configured: str = '') -> Path:
-    """The folder for what can be made again: as configured, or ssn_jax in the user's cache."""
+    """The folder for what can be made again: as configured, or ssn_jax in the user's cache.
+
+    Raises:
+      OSError: none is configured, and the user has no home, as in a container with any user's id.
+    """
     if configured:
         return Path(configured).expanduser()
-    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'ssn_jax'
+    try:
+        return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'ssn_jax'
+    except RuntimeError:
+        raise OSError(errno.ENOENT, 'the user has no home folder') from None
+
+
+@contextlib.contextmanager
+def _prepared(source: _Source, configured: str) -> Iterator[Path]:
+    """Yields the folder of the prepared set: a temporary one where the cache cannot be written."""
+    with contextlib.ExitStack() as stack:
+        try:
+            prepared = _prepare(source, cache_folder(configured))
+        except OSError as error:
+            reason = f'cannot be written ({error.strerror or error})'
+            if configured:
+                raise UserError(
+                    f'{configured}: {reason}; name another folder with --config.data.cache'
+                ) from error
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix='ssn_jax-'))
+            logging.warning('The cache %s: the data are prepared in %s, for now.', reason, folder)
+            prepared = _prepare(source, Path(folder))
+        yield prepared
 
 
 def _prepare(source: _Source, cache: Path) -> Path:
@@ -156,6 +185,9 @@ def _prepare(source: _Source, cache: Path) -> Path:
 
     The set is built under a name of its own and renamed when complete: a failure leaves nothing
     behind, and of two processes that build the same set the slower one takes the faster one's.
+
+    Raises:
+      OSError: it cannot be written.
     """
     identity = json.dumps([_FORMAT, *source.identity])
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:24]
@@ -180,11 +212,6 @@ def _prepare(source: _Source, cache: Path) -> Path:
         except OSError:
             if not prepared.is_dir():
                 raise
-    except OSError as error:
-        raise UserError(
-            f'{cache}: cannot be written ({error.strerror or error}); name another folder with '
-            '--config.data.cache'
-        ) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return prepared
