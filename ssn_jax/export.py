@@ -6,6 +6,7 @@ import json
 import pathlib
 import zipfile
 
+from absl import logging
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -181,6 +182,13 @@ def write(model: Predictor, form: str, output: pathlib.Path, opset: int | None =
       UserError: the file cannot be written, or packages are missing.
     """
     files.check_output(output, '--output')
+    doubts = []
+    if model.epoch != model.config.epochs:
+        doubts.append(f'this is epoch {model.epoch} of {model.config.epochs}')
+    if model.threshold is None:
+        doubts.append(f'there is no threshold ({model.why_none}), so the file holds none')
+    if doubts:
+        logging.warning('%s: %s.', model.workdir, ', and '.join(doubts))
     if form == 'openvino':
         files.check_output(output.with_suffix('.bin'), '--output')
         content, weights = to_openvino(model)

@@ -158,11 +158,15 @@ class Predictor:
     def require_threshold(self) -> None:
         """Raises UserError if nothing says from which score on a frame is defective."""
         if self.threshold is None:
-            why = self.decision.get('undefined', f'no decision on epoch {self.epoch}')
             raise UserError(
-                f'{self.workdir} has no threshold ({why}): set --threshold=PROBABILITY, in Python '
-                'load(..., threshold=PROBABILITY).'
+                f'{self.workdir} has no threshold ({self.why_none}): set --threshold=PROBABILITY, '
+                'in Python load(..., threshold=PROBABILITY).'
             )
+
+    @property
+    def why_none(self) -> str:
+        """Why there is no threshold, where there is none."""
+        return self.decision.get('undefined', f'no decision on epoch {self.epoch}')
 
     def require_normal(self) -> np.ndarray:
         """The scores of normal images that it never saw; UserError if there are none."""

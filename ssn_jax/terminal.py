@@ -10,6 +10,8 @@ import os
 import pathlib
 import signal
 import sys
+import tempfile
+import warnings
 
 from absl import flags, logging
 
@@ -51,6 +53,11 @@ def guard(command: Callable[[], object], interrupted: str = '') -> None:
     except BrokenPipeError:  # Whoever reads what is printed has enough, as `head` does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+    except RuntimeError as e:
+        if 'home directory' not in str(e):  # As pathlib's expanduser says it.
+            raise
+        print('error: no home folder is known for ~: write the path in full.', file=sys.stderr)
+        sys.exit(1)
     except OSError as e:
         if e.errno not in _REFUSALS:
             raise
@@ -155,11 +162,23 @@ def set_up_log(quiet: bool = False) -> None:
 
 
 def compilation_cache() -> dict[str, str | float]:
-    """JAX's settings, by name, that keep compiled programs below the user's cache folder."""
+    """JAX's settings, by name, that keep compiled programs below the user's cache folder.
+
+    None, and a warning, where there is no such folder, or it cannot be written.
+    """
     from ssn_jax.data import records
 
+    folder = 'The cache folder'
+    try:
+        folder = records.cache_folder() / 'compiled'
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as f:
+            os.posix_fallocate(f.fileno(), 0, 2**24)  # About what a command's programs take.
+    except OSError as e:
+        logging.warning('%s cannot be used (%s): no program is kept there.', folder, e.strerror)
+        return {}
     return {
-        'jax_compilation_cache_dir': str(records.cache_folder() / 'compiled'),
+        'jax_compilation_cache_dir': str(folder),
         'jax_persistent_cache_min_compile_time_secs': 0.1,
     }
 
@@ -168,15 +187,10 @@ def use_compilation_cache() -> None:
     """Keeps compiled programs below the user's cache folder, so that a second start is quick."""
     import jax
 
-    settings = compilation_cache()
-    folder = pathlib.Path(settings['jax_compilation_cache_dir'])
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        logging.warning('%s cannot be written (%s): nothing is kept there.', folder, e.strerror)
-        return
-    for name, value in settings.items():
+    for name, value in compilation_cache().items():
         jax.config.update(name, value)
+    # Where the disk gets full on the way: a page for every program.
+    warnings.filterwarnings('ignore', 'Error writing persistent compilation cache')
     quieten_cache()
 
 

@@ -10,6 +10,7 @@ from multiprocessing import resource_tracker
 import os
 import pathlib
 import runpy
+import signal
 import sys
 import tempfile
 import traceback
@@ -93,6 +94,7 @@ def _run(program, arguments, cwd, folder, environment):
             os.environ[name] = value
     os.chdir(cwd)
     resource_tracker.register = lambda *_: None  # The locks of who is killed are no leak.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # Whoever starts the tests may ignore it.
     logging.root.handlers.clear()  # A library of the server's has set one up.
     import jax  # It has read the environment when the server imported it.
 

@@ -261,6 +261,7 @@ CASES = {
         ('--workdir=run', 'run/config.json is no config', write('run/config.json', b'{"version')),
         ('--workdir=run', 'written by a newer', write('run/config.json', b'{"version": 1000}')),
         ('--flagfile=missing', 'Unable to open flagfile'),
+        ('--log_dir=logs', ('--log_dir is not used', 'log.txt')),
         ('--epochs=3', ('epochs', '--config.FIELD=VALUE')),
         ('runs/a', "unexpected argument 'runs/a'"),
         ('--process_id=1', 'several processes need'),

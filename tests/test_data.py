@@ -3,8 +3,10 @@
 from collections import Counter
 import os
 from pathlib import Path
+import pwd
 import subprocess
 import sys
+import tempfile
 
 import cv2
 import ml_collections
@@ -379,6 +381,30 @@ def test_unwritable_cache(load, tmp_path):
     message = fails(load, cache=str(tmp_path / 'file/cache'))
     assert str(tmp_path / 'file/cache') in message
     assert '--config.data.cache' in message
+
+
+@pytest.mark.parametrize('home', [False, True])
+def test_without_a_cache_the_data_are_prepared_in_a_temporary_folder(
+    home, load, tmp_path, monkeypatch, caplog
+):
+    """No home for the user's id, or a cache that cannot be written; nothing is left behind."""
+    make_category(tmp_path / 'root/nut')
+    expected = load()
+    (tmp_path / 'file').write_text('')
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path / 'temporary'))
+    (tmp_path / 'temporary').mkdir()
+    for name in ('HOME', 'XDG_CACHE_HOME'):
+        monkeypatch.delenv(name, raising=False)
+    if home:
+        monkeypatch.setenv('HOME', str(tmp_path / 'file'))
+    else:
+        monkeypatch.setattr(pwd, 'getpwuid', {}.__getitem__)
+    found = load(cache='')
+    assert np.array_equal(found.train.images, expected.train.images)
+    reason = r'Not a directory' if home else 'the user has no home folder'
+    [said] = [r.getMessage() for r in caplog.records if r.levelname == 'WARNING']
+    assert f'The cache cannot be written ({reason}): the data are prepared in' in said
+    assert not list((tmp_path / 'temporary').iterdir())
 
 
 def test_needs_no_tensorflow(tmp_path):

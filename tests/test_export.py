@@ -126,6 +126,24 @@ def test_onnx_in_onnxruntime(run, tmp_path):
         export.to_onnx(run, opset=12)
 
 
+@pytest.mark.parametrize(
+    'epochs, threshold, said',
+    [
+        (1, 0.25, ''),
+        (3, 0.25, 'this is epoch 1 of 3, and there is no threshold (no decision on epoch 1), so'),
+        (1, None, ': there is no threshold (made up), so the file holds none.'),
+    ],
+)
+def test_what_is_not_finished_is_said(epochs, threshold, said, run, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(export, 'to_onnx', lambda model, opset: b'')
+    config = run.config.copy_and_resolve_references()
+    config.epochs = epochs
+    decided = {'threshold': threshold, 'undefined': 'made up'} if epochs == 1 else None
+    model = predictor.Predictor(config, run.fused, 1, decided, run.workdir)
+    export.write(model, 'onnx', tmp_path / 'nut.onnx')
+    assert [r.getMessage().count(said) for r in caplog.records] == ([1] if said else [])
+
+
 @settings(max_examples=10, deadline=None)
 @given(size=st.tuples(st.integers(1, 90), st.integers(1, 90)), seed=st.integers(0, 99))
 def test_images_are_resized_as_by_opencv(size, seed):

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import commands
@@ -14,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs_again import EPOCHS, PHASES, Job, check_same, last_state, results, rows, wait_for
+import tiny
 
-from ssn_jax import config as config_lib, losses, metrics, pipeline
+from ssn_jax import config as config_lib, losses, metrics, pipeline, signals
 from ssn_jax.training import checkpoint, loop, steps
 
 
@@ -53,13 +55,13 @@ def test_a_run_that_is_killed_in_every_phase_ends_as_if_it_had_not_been(job, who
 
 @pytest.mark.slow
 def test_stopped_runs_save_what_they_have_and_nobody_else_gets_in(job, whole, tmp_path):
-    """SIGTERM, Ctrl-C: within 10 s a checkpoint that was not due, and a line that says so."""
+    """SIGHUP, Ctrl-C: within 10 s a checkpoint that was not due, and a line that says so."""
     workdir, rare = tmp_path / 'stopped', '--config.checkpoint.every=99'
-    for number, name in ((signal.SIGTERM, 'SIGTERM'), (signal.SIGINT, 'SIGINT')):
+    for number, name in ((signal.SIGHUP, 'SIGHUP'), (signal.SIGINT, 'SIGINT')):
         before = len(rows(workdir))
         command = job.start(workdir, rare)
         wait_for(lambda w, before=before: len(rows(w)) > before, workdir, command)
-        if number == signal.SIGTERM:
+        if number == signal.SIGHUP:
             os.kill(command.process.pid, signal.SIGSTOP)  # It would be through before the second.
             second = job.start(workdir, rare)
             assert second.end() == 1
@@ -106,6 +108,79 @@ def test_a_signal_does_not_wait_for_compiled_code(tmp_path):
     assert command.end(60) == 128 + signal.SIGTERM
     assert command.out == 'saved\n'
     assert command.err.splitlines() == ['', 'stopped by SIGTERM: epoch 7 is saved.']
+
+
+def test_nohup_is_heeded(monkeypatch):
+    """What ignores SIGHUP goes on when its terminal is gone."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.raised(), signals.held():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize('arguments', ['--help', 'train --help', 'predict --help'])
+def test_who_reads_no_more_hears_no_complaint(arguments, tmp_path):
+    """As of `ssn-jax ... | head -1`."""
+    program = f'{sys.executable} -m ssn_jax {arguments} | true; echo ${{PIPESTATUS[0]}}'
+    done = subprocess.run(['bash', '-c', program], capture_output=True, text=True, check=True)
+    # argparse passes over it by itself.
+    assert (int(done.stdout), done.stderr) in ((128 + signal.SIGPIPE, ''), (0, ''))
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    """in/ with 240 images, run/ to predict them with, and the table of a call that ended well."""
+    folder = tmp_path_factory.mktemp('photos')
+    tiny.fake_run(folder, threshold=-0.3)
+    rng = np.random.default_rng(0)
+    for i in range(240):
+        file = folder / f'in/{i % 5}/{i:03d}.png'
+        file.parent.mkdir(parents=True, exist_ok=True)
+        assert cv2.imwrite(str(file), rng.integers(0, 256, (64, 64, 3), np.uint8))
+    command = predict(folder, folder / 'whole')
+    assert command.end() == 0, command.err[-3000:]
+    return folder, (folder / 'whole/predictions.csv').read_bytes()
+
+
+def predict(folder, output, *flags):
+    """Starts to predict `photos`."""
+    return commands.start(
+        *('predict', '--workdir', folder / 'run', '--input', folder / 'in', '--output', output),
+        *('--no_overlays', '--config.eval_batch_size=4', *flags),
+        cwd=folder,
+        XDG_CACHE_HOME=str(folder / 'cache'),
+    )
+
+
+@pytest.mark.slow
+def test_predictions_survive_every_end_and_are_gone_on_with(photos, tmp_path):
+    """SIGKILL, SIGTERM and SIGHUP after some rows; meanwhile nobody else gets in."""
+    folder, whole = photos
+    table = tmp_path / 'out/predictions.csv'
+
+    def written():
+        return table.read_bytes().count(b'\n') if table.exists() else 0
+
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP):
+        before, command = written(), predict(folder, tmp_path / 'out')
+        wait_for(lambda _, before=before: written() > max(before, 1), tmp_path, command)
+        if number == signal.SIGHUP:
+            os.kill(command.process.pid, signal.SIGSTOP)
+            said = one_error(predict(folder, tmp_path / 'out'))
+            assert f'{tmp_path}/out is in use' in said and 'choose another --output' in said
+            os.kill(command.process.pid, signal.SIGCONT)
+        os.kill(command.process.pid, number)
+        assert command.end() == (-9 if number == signal.SIGKILL else 128 + number)
+        assert before < written() < 241 and whole.startswith(table.read_bytes())
+        if number != signal.SIGKILL:
+            said = f'stopped by {number.name}: {written() - 1} predictions are in {table}, the same'
+            assert said in command.err.splitlines()[-1]
+    command = predict(folder, tmp_path / 'out')
+    assert command.end() == 0 and '240 predictions are in' in command.out, command.err[-3000:]
+    assert table.read_bytes() == whole
 
 
 # --- Numbers --------------------------------------------------------------------------------------
@@ -286,6 +361,22 @@ def test_a_full_and_a_read_only_disk(job, whole, disk, tmp_path):
     reader = commands.start(*arguments, tmp_path / 'out', **cached)
     assert (reader.end(), reader.err) == (0, '')
     assert len((tmp_path / 'out/predictions.csv').read_text().splitlines()) == 4
+
+
+@pytest.mark.slow
+def test_predictions_on_a_full_disk_keep_whole_rows(photos, disk):
+    (folder, whole), (full, remount) = photos, disk
+    remount('size=500k')
+    said = one_error(predict(folder, full / 'out', '--maps=npy'))
+    assert re.search(rf'{full}/out cannot be written \(No space left on device\): make room', said)
+    table = full / 'out/predictions.csv'
+    content = table.read_bytes()
+    assert whole.startswith(content) and content.endswith(b'\n') and content.count(b'\n') > 9
+    remount('size=99m')
+    command = predict(folder, full / 'out', '--maps=npy')
+    assert command.end() == 0, command.err[-3000:]
+    assert table.read_bytes() == whole
+    assert len(list((full / 'out/maps').rglob('*.npy'))) == 240
 
 
 @pytest.mark.slow

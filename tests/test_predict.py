@@ -6,7 +6,9 @@ import gc
 import io
 import os
 import pathlib
+import pwd
 import struct
+from unittest import mock
 import weakref
 import zlib
 
@@ -17,7 +19,7 @@ from PIL import Image
 import pytest
 import tiny
 
-from ssn_jax import config as config_lib, predict_folder, predictor, signals
+from ssn_jax import config as config_lib, predict_folder, predictor, signals, terminal
 from ssn_jax.data import images
 from ssn_jax.errors import UserError
 
@@ -558,6 +560,29 @@ def test_a_bad_run_is_one_line_and_leaves_nothing(change, run, tmp_path):
         predict_folder.predict(run, tmp_path / 'in', tmp_path / 'out')
     assert '\n' not in str(raised.value)
     assert {p for p in tmp_path.rglob('*') if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    'where, why', [('', ''), ('file', 'Not a directory'), (None, 'the user has no home folder')]
+)
+def test_programs_are_kept_where_that_can_be(where, why, tmp_path, monkeypatch, caplog):
+    (tmp_path / 'file').write_text('')
+    for name in ('HOME', 'XDG_CACHE_HOME'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, 'getpwuid', {}.__getitem__)
+    if where is not None:
+        monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / where))
+    found = terminal.compilation_cache()
+    assert found.get('jax_compilation_cache_dir') == (
+        None if why else str(tmp_path / 'ssn_jax/compiled')
+    )
+    said = [r.getMessage() for r in caplog.records]
+    assert len(said) == bool(why) and all(why in text for text in said)
+    if not why:
+        full = OSError(errno.ENOSPC, 'No space left on device')
+        monkeypatch.setattr(os, 'posix_fallocate', mock.Mock(side_effect=full))
+        assert terminal.compilation_cache() == {}
+        assert 'ssn_jax/compiled cannot be used (No space left on device)' in caplog.text
 
 
 @pytest.mark.slow

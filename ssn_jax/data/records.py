@@ -6,15 +6,18 @@ source, so a file that changes is never read from an old copy; digests of its ow
 one of them is damaged.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+import contextlib
 from dataclasses import dataclass, field
+import errno
 import hashlib
 import itertools
 import json
 import os
 from pathlib import Path
 import shutil
+import tempfile
 import uuid
 
 from absl import logging
@@ -72,22 +75,25 @@ def load(
       The data set. What is doubtful about its files is logged.
 
     Raises:
-      UserError: the source is incomplete or broken, or the cache folder cannot be written.
+      UserError: the source is incomplete or broken, or the folder that `cache` names cannot be
+        written.
     """
     source = find(data_config, need)
-    prepared = _prepare(source, cache_folder(data_config.cache))
-    listed = {split: _list(prepared, split) for split in layouts.SPLITS}
-    fitting = {
-        'white': white_of(
-            data_config, {file: white for _, file, _, white, _ in listed['train'][1]}
-        ),
-        'image_size': image_size,
-        'resize': resize,
-        'fit': fit,
-        'fit_mask': mask_fitter(data_config, image_size, resize, fit),
-    }
-    train, of_train, trained, in_train, seen = _read(*listed['train'], prepared.parent, **fitting)
-    test, of_test, tested, in_test, more = _read(*listed['test'], prepared.parent, **fitting)
+    with _prepared(source, data_config.cache) as prepared:
+        listed = {split: _list(prepared, split) for split in layouts.SPLITS}
+        fitting = {
+            'white': white_of(
+                data_config, {file: white for _, file, _, white, _ in listed['train'][1]}
+            ),
+            'image_size': image_size,
+            'resize': resize,
+            'fit': fit,
+            'fit_mask': mask_fitter(data_config, image_size, resize, fit),
+        }
+        train, of_train, trained, in_train, seen = _read(
+            *listed['train'], prepared.parent, **fitting
+        )
+        test, of_test, tested, in_test, more = _read(*listed['test'], prepared.parent, **fitting)
     of_both = doubts_lib.in_both(trained, tested)
     doubts_lib.log([*source.doubts, *of_both])
     doubts_lib.log(in_train, 'training')
@@ -231,10 +237,35 @@ def _real(name: str, category: str, root: Path, found: layouts.Listing) -> _Sour
 
 
 def cache_folder(configured: str = '') -> Path:
-    """The folder for what can be made again: as configured, or ssn_jax in the user's cache."""
+    """The folder for what can be made again: as configured, or ssn_jax in the user's cache.
+
+    Raises:
+      OSError: none is configured, and the user has no home, as in a container with any user's id.
+    """
     if configured:
         return Path(configured).expanduser()
-    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'ssn_jax'
+    try:
+        return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'ssn_jax'
+    except RuntimeError:
+        raise OSError(errno.ENOENT, 'the user has no home folder') from None
+
+
+@contextlib.contextmanager
+def _prepared(source: _Source, configured: str) -> Iterator[Path]:
+    """Yields the folder of the prepared set: a temporary one where the cache cannot be written."""
+    with contextlib.ExitStack() as stack:
+        try:
+            prepared = _prepare(source, cache_folder(configured))
+        except OSError as error:
+            reason = f'cannot be written ({error.strerror or error})'
+            if configured:
+                raise UserError(
+                    f'{configured}: {reason}; name another folder with --config.data.cache'
+                ) from error
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix='ssn_jax-'))
+            logging.warning('The cache %s: the data are prepared in %s, for now.', reason, folder)
+            prepared = _prepare(source, Path(folder))
+        yield prepared
 
 
 def _prepare(source: _Source, cache: Path) -> Path:
@@ -242,6 +273,9 @@ def _prepare(source: _Source, cache: Path) -> Path:
 
     The set is built under a name of its own and renamed when complete: a failure leaves nothing
     behind, and of two processes that build the same set the slower one takes the faster one's.
+
+    Raises:
+      OSError: it cannot be written.
     """
     identity = json.dumps([_FORMAT, *source.identity])
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:24]
@@ -266,11 +300,6 @@ def _prepare(source: _Source, cache: Path) -> Path:
         except OSError:
             if not prepared.is_dir():
                 raise
-    except OSError as error:
-        raise UserError(
-            f'{cache}: cannot be written ({error.strerror or error}); name another folder with '
-            '--config.data.cache'
-        ) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return prepared
