@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 import ssn_jax
-from ssn_jax import cli, decision, pipeline, predictor, run as run_lib
+from ssn_jax import cli, config as config_lib, decision, pipeline, predictor, run as run_lib
 from ssn_jax.data import layouts
 
 
@@ -62,7 +62,7 @@ def test_another_rate(workdir, capsys):
     assert 0.9 < ssn_jax.load(workdir, fpr=0.1).threshold < 0.92
     assert (workdir / 'decision.json').read_bytes() == before
     # The run's own command goes back to its own choice, 5 of 101.
-    tiny_config = run_lib.read_config(workdir)
+    tiny_config = config_lib.from_json(workdir / 'config.json')
     again = pipeline.train_and_evaluate(tiny_config, workdir, quiet=True)
     assert 0.96 < again['decision']['threshold'] < 0.9601
 

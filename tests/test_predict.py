@@ -151,7 +151,7 @@ def test_every_other_kind_of_file(run, tmp_path, caplog):
         assert overlay.shape == (128, 192, 3), name
     assert table(tmp_path / 'out/unreadable.csv').keys() == {*bad, 'loop.png', 'animated.gif'}
     warned = [r.getMessage() for r in caplog.records if r.levelname == 'WARNING']
-    assert len(warned) == len(bad) + 1 and not any('\n' in text for text in warned)
+    assert len(warned) == len(bad) + 2 and not any('\n' in text for text in warned)
 
 
 def test_no_name_leads_out_of_the_output(run, tmp_path):
