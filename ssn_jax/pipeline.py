@@ -220,7 +220,11 @@ def measure(job, state, log, heads, earlier: decision.Scores | None, material) -
     model = make_model(config, backbone, network, workdir)
     tried, exact = {}, config.precision not in ('auto', 'int8')
     base = model if exact else model.at('float32')
-    known = earlier.of('train') if earlier else score_parts(job, heads, base, material)
+    if earlier:  # They are in the precision that was decided for.
+        decided = run_lib.read_json(workdir / 'decision.json') or {}
+        known, base = earlier.of('train'), model.at(decided.get('precision', base.precision))
+    else:
+        known = score_parts(job, heads, base, material)
     normal = split.images[np.flatnonzero(split.labels == 0)[: precision.IMAGES]]
     if not exact:
         model, tried = precision.settle(model, normal)

@@ -47,6 +47,22 @@ def test_a_run_in_int8(finished):
     assert np.corrcoef(maps.ravel(), expected_maps.ravel())[0, 1] > 0.5
 
 
+def test_scores_move_to_another_precision_and_back(finished, tmp_path):
+    """However often the run's command is given: never twice by the same."""
+    workdir, results = shutil.copytree(finished[0], tmp_path / 'run'), finished[1]
+    known = {'int8': run_lib.read_scores(workdir).of('train').score}
+    for name in ('int8', 'float32', 'float32', 'int8'):
+        config = run_lib.read_config(workdir)
+        config.precision = name
+        again = pipeline.train_and_evaluate(config, workdir, quiet=True)
+        assert again['decision']['precision'] == name
+        expected = results['precisions'][name]['threshold']
+        assert again['decision']['threshold'] == pytest.approx(expected, abs=1e-5)
+        found = run_lib.read_scores(workdir).of('train').score
+        np.testing.assert_allclose(found, known.setdefault(name, found), atol=1e-5)
+    assert np.abs(known['int8'] - known['float32']).min() > 1e-4
+
+
 def test_the_export_of_a_run_in_int8(finished, tmp_path):
     """Both files in a folder of their own are all that OpenVINO needs."""
     workdir, results = finished
@@ -77,6 +93,17 @@ def test_the_export_of_a_run_in_int8(finished, tmp_path):
         with pytest.raises(UserError, match=said):
             cli.COMMANDS['export'](['--workdir', str(workdir), '--format', *wrong])
     assert not list(tmp_path.glob('x*'))
+
+
+def test_a_network_that_knows_positions_in_int8(tmp_path):
+    """The position code's part is a constant of two dimensions, which NNCF takes for no bias."""
+    fields = {'product.place': 'same', 'image_score': 'map', 'precision': 'int8'}
+    model = predictor.open_run(tiny.fake_run(tmp_path, **fields)).at('float32')
+    assert model.fused.network.waves
+    exact = model.logits(IMAGES)[1]
+    coarse = precision.settle(model.at('int8'), IMAGES)[0]
+    assert coarse.precision == 'int8'
+    assert np.corrcoef(coarse.logits(IMAGES)[1].ravel(), exact.ravel())[0, 1] > 0.5
 
 
 def test_another_model_takes_int8_with_it(finished, tmp_path):

@@ -159,7 +159,8 @@ def _project(b, layers, kernel, bias, waves):
         y = b.conv(x, part)
         if waves and not parts:
             code = grid_lib.position_code(size, waves)
-            y = b.add('Add', y, (code @ kernel[start : start + 4 * waves]).transpose(2, 0, 1))
+            met = (code @ kernel[start : start + 4 * waves]).transpose(2, 0, 1)
+            y = b.add('Sub', y, -met)  # As in `_convolve`.
             start += 4 * waves
         # A little more than the factor: rounded down it gives the size, its only purpose.
         scales = [1.0, 1.0, *((m + 0.01) / n for n, m in zip(size, grid, strict=True))]
