@@ -287,7 +287,7 @@ def evaluate(argv: list[str]) -> None:
 
     model = _open(arguments, overrides)
     config = model.config
-    dataset = data.load(config.data, config.image_size, config.resize)
+    dataset = data.load(run_lib.with_white(config).data, config.image_size, config.resize)
     test = dataset.test
     scores, maps = evaluate_lib.predict(model, test.images)
     values, undefined = evaluate_lib.evaluate(scores, maps, test)

@@ -495,6 +495,8 @@ def identity(config: ml_collections.ConfigDict) -> dict:
     unimportant = ('checkpoint.every', 'checkpoint.keep', 'eval_batch_size', 'data.cache')
     unimportant += ('data.root', 'backbone.weights', 'debug_nans', 'features.place', 'engine')
     unimportant += ('decision.fpr',)
+    if config.supervision.kind != 'masks':  # Then they are measured with alone.
+        unimportant += ('data.masks',)
     return {name: value for name, value in fields(config) if name not in unimportant}
 
 
