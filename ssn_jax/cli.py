@@ -315,7 +315,8 @@ def evaluate(argv: list[str]) -> None:
 
     model = _open(arguments, overrides)
     config = model.config
-    dataset = data.load(config.data, config.image_size, config.resize, config.fit, need='test')
+    seen = run_lib.with_white(config).data, config.image_size, config.resize, config.fit
+    dataset = data.load(*seen, need='test')
     test = dataset.test
     scores, maps = evaluate_lib.predict(model, test.images)
     values, undefined = evaluate_lib.evaluate(scores, maps, test)
