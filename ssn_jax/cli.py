@@ -289,7 +289,8 @@ def evaluate(argv: list[str]) -> None:
 
     model = _open(arguments, overrides)
     config = model.config
-    dataset = data.load(config.data, config.image_size, config.resize, need='test')
+    known = run_lib.with_white(config).data
+    dataset = data.load(known, config.image_size, config.resize, need='test')
     test = dataset.test
     scores, maps = evaluate_lib.predict(model, test.images)
     values, undefined = evaluate_lib.evaluate(scores, maps, test)

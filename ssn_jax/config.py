@@ -508,6 +508,8 @@ def identity(config: ml_collections.ConfigDict) -> dict:
     unimportant += ('data.root', 'backbone.weights', 'debug_nans', 'features.place', 'engine')
     unimportant += ('decision.fpr', 'data.normal', 'data.normal_dir', 'data.normal_test_dir')
     unimportant += ('data.defect_dir', 'data.mask_dir')
+    if config.supervision.kind != 'masks':  # Then they are measured with alone.
+        unimportant += ('data.masks',)
     return {name: value for name, value in fields(config) if name not in unimportant}
 
 

@@ -233,7 +233,7 @@ def _load(path, size, model, max_pixels, whole=True):
         if path.is_dir():
             return UserError(f'{path}: cannot be listed; check the folder')
         images.check_size(size, path, max_pixels)
-        image = images.decode(images.read(path), path, max_pixels, white=model.white)
+        image = images.decode(images.read(path), path, max_pixels, model.white)
         return image if whole else None, image.shape[:2], model.fit(image)
     except UserError as e:
         return e

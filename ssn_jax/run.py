@@ -110,7 +110,7 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     config = config_lib.from_json(workdir / 'config.json')
     config = config_lib.with_found(config, read_found(workdir) or {})
     config_lib.validate(config)
-    return with_white(config)
+    return config
 
 
 def with_white(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

@@ -119,8 +119,6 @@ def test_every_other_kind_of_file(run, tmp_path, caplog):
     save(source / 'alpha.webp', picture.convert('RGBA'), lossless=True)
     save(source / 'grey alpha.png', picture.convert('LA'))
     save(source / 'one bit.png', picture.convert('1', dither=Image.Dither.NONE))
-    black = Image.new('RGB', picture.size)
-    save(source / 'animated.gif', picture, save_all=True, append_images=[black])
     save(source / 'exif.jpg', picture.transpose(Image.Transpose.ROTATE_90), exif=turned)
     save(source / '検査 Übung €.png', picture)
     good = {p.name for p in source.iterdir()}
@@ -130,6 +128,8 @@ def test_every_other_kind_of_file(run, tmp_path, caplog):
     bad['cut.jpg'] = (source / 'cmyk.jpg').read_bytes()[:-200]
     for name, content in bad.items():
         (source / name).write_bytes(content)
+    black, bad = Image.new('RGB', picture.size), {*bad, 'animated.gif'}
+    save(source / 'animated.gif', picture, save_all=True, append_images=[black])
     (source / 'loop.png').symlink_to(source / 'loop.png')
     (source / 'folder.png').mkdir()  # Holds no image, and is none.
     (source / 'round').symlink_to(source)

@@ -50,7 +50,6 @@ def decode(
     encoded: bytes,
     file: Path | str,
     max_pixels: int = MAX_PIXELS,
-    *,
     white: float = WHITE,
     warn: bool = True,
 ) -> np.ndarray:

@@ -57,7 +57,7 @@ def region(strength: np.ndarray, lossy: bool) -> np.ndarray:
         labels = np.isin(strength, np.unique(strength[_flat(strength)]))
         near = cv2.dilate(strength, _BLOCK)  # Soft edges of labels end at their half.
         return ((strength > 0) & (labels | (2 * strength >= near))).astype(np.uint8)
-    floor = max(top / 4, min(top / 2, 4)) if lossy else top / 4
+    floor = max(top / 4, min(top / 2, 1.5)) if lossy else top / 4
     count, parts = cv2.connectedComponents((strength >= floor).astype(np.uint8))
     highest = np.zeros(count, np.float32)
     np.maximum.at(highest, parts.ravel(), strength.ravel())
@@ -67,7 +67,11 @@ def region(strength: np.ndarray, lossy: bool) -> np.ndarray:
     numbers = np.bincount(of, minlength=count)
     place = np.maximum(np.cumsum(numbers) - 1 - numbers // 4, 0)
     paint = np.append(values[np.lexsort((values, of))], 0)[place]
-    return ((parts > 0) & (2 * strength >= paint[parts])).astype(np.uint8)
+    level = np.where(parts > 0, paint[parts], np.inf).astype(np.float32)
+    # A label that touches a brighter one ends at half of its own value.
+    labels = _flat(strength, 5) & (strength >= floor)
+    level[labels] = np.minimum(level, strength)[labels]
+    return (2 * strength >= cv2.erode(level, _BLOCK)).astype(np.uint8)
 
 
 def _has_labels(strength: np.ndarray) -> bool:
@@ -85,10 +89,11 @@ def _has_labels(strength: np.ndarray) -> bool:
     return 2 * np.count_nonzero(told & faint) > np.count_nonzero(faint)
 
 
-def _flat(strength: np.ndarray) -> np.ndarray:
-    """Where values lie in a block of 3x3 equal ones, bool (H, W)."""
-    lowest, highest = cv2.erode(strength, _BLOCK), cv2.dilate(strength, _BLOCK)
-    return cv2.dilate((lowest == highest).astype(np.uint8), _BLOCK) > 0
+def _flat(strength: np.ndarray, side: int = 3) -> np.ndarray:
+    """Where values lie in a square of so many equal ones a side, bool (H, W)."""
+    square = np.ones((side, side), np.uint8)
+    lowest, highest = cv2.erode(strength, square), cv2.dilate(strength, square)
+    return cv2.dilate((lowest == highest).astype(np.uint8), square) > 0
 
 
 def resize(mask: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:

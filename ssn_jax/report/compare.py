@@ -35,7 +35,7 @@ def compare(
     workdirs: list[pathlib.Path], output: pathlib.Path, count: int, select: str = 'spread'
 ) -> None:
     """Draws `count` test images and every run's map of them into `output`, a .png."""
-    configs = [run_lib.read_config(workdir) for workdir in workdirs]
+    configs = [run_lib.with_white(run_lib.read_config(workdir)) for workdir in workdirs]
     datasets = [
         data.load(config.data, config.image_size, config.resize, need='test') for config in configs
     ]
