@@ -74,9 +74,17 @@ class Found:
 
 
 def choose_layout(config: ml_collections.ConfigDict) -> None:
-    """Sets the name of `config.data` to the layout that its root looks like, if it has none."""
+    """Sets the name of `config.data` to the layout that its root looks like, if it has none.
+
+    The category too, where there is but one.
+
+    Raises:
+      UserError: it names the embedded set.
+    """
     root = pathlib.Path(config.root)
     config.name = config.name or layouts.guess(root)
+    if config.name == 'synthetic':
+        raise UserError('--config.data.name=synthetic has no folder to check: its code draws it')
     if config.name == 'mvtec_ad' and not config.category and root.is_dir():
         categories = [path.name for path in root.iterdir() if path.is_dir()]
         config.category = categories[0] if len(categories) == 1 else ''

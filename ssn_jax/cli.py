@@ -467,6 +467,9 @@ def check(argv: list[str]) -> int:
         flag, about = f'data.{name}', config_lib.FIELDS[f'data.{name}'].about
         names = f'--{name}', f'--config.{flag}'
         add(*names, dest=f'config.{flag}', metavar='VALUE', help=about)
+    for flag, kind in {'data.masks': str, 'data.range': float, 'image_size': _size}.items():
+        about = config_lib.FIELDS[flag].about
+        add(f'--config.{flag}', dest=f'config.{flag}', type=kind, metavar='VALUE', help=about)
     arguments, overrides = terminal.parse(parser, argv)
     from ssn_jax import files
 
@@ -482,6 +485,7 @@ def check(argv: list[str]) -> int:
     config = config_lib.load(check_lib.CONFIG)
     config.data.update(root=str(arguments.root), name='', category='')
     config.update_from_flattened_dict(overrides)
+    config_lib.validate(config)
     check_lib.choose_layout(config.data)
     found = check_lib.check(config, arguments.masks, arguments.sheet)
     if arguments.json:
@@ -491,6 +495,10 @@ def check(argv: list[str]) -> int:
     for error in found.errors.values():
         print(f'error: {error}', file=sys.stderr)
     return int(bool(found.errors))
+
+
+def _size(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.strip('()').split(','))
 
 
 def benchmark(argv: list[str]) -> None:

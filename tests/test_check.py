@@ -97,6 +97,8 @@ def test_training_tells_the_same(root, capsys, tmp_path, caplog):  # noqa: F811
         *('train/good/notes.txt', 'test/good/x.png', 'test/good/3.png'),
         *('test/scratch/5.png', 'test/scratch/6.png'),
     }
+    wide = as_json(capsys, root, '--config.image_size=(32,48)', '--config.data.range=4095')
+    assert dict(wide[2]).keys() == dict(doubts).keys()
     assert [found[f'test/scratch/{i}.png']['mask_pixels'] for i in (5, 6)] == [0, 80]
     caplog.clear()
     load(root, tmp_path)
@@ -163,6 +165,9 @@ def test_without_test_images(root, capsys):  # noqa: F811
         (['nowhere'], 'nowhere: no such folder'),
         (['.', '--sheet=a.jpg'], 'it ends in .png'),
         (['.', '--config.epochs=3'], 'epochs belongs to training: this command takes'),
+        (['.', '--config.image_size=(8,8)'], 'it is .height, width., each 32 to 4096'),
+        (['.', '--config.image_size=a'], 'config.image_size'),
+        (['.', '--name=synthetic'], 'has no folder to check'),
         (['.', '--name=imagenet'], '--config.data.name=imagenet: no such data set'),
         ([], 'required: ROOT'),
     ],
