@@ -433,8 +433,7 @@ def to_rgb(frame, white: float | None = None, trained: float = images_lib.WHITE)
             f'a frame of shape {x.shape} and type {x.dtype}: frames are grey (H, W) or (H, W, 1), '
             'RGB (H, W, 3) or RGBA (H, W, 4), and batches (N, H, W, C).'
         )
-    # Nothing else is known of a run whose training images were of 8 bits, or of all 16.
-    if white is None and trained == images_lib.WHITE and x.dtype not in (np.uint8, np.uint16):
+    if white is None and x.dtype != np.uint8 and images_lib.is_foreign(x, trained):
         raise ValueError(
             f'a frame of shape {x.shape} and type {x.dtype}: uint8 and uint16 are read as they '
             'are; of others say what white is, such as white=1.0.'

@@ -376,8 +376,13 @@ def test_values_that_are_no_numbers_are_refused(value):
 
 
 def test_a_float_file_without_a_range_is_refused():
-    with pytest.raises(UserError, match=r'a\.tif: is of float32 to 0\.5, and nothing tells'):
+    with pytest.raises(UserError, match=r'a\.tif: is of float32 to 0\.5, and not what white'):
         images.decode(tiff(np.full(SIZE, 0.5, np.float32)), 'a.tif')
+    for values, white in ((np.full(SIZE, 0.5, np.float32), 4095), (deep(12), 1)):
+        with pytest.raises(UserError, match='save it as the training images are'):
+            images.decode(tiff(values), 'a.tif', white=white)
+        with pytest.raises(ValueError, match='say what white is'):
+            predictor.to_rgb(values, trained=white)
 
 
 # Pages

@@ -81,10 +81,10 @@ def decode(
     if values.dtype == np.uint8:
         return values
     misfit = unfitting(values, white)
-    if misfit and values.dtype != np.uint16 and white == WHITE:
+    if is_foreign(values, white):
         raise UserError(
-            f'{file}: is of {values.dtype} to {values.max():g}, and nothing tells what white is: '
-            'save it as the training images are'
+            f'{file}: is of {values.dtype} to {values.max():g}, and not what white is told for '
+            f'({white:g}): save it as the training images are'
         )
     if misfit and warn:
         logging.warning('%s: %s', file, misfit)
@@ -141,6 +141,17 @@ def white_of(values: np.ndarray) -> float:
         return 2.0 ** max(0, int(np.ceil(np.log2(max(highest, 1)))))
     bits = int(np.ceil(highest)).bit_length()
     return 2.0 ** max(8, bits + bits % 2) - 1
+
+
+def is_foreign(values: np.ndarray, white: float) -> bool:
+    """Whether `white` is of another kind of values: of 16 bits, of floats, of 0 to 1."""
+    if values.dtype.kind != 'f':
+        return (
+            values.dtype.kind not in 'iu'
+            or white <= 2
+            or (white == WHITE and values.dtype.itemsize > 2)
+        )
+    return white == WHITE or (white > 2 and values.max() <= 1)
 
 
 def unfitting(values: np.ndarray, white: float) -> str | None:
