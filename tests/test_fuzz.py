@@ -22,13 +22,15 @@ BOUNDED = settings(
 
 
 def bases():
-    """A small image in each format."""
+    """A small image in each format, and in those of more than 8 bits."""
     image = np.random.default_rng(0).integers(0, 255, (9, 7, 3), np.uint8)
     found = {}
     for suffix in ('.png', '.jpg', '.bmp', '.tif', '.webp', '.ppm', '.gif', '.hdr'):
         ok, content = cv2.imencode(suffix, image if suffix != '.hdr' else np.float32(image))
         assert ok, suffix
         found[suffix] = content.tobytes()
+    for suffix, kind in (('.16.png', np.uint16), ('.16.tif', np.uint16), ('.32.tif', np.float32)):
+        found[suffix] = cv2.imencode(suffix[3:], kind(image))[1].tobytes()
     return found
 
 
@@ -72,6 +74,7 @@ def test_images(data, suffix, tmp_path):
     file = tmp_path / f'image{suffix}'
     file.write_bytes(data.draw(mutated(BASES[suffix])))
     config = config_lib.default_config()
+    config.data.range = 255.0
     model = predictor.Predictor(config, None)
     found = predict_folder._load(file, images.size(file), model, 2**20)
     if not isinstance(found, UserError):
@@ -81,6 +84,8 @@ def test_images(data, suffix, tmp_path):
         assert fitted.shape == (*config.image_size, 3)
     else:
         assert '\n' not in str(found) and str(file) in str(found)
+    mask = one_line(lambda: images.decode_mask(file.read_bytes(), file))
+    assert isinstance(mask, UserError) or (mask.ndim == 2 and set(np.unique(mask)) <= {0, 1})
 
 
 ANYTHING = st.recursive(
@@ -139,7 +144,7 @@ def test_weights(data, tmp_path):
 def test_what_is_mutated_is_good_before(tmp_path):
     """Otherwise nothing but the first check would be reached."""
     for suffix, content in BASES.items():
-        assert images.decode(content, suffix).shape == (9, 7, 3)
+        assert images.decode(content, suffix, white=255).shape == (9, 7, 3)
     (tmp_path / 'w.safetensors').write_bytes(safetensors.numpy.save(TENSORS))
     found = weights.read(tmp_path / 'w.safetensors')
     assert weights.port(found, TEMPLATE, lambda path: path[0], 'w').keys() == TEMPLATE.keys()

@@ -29,7 +29,8 @@ WHITE = 2.0**16 - 1  # Of files of more than 8 bits, unless more is known.
 _JPEG_MAGIC = b'\xff\xd8\xff'
 _PNG_MAGIC = b'\x89PNG\r\n\x1a\n'
 _TIFF_MAGICS = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')
-_BITS, _PHOTOMETRIC, _ORIENTATION = 258, 262, 274  # Tags of TIFF.
+# Tags of TIFF.
+_BITS, _PHOTOMETRIC, _ORIENTATION, _KIND, _OLD_KIND = _TAGS = 258, 262, 274, 254, 255
 
 
 def read(source: Path | bytes) -> bytes:
@@ -108,11 +109,13 @@ def pixels(encoded: bytes, file: Path | str, max_pixels: int = MAX_PIXELS) -> np
         return _decode(encoded, file, cv2.IMREAD_COLOR_RGB)
     flags = cv2.IMREAD_COLOR
     tags = _tiff_tags(encoded)
-    if tags and max(tags.get(_BITS, (1,))) > 16:
+    if tags and tags.get(_BITS, 1) > 16:
         flags = cv2.IMREAD_UNCHANGED  # With others OpenCV reads no grey of 32 bits.
     elif tags or encoded.startswith((_PNG_MAGIC, b'P2', b'P3', b'P5', b'P6')):
         flags |= cv2.IMREAD_ANYDEPTH
     image = _decode(encoded, file, flags)
+    if image.ndim == 3 and image.shape[2] not in (3, 4):
+        raise UserError(f'{file}: has {image.shape[2]} channels: save it as grey or RGB')
     if image.dtype.kind == 'f' and not np.isfinite(image).all():
         raise UserError(f'{file}: holds values that are no numbers (NaN or infinite); repair it')
     if image.dtype == np.uint8 and image.ndim == 2:
@@ -333,7 +336,7 @@ def _pages(encoded: bytes) -> int:
     """How many pictures a file holds, without its previews; 1 if that cannot be told."""
     if encoded.startswith(_TIFF_MAGICS):
         pages = _tiff_pages(encoded)
-        return max(1, sum(not (t.get(254, 0) & 5 or t.get(255) == 2) for t in pages))
+        return max(1, sum(not (t.get(_KIND, 0) & 5 or t.get(_OLD_KIND) == 2) for t in pages))
     animated = encoded.startswith(b'GIF8') or b'ANMF' in encoded[: 2**16] or b'avis' in encoded[:64]
     if not animated and b'acTL' not in encoded[: 2**16]:
         return 1
@@ -344,28 +347,36 @@ def _pages(encoded: bytes) -> int:
         return 1
 
 
-def _tiff_pages(
-    encoded: bytes, most: int | None = None
-) -> list[TiffImagePlugin.ImageFileDirectory_v2]:
-    """The tags of each page of a TIFF file, at most of so many; of a damaged one what is found."""
+def _tiff_pages(encoded: bytes, most: int | None = None) -> list[dict[int, int]]:
+    """The tags of `_TAGS` that each page of a TIFF file has, by number, of several values the most.
+
+    Args:
+      encoded: the file; of a damaged one what is found.
+      most: how many pages are looked at; None: all.
+    """
     pages, seen, file = [], {0}, io.BytesIO(encoded)
     try:
         with _pillow_unbounded():
-            head = encoded[:16] if encoded[2:3] in b'+' or encoded[3:4] in b'+' else encoded[:8]
+            head = encoded[:16] if b'+' in encoded[2:4] else encoded[:8]
             place = TiffImagePlugin.ImageFileDirectory_v2(head).next
             while place not in seen and len(pages) != most:
                 seen.add(place)
                 file.seek(place)
-                tags = TiffImagePlugin.ImageFileDirectory_v2(head)
+                tags, numbers = TiffImagePlugin.ImageFileDirectory_v2(head), {}
                 tags.load(file)
+                for tag in _TAGS:
+                    values = tags.get(tag)
+                    values = values if isinstance(values, tuple) else (values,)
+                    if values and all(isinstance(value, int) for value in values):
+                        numbers[tag] = max(values)
+                pages.append(numbers)
                 place = tags.next
-                pages.append(tags)
     except Exception:  # Pillow raises many kinds.
         pass
     return pages
 
 
-def _tiff_tags(encoded: bytes):
+def _tiff_tags(encoded: bytes) -> dict[int, int] | None:
     """The tags of a TIFF file's first page; None of another file."""
     if not encoded.startswith(_TIFF_MAGICS):
         return None

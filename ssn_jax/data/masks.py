@@ -24,7 +24,7 @@ def strength(layers: np.ndarray) -> np.ndarray:
         layers = layers[..., None]
     if layers.shape[2] in (2, 4):
         alpha = layers[..., -1]
-        if 2 * alpha.min() <= alpha.max() and alpha.min() < alpha.max():
+        if alpha.min() <= alpha.max() / 2 and alpha.min() < alpha.max():
             return alpha
         layers = layers[..., :-1]
     bright = layers.max(2)
@@ -56,12 +56,12 @@ def region(strength: np.ndarray, lossy: bool) -> np.ndarray:
     if not lossy and _has_labels(strength):
         labels = np.isin(strength, np.unique(strength[_flat(strength)]))
         near = cv2.dilate(strength, _BLOCK)  # Soft edges of labels end at their half.
-        return ((strength > 0) & (labels | (2 * strength >= near))).astype(np.uint8)
+        return ((strength > 0) & (labels | (strength >= near / 2))).astype(np.uint8)
     floor = max(top / 4, min(top / 2, 1.5)) if lossy else top / 4
     count, parts = cv2.connectedComponents((strength >= floor).astype(np.uint8))
     highest = np.zeros(count, np.float32)
     np.maximum.at(highest, parts.ravel(), strength.ravel())
-    upper = (parts > 0) & (2 * strength >= highest[parts])
+    upper = (parts > 0) & (strength >= highest[parts] / 2)
     # Lossy files overshoot: the upper quartile tells the paint better than the highest value.
     values, of = strength[upper], parts[upper]
     numbers = np.bincount(of, minlength=count)
@@ -71,17 +71,17 @@ def region(strength: np.ndarray, lossy: bool) -> np.ndarray:
     # A label that touches a brighter one ends at half of its own value.
     labels = _flat(strength, 5) & (strength >= floor)
     level[labels] = np.minimum(level, strength)[labels]
-    return (2 * strength >= cv2.erode(level, _BLOCK)).astype(np.uint8)
+    return (strength >= cv2.erode(level, _BLOCK) / 2).astype(np.uint8)
 
 
 def _has_labels(strength: np.ndarray) -> bool:
     """Whether what is faint in a mask are labels, and neither edges nor noise."""
     top = strength.max()
-    faint = (strength > 0) & (2 * strength < top)
+    faint = (strength > 0) & (strength < top / 2)
     if not faint.any():
         return False
     values, flat = np.unique(strength), _flat(strength)
-    if ((values < top) & (values >= top * 15 / 16)).any():
+    if ((values < top) & (values >= top / 16 * 15)).any():
         # Noise lies near the top as near the ground, and few of its many values lie flat.
         return 2 * len(np.unique(strength[flat])) > len(values)
     # A thin line is a label too.
@@ -120,8 +120,7 @@ def resize(mask: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
     places, counts = np.unique(
         np.stack([of[lost], rows[lost], columns[lost]]), axis=1, return_counts=True
     )
-    for part in np.unique(places[0]):
-        its = np.flatnonzero(places[0] == part)
-        _, row, column = places[:, its[counts[its].argmax()]]
-        resized[row, column] = 1
+    order = np.lexsort((counts, places[0]))
+    fullest = order[np.diff(places[0][order], append=0) != 0]  # The last one of each part.
+    resized[places[1][fullest], places[2][fullest]] = 1
     return resized
