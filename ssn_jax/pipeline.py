@@ -134,7 +134,8 @@ def gather(config: ml_collections.ConfigDict, folders: list[pathlib.Path]) -> Ma
     if not dataset.test.files:
         logging.warning(
             'There are no test images: the threshold is chosen, and nothing can be measured. With '
-            'some in test/good and test/DEFECT, the same command measures the run.'
+            'some (in test/good and test/DEFECT, or in --config.data.defect_dir) the same command '
+            'measures the run.'
         )
     if config.supervision.kind != 'none':
         logging.info(

@@ -227,7 +227,13 @@ def test_folders_named_one_by_one(root, tmp_path):
         path.rename(root / path.name)
     found = seen(root, normal_dir='.', defect_dir='test/scratch', normal_test_dir='test/good')
     assert len(found) == 7 + 2  # The masks have no flag here, and are taken for normal images.
-    assert find(root, name='mvtec_ad', **places, need='test').records
+    found = seen(root, normal_dir='nowhere', defect_dir='test/scratch', need='test')
+    assert [*found] == ['test/scratch/5.png', 'test/scratch/6.png']
+    # A run that was trained from a folder of its own is measured on a root that has test images.
+    found = seen(root, normal_dir='nowhere', need='test')
+    assert len(found) == 4 and {split for split, _, _ in found.values()} == {'test'}
+    with pytest.raises(UserError, match=r'test images with --config\.data\.defect_dir'):
+        find(normal_dir='nowhere', need='test')
 
 
 @pytest.mark.parametrize(

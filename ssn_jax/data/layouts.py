@@ -144,13 +144,9 @@ def from_folders(
     Raises:
       UserError: a folder is not there or holds no images, or two files claim the same name.
     """
-    tested = {'normal_test_dir', 'defect_dir'} & places.keys()
-    if need == 'test':
-        places = {name: path for name, path in places.items() if name != 'normal_dir'}
-    if not (tested if need == 'test' else 'normal_dir' in places):
-        flag = 'defect_dir' if need == 'test' else 'normal_dir'
+    if need == 'train' and 'normal_dir' not in places:
         known = ', '.join(f'--config.data.{name}' for name in places)
-        raise UserError(f'--config.data.{flag} is missing beside {known}: name that folder too')
+        raise UserError(f'--config.data.normal_dir is missing beside {known}: name that folder too')
     listing, found = Listing(), []
     apart = {path.resolve() for path in places.values()}  # One may lie in another.
     for name, path in places.items():

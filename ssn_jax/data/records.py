@@ -176,6 +176,8 @@ def category_of(config: ConfigDict) -> str:
 def find(config: ConfigDict, need: str = 'train') -> _Source:
     """Finds the data set that a config asks for; `need` is the split that must hold images."""
     root, places = Path(config.root).expanduser(), _places(config)
+    if need == 'test':
+        places.pop('normal_dir', None)
     normal = config.get('normal', layouts.NORMAL).split(',')
     masks_in = _below_root(config, 'mask_dir') if config.get('mask_dir') else None
     if masks_in and layout_of(config) != 'folder':
@@ -200,7 +202,7 @@ def find(config: ConfigDict, need: str = 'train') -> _Source:
             if not config.root:
                 raise UserError(
                     '--config.data.name=folder needs your images: name their folder with '
-                    '--config.data.root'
+                    '--config.data.root, or those of test images with --config.data.defect_dir'
                 )
             found = layouts.folder(root, normal, need, masks_in)
             return _real(config.name, category_of(config), root, found)
