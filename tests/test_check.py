@@ -165,7 +165,7 @@ def test_without_test_images(root, capsys):  # noqa: F811
         (['nowhere'], 'nowhere: no such folder'),
         (['.', '--sheet=a.jpg'], 'it ends in .png'),
         (['.', '--config.epochs=3'], 'epochs belongs to training: this command takes'),
-        (['.', '--config.image_size=(8,8)'], 'it is .height, width., each 32 to 4096'),
+        (['.', '--config.image_size=(8,8)'], 'it is .height, width., each at least 32'),
         (['.', '--config.image_size=a'], 'config.image_size'),
         (['.', '--name=synthetic'], 'has no folder to check'),
         (['.', '--name=imagenet'], '--config.data.name=imagenet: no such data set'),
