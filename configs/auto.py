@@ -17,9 +17,9 @@ from ssn_jax.config import default_config
 def get_config():
     config = default_config()
     config.name = 'auto'
-    config.data.masks = 'region'
     config.product.update(angle='auto', place='auto', surface='auto')
     config.data.masks = 'region'
+    config.supervision.kind = 'auto'
     config.image_score = 'map'
     config.positions = 32
     config.product_share = 0.5

@@ -196,7 +196,8 @@ FIELDS = {
     'simplenet.hidden': Field(1024, 'Width of the discriminator.', *_whole(1)),
     # --- What teaches it --------------------------------------------------------------------------
     'supervision.kind': Field(
-        'none', 'none (normal images alone), labels, or masks of some defects.'
+        'none',
+        'none (normal images alone), labels, masks of some defects, or auto: what there is.',
     ),
     'supervision.mask_fraction': Field(
         1.0,
@@ -416,7 +417,7 @@ def _together(config: ml_collections.ConfigDict) -> Iterator[tuple[bool, str, st
         f'{with_system} {" or ".join(map(str, layers))}',
     )
     kinds = {'supersimplenet': ('none', 'labels', 'masks'), 'gap_cam': ('none', 'labels')}
-    kinds = kinds.get(system, ('none',))
+    kinds = kinds.get(system, ('none',)) + ('auto',) * (config.drawn.count > 0)
     yield supervision.kind in kinds, 'supervision.kind', f'{with_system} {" or ".join(kinds)}'
     noises = ('static',) if system == 'simplenet' else ('static', 'learned')
     yield config.noise.kind in noises, 'noise.kind', f'{with_system} {" or ".join(noises)}'
@@ -462,11 +463,6 @@ def _together(config: ml_collections.ConfigDict) -> Iterator[tuple[bool, str, st
         'it must be at least 1; 0, to be found, is for --config.drawn.count above 0',
     )
     yield (
-        config.drawn.count == 0 or supervision.kind != 'labels',
-        'drawn.count',
-        'the mask of a drawn defect is known, so with defects use --config.supervision.kind=masks',
-    )
-    yield (
         config.seeds <= 2**32 - config.seed,
         'seeds',
         'it is at least 1, and the last seed is at most 2**32-1',
@@ -474,7 +470,7 @@ def _together(config: ml_collections.ConfigDict) -> Iterator[tuple[bool, str, st
     # Several seeds share their images, and what is known of them.
     yield (
         config.seeds == 1
-        or supervision.kind != 'masks'
+        or supervision.kind not in ('masks', 'auto')
         or (supervision.mask_count == -1 and supervision.mask_fraction == 1),
         'seeds',
         'each seed would use the masks of other images, so give each its own command, with '

@@ -99,8 +99,8 @@ class Scores:
 def decide(config: ml_collections.ConfigDict, scores: Scores) -> dict:
     """Chooses the threshold from which on an image is called defective; never on the test split.
 
-    A run that has seen defects takes the largest TPR - FPR (Youden), any other the smallest
-    threshold that keeps the rate of false alarms to `config.decision.fpr`.
+    A run that has learned from real defects alone takes the largest TPR - FPR (Youden), any other
+    the smallest threshold that keeps the rate of false alarms to `config.decision.fpr`.
 
     Args:
       config: the run's.
@@ -112,7 +112,8 @@ def decide(config: ml_collections.ConfigDict, scores: Scores) -> dict:
       says why.
     """
     train = scores.of('train')
-    youden = config.supervision.kind != 'none'
+    # Beside drawn defects real ones are few, and may be of a few kinds alone.
+    youden = config.supervision.kind != 'none' and not config.drawn.count
     name = 'train' if 'train' in train.part else 'out of part'
     where = {'split': name if youden else f'{name} (normal)'}
     where['images'] = len(train.label) if youden else int((train.label == 0).sum())

@@ -84,7 +84,7 @@ def train_and_evaluate(
         for one, folder in asked:
             begun = run_lib.begin(one, found, folder, material.origin, material.backbone, said)
             running.enter_context(begun)
-            if one.supervision.kind == 'masks':
+            if one.supervision.kind in ('masks', 'auto'):
                 masked = json.dumps(supervision.masked_files(material.split), indent=2) + '\n'
                 run_lib.write(folder / 'masked_images.json', masked)
             open_log = functools.partial(run_lib.open_log, folder, events=events)
@@ -137,7 +137,7 @@ def gather(config: ml_collections.ConfigDict, folders: list[pathlib.Path]) -> Ma
             'some (in test/good and test/DEFECT, or in --config.data.defect_dir) the same command '
             'measures the run.'
         )
-    if config.supervision.kind != 'none':
+    if split.labels.any():
         logging.info(
             'Supervision: %d defective training images, %d of them with their mask',
             split.labels.sum(),

@@ -154,6 +154,7 @@ def _predict(model, source, output, max_pixels, overlays, progress, watch, maps)
     )
     load = functools.partial(_load, model=model, max_pixels=max_pixels, whole=overlays)
     paths, judged, done, failed = iter(progress(missing(), total)), [], 0, 0
+    squashed = False
 
     def write():
         """Writes the rows of what is judged, and takes it away."""
@@ -187,6 +188,7 @@ def _predict(model, source, output, max_pixels, overlays, progress, watch, maps)
                         logging.warning('%s', image)
                     else:
                         named.append((name, *image))
+                squashed = squashed or _tell_squashed(model, named)
                 if named:
                     found = computing.submit(model.logits, np.stack([x[-1] for x in named]))
                     write()
@@ -360,6 +362,18 @@ def _judge(model, named, scores, maps, output, pictures, pool):
         pool.submit(_row, output, pictures, name, image, model, model.result(score, logits, size))
         for (name, image, size, _), score, logits in zip(named, scores, maps, strict=True)
     ]
+
+
+def _tell_squashed(model, named):
+    """Warns of the first image whose shape is far from the model's; whether there is one."""
+    config = model.config
+    if config.fit == 'pad' or any(config.resize):
+        return False
+    for name, _, size, _ in named:
+        if doubts.of_shape(size, tuple(config.image_size)):
+            logging.warning('%s, and maybe others: %s', name, doubts.REASONS['shape'])
+            return True
+    return False
 
 
 def _watch(watch, scores):

@@ -35,7 +35,7 @@ def training_split(config: ml_collections.ConfigDict, split: Split) -> Split:
     defective = split.labels > 0
     if defective.all():
         raise UserError('the training split holds no normal image: training needs them.')
-    if settings.kind == 'none':
+    if settings.kind == 'none' or (settings.kind == 'auto' and not defective.any()):
         return splits.take(split, np.flatnonzero(~defective))
     if not defective.any():
         raise UserError(
@@ -43,7 +43,7 @@ def training_split(config: ml_collections.ConfigDict, split: Split) -> Split:
             f'{settings.kind} learns from them: add some (train/DEFECT), or set it to none.'
         )
     chosen = np.zeros(0, int)
-    if settings.kind == 'masks':
+    if settings.kind in ('masks', 'auto'):
         # A mask that vanished in resizing says nothing about the place.
         masked = np.flatnonzero(defective & split.has_mask & split.masks.any((1, 2)))
         count = settings.mask_count

@@ -11,6 +11,7 @@ import pytest
 from test_layouts import RNG, load, mark, root, write  # noqa: F401
 
 from ssn_jax import cli
+from ssn_jax.data import records
 from ssn_jax.errors import UserError
 
 DATA = os.environ.get('SSN_JAX_DATA')
@@ -198,3 +199,21 @@ def test_real_data_with_a_training_image_in_its_test_split(capsys):
         pytest.skip('SSN_JAX_DATA does not name a folder with kolektorsdd')
     _, _, doubts = as_json(capsys, Path(DATA, 'kolektorsdd'))
     assert [reason[:23] for _, reason in doubts] == ['in training and in test']
+
+
+@pytest.mark.parametrize(
+    'seen, expected',
+    [
+        ([], None),
+        ([(256, 256, 0)] * 3, None),
+        ([(1000, 1000, 0)] * 3, None),  # Nothing is known of its defects.
+        ([(1000, 1000, 4000)] * 3, None),  # 63 pixels a side, 16 at 256x256.
+        ([(1000, 1000, 900)] * 3 + [(1000, 1000, 0)] * 9, (400, 400)),  # 30 a side, 12 at 400.
+        ([(300, 300, 9)] * 3, (304, 304)),  # No larger than the file.
+        ([(4000, 4000, 100)] * 3, (1024, 1024)),
+        ([(200, 5000, 0)] * 3, (48, 1280)),  # As many pixels, in its shape: 51x1280.
+        ([(640, 256, 0)] * 3, (408, 160)),
+    ],
+)
+def test_the_image_size_that_is_recommended(seen, expected):
+    assert records.recommended_size(seen, (256, 256)) == expected

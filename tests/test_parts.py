@@ -40,6 +40,9 @@ def test_parts_share_each_class_and_split_no_group():
     # What cannot be kept from a head.
     assert parts.split(config, make_split([0, 0, 1]), np.arange(3)) == []
     assert len(parts.split(config, make_split([0, 0, 1, 1]), np.arange(4))) == 2
+    config.drawn.count = 5
+    [first, second, third] = parts.split(config, make_split([0, 0, 0, 1]), np.arange(4))
+    assert sorted(map(len, (first, second, third))) == [1, 1, 2]
     config.decision.parts = 0
     assert parts.split(config, split, groups) == []
 

@@ -615,3 +615,16 @@ def test_the_command(tmp_path):
     rows = [table(tmp_path / x / 'predictions.csv') for x in ('first', 'second')]
     assert len(rows[0].pop('good/000.png')) == 11 and rows[0] == rows[1]
     assert {row['decision'] for row in rows[0].values()} <= {'normal', 'defective'}
+
+
+def test_a_squashed_image_is_told_once(run, tmp_path, caplog):
+    for i, size in enumerate([(40, 40), (40, 70), (20, 90)]):
+        write(tmp_path / f'in/{i}.png', spot(*size, (1, 1, 9, 9)))
+    run.config.image_size = (32, 32)
+    predict_folder.predict(run, tmp_path / 'in', tmp_path / 'out')
+    told = [r.getMessage() for r in caplog.records if 'squashed' in r.getMessage()]
+    assert len(told) == 1 and told[0].startswith('1.png')
+    caplog.clear()
+    run.config.fit = 'pad'
+    predict_folder.predict(run, tmp_path / 'in', tmp_path / 'padded')
+    assert 'squashed' not in caplog.text

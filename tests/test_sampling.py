@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from ssn_jax.config import default_config
 from ssn_jax.data import sampling
 
 
@@ -77,3 +78,16 @@ def test_a_larger_choice_holds_the_smaller_one():
         assert set(smaller) < set(larger) <= set(candidates.tolist())
         assert larger == sorted(larger)
     assert any(sampling.choose(s, candidates, 3).tolist() != choices[3] for s in range(2, 6))
+
+
+@pytest.mark.parametrize('drawn, real, times', [(0, 5, 1), (40, 5, 2), (90, 5, 6), (40, 0, 1)])
+def test_real_defects_are_a_third_of_the_drawn_ones(drawn, real, times):
+    config = default_config()
+    config.batch_size = 4
+    labels = np.repeat([0, 1], [20, real + drawn])
+    order = sampling.image_order(config, labels, np.repeat([False, True, False], [20, real, drawn]))
+    shown = np.bincount(order(0).ravel(), minlength=len(labels))
+    counts = np.split(shown, [20, 20 + real])
+    rest = (drawn + times * real) * 2 % 4
+    assert abs(counts[1] - times).sum() + abs(counts[2] - 1).sum() <= rest
+    assert counts[0].sum() == shown.sum() - counts[1].sum() - counts[2].sum()

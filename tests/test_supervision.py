@@ -54,6 +54,23 @@ def test_labels_leave_no_mask():
     assert not augment.Shown(default_config(), split).masked
 
 
+def test_labels_alone_are_the_same_whatever_the_masks_say():
+    given = make_split([1, 0, 1, 0])
+    poisoned = dataclasses.replace(given, masks=np.ones_like(given.masks))
+    one, other = (supervision.training_split(config_of('labels'), x) for x in (given, poisoned))
+    assert all(np.array_equal(getattr(one, x), getattr(other, x)) for x in vars(one))
+
+
+def test_auto_takes_what_there_is():
+    split = supervision.training_split(config_of('auto'), make_split([1, 0, 1, 0], [1, 1, 0, 1]))
+    assert split.labels.tolist() == [1, 0, 1, 0] and split.has_mask.tolist() == [1, 1, 0, 1]
+    assert split.masks[0].any() and not split.masks[1:].any()
+    assert supervision.training_split(config_of('auto'), make_split([0, 0])).files == (
+        '0.png',
+        '1.png',
+    )
+
+
 @pytest.mark.parametrize('fraction, count', [(0, 0), (0.1, 1), (0.25, 2), (0.5, 3), (1, 5)])
 def test_a_fraction_of_the_masks(fraction, count):
     """Of 5 defective images, halves rounded up: 0.5, 1.25 -> 1, 2.5 -> 3."""

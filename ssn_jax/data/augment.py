@@ -20,13 +20,14 @@ class Shown:
     """All images that the steps are shown: normal ones, then defective ones.
 
     The normal images come first, then their turned copies (those of an image side by side), then
-    the four flips of all defective ones, at last normal and turned ones with a defect drawn into
+    the flips of all defective ones, at last normal and turned ones with a defect drawn into
     each.
 
     Attributes:
       labels: int32 (N,), 0 normal and 1 defective.
       has_mask: bool (N,); whether the place of its defect, or that it has none, is known.
       masked: whether any mask is more than empty.
+      real: bool (N,); whether its defect is a real one.
       sources: int32 (N,), the training images that they were made from.
     """
 
@@ -35,15 +36,22 @@ class Shown:
         self._split, self._product, self._drawn = split, config.product, config.drawn
         self._turned = config.turned_copies if config.product.angle == 'any' else 0
         self._normal, self._defective = (np.flatnonzero(split.labels == i) for i in (0, 1))
-        self._plain, flipped = len(self._normal) * (1 + self._turned), 4 * len(self._defective)
+        self._plain = len(self._normal) * (1 + self._turned)
+        # Beside drawn defects a flipped product would be one that lies as no other does.
+        upright = config.drawn.count and config.product.angle == 'same'
+        self._flips = 1 if upright and config.product.surface == 'object' else len(_FLIPS)
+        flipped = self._flips * len(self._defective)
         drawn = self._drawn.count if self._plain else 0
         self.labels = np.repeat(np.int32([0, 1]), [self._plain, flipped + drawn])
-        known = np.tile(split.has_mask[self._defective], 4)
+        known = np.tile(split.has_mask[self._defective], self._flips)
         self.has_mask = np.concatenate([np.ones(self._plain, bool), known, np.ones(drawn, bool)])
         self.masked = bool(drawn or split.masks.any())
+        self.real = np.repeat([False, True, False], [self._plain, flipped, drawn])
         plain = np.concatenate([self._normal, np.repeat(self._normal, self._turned)])
         below = plain[np.arange(drawn) % max(self._plain, 1)]
-        self.sources = np.concatenate([plain, np.tile(self._defective, 4), below]).astype(np.int32)
+        self.sources = np.concatenate([plain, np.tile(self._defective, self._flips), below]).astype(
+            np.int32
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -58,11 +66,11 @@ class Shown:
         split, rest = self._split, index - self._plain
         if rest < 0:
             return self._normal_or_turned(index), np.zeros(self.shape[1:3], np.uint8)
-        if rest < 4 * len(self._defective):
+        if rest < self._flips * len(self._defective):
             flip, member = divmod(rest, len(self._defective))
             source = self._defective[member]
             return split.images[source][_FLIPS[flip]], split.masks[source][_FLIPS[flip]]
-        rest -= 4 * len(self._defective)
+        rest -= self._flips * len(self._defective)
         return defects.draw(
             self._normal_or_turned, self._plain, rest, self._drawn.seed, self._product
         )

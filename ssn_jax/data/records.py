@@ -122,7 +122,7 @@ def recommended_size(
       image_size: (height, width) that they would be resized to.
 
     Returns:
-      (height, width), multiples of 8, no larger than the images and of at most 2^20 pixels, in
+      (height, width), rounded to 8, no larger than the images and of at most 2^20 pixels, in
       which half of the defects are as large as a square of `_LEAST` pixels a side; in the ratio of
       the images where image_size is far from it. None if image_size serves as well.
     """

@@ -13,12 +13,16 @@ import numpy as np
 _SHUFFLE, _ROUND, _CHOICE, PARTS = range(4)
 
 
-def image_order(config: ml_collections.ConfigDict, labels: np.ndarray) -> Callable:
+def image_order(
+    config: ml_collections.ConfigDict, labels: np.ndarray, real: np.ndarray
+) -> Callable:
     """What the epochs of a run show.
 
     Args:
       config: the run's.
       labels: (N,) of all images that there are to show, the normal ones first.
+      real: bool (N,), whether a defect is a real one. Beside drawn ones each is shown so often that
+        together they are a third as many.
 
     Returns:
       `order(epoch)`, from an epoch's number, from 0 on, to indices (steps, batch).
@@ -26,9 +30,16 @@ def image_order(config: ml_collections.ConfigDict, labels: np.ndarray) -> Callab
     total, defective = len(labels), int(labels.sum())
     if not defective:
         return lambda epoch: uniform_order(config.seed, epoch, total, config.batch_size)
-    return lambda epoch: balanced_order(
-        config.seed, epoch, total - defective, defective, config.batch_size
-    )
+    few, drawn = np.flatnonzero(real), defective - int(real.sum())
+    again = max(drawn // (3 * len(few)) - 1, 0) if len(few) else 0
+    normal, members = total - defective, np.concatenate([np.arange(total), np.tile(few, again)])
+
+    def order(epoch):
+        more = len(members) - normal
+        found = balanced_order(config.seed, epoch, normal, more, config.batch_size)
+        return members[found].astype(np.int32)
+
+    return order
 
 
 def uniform_order(seed: int, epoch: int, images: int, batch_size: int) -> np.ndarray:

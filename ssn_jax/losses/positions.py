@@ -5,6 +5,7 @@ unbiased estimate of the loss, at a cost that follows from the sample and not fr
 """
 
 from collections.abc import Callable
+import functools
 import math
 from typing import NamedTuple
 
@@ -16,6 +17,12 @@ import ml_collections
 from ssn_jax import config as config_lib, synthesis
 from ssn_jax.losses import terms as loss_terms
 from ssn_jax.models.grid import feature_grid, sample_features
+
+# What a position teaches: that it is normal, or which kind of anomaly it is.
+_NORMAL, _DRAWN, _NOISE, _MISPLACED, _REAL = range(5)
+# Of images with real defects: how many a step asks, at how many positions, and how many of these it
+# believes.
+_ASKED, _AT, _STRONGEST = 2, 1024, 8
 
 
 def make_map_loss(
@@ -49,14 +56,19 @@ def make_map_loss(
 
         k_places, k_noise = jax.random.split(key)
         sampled = _sample(k_places, batch, config.positions, config_lib.product_share(config))
+        if 'real' in batch:
+            judge = functools.partial(_judge, network, params, batch_stats)
+            found = _strongest(jax.random.fold_in(key, 3), batch, judge)
+            joined = (jnp.concatenate(x) for x in zip(sampled[:4], found, strict=True))
+            sampled = _Sample(*joined, sampled.first)
         adapted, of_adaptor = apply(sampled.features, 'adapt')
-        noisy = sampled.weight[: sampled.first : 2] * (1 - sampled.defective[: sampled.first : 2])
+        noisy = sampled.weight[: sampled.first : 2] * (sampled.kind[: sampled.first : 2] == 0)
         clean = adapted[: sampled.first : 2]
         noise = noise_fn(generator, clean, k_noise) * noisy[:, None]
         [scale] = synthesis.noise_scales(config.noise.unit, adapted)
         seen = jnp.concatenate([adapted, clean + noise * scale])
         weight = jnp.concatenate([sampled.weight, noisy])
-        kind = jnp.concatenate([sampled.defective, 2 * jnp.ones_like(noisy)])
+        kind = jnp.concatenate([sampled.kind, _NOISE * jnp.ones_like(noisy)])
         options = {}
         if network.waves:
             codes = network.places(feature_grid(batch['layers']))
@@ -70,14 +82,14 @@ def make_map_loss(
                 )
                 seen = jnp.concatenate([seen, adapted[moved]])
                 places = jnp.concatenate([places, elsewhere])
-                normal = sampled.weight[moved] * (1 - sampled.defective[moved])
+                normal = sampled.weight[moved] * (sampled.kind[moved] == _NORMAL)
                 weight = jnp.concatenate([weight, normal])
-                kind = jnp.concatenate([kind, 3 * jnp.ones_like(normal)])
+                kind = jnp.concatenate([kind, _MISPLACED * jnp.ones_like(normal)])
             options = {'code': codes[places]}
         logits, of_head = apply(seen, 'segment', **options)
         logits = logits[:, 0]
 
-        target = kind > 0
+        target = kind > _NORMAL
         share = weight * _shares(kind, weight > 0, config.misplaced)
         if config.map_loss == 'cross_entropy':
             # Beyond a margin the truncated L1 is content; this one goes on telling apart.
@@ -104,20 +116,21 @@ def _shares(kind, taught, misplaced):
     Drawn or true defects (1) and noise (2) share alike: noise is endless, defects are few, and what
     there is less of would be drowned. What is misplaced (3) has its own weight besides.
     """
-    counts = jnp.stack([(taught * (kind == k)).sum() for k in range(4)])
-    kinds = 1.0 / jnp.maximum((counts[1:3] > 0).sum(), 1)
-    weights = jnp.stack([jnp.ones(()), kinds, kinds, jnp.asarray(misplaced, jnp.float32)])
+    counts = jnp.stack([(taught * (kind == k)).sum() for k in range(5)])
+    alike = 1.0 / jnp.maximum((counts[jnp.array([_DRAWN, _NOISE, _REAL])] > 0).sum(), 1)
+    weights = [jnp.ones(()), alike, alike, jnp.asarray(misplaced, jnp.float32), alike]
+    weights = jnp.stack(weights)
     return taught * (weights / jnp.maximum(counts, 1))[kind.astype(jnp.int32)]
 
 
 class _Sample(NamedTuple):
-    """Positions of a batch: features (K, C); (K,) whether defective, how much they count, where.
+    """Positions of a batch: features (K, C); (K,) what they teach, how much they count, where.
 
     The first `first` ones are those of the first half of the images, normal ones if there are any.
     """
 
     features: jax.Array
-    defective: jax.Array
+    kind: jax.Array
     weight: jax.Array
     places: jax.Array
     first: int
@@ -128,6 +141,7 @@ def _sample(key, batch, positions, product_share):
     layers = batch['layers']
     n, (height, width) = len(layers[0]), feature_grid(layers)
     label = batch.get('label', jnp.zeros(n))[:, None]
+    kind = label + (_REAL - _DRAWN) * batch.get('real', jnp.zeros(n))[:, None]
     mask = batch.get('mask', jnp.zeros((n, height, width, 1))).reshape(n, -1)
     anywhere = jnp.full_like(mask, 1 / mask.shape[1])
     if product_share:
@@ -139,7 +153,7 @@ def _sample(key, batch, positions, product_share):
     weight = batch['weight'].reshape(n, -1) if 'weight' in batch else 1.0
     worth = jnp.where(label > 0, mask * weight, 1.0)
 
-    def draw(k, images, chances, worth, defective, count):
+    def draw(k, images, chances, worth, kind, count):
         if count:
             sums = jnp.cumsum(chances[images], axis=1)
             drawn = jax.random.uniform(k, (len(images), count)) * sums[:, -1:]
@@ -149,24 +163,59 @@ def _sample(key, batch, positions, product_share):
             places = jnp.broadcast_to(jnp.arange(height * width), (len(images), height * width))
         weight = jnp.take_along_axis(worth[images], places, 1)
         rows = sample_features(layers, places, images)
-        defective = jnp.broadcast_to(defective[images], places.shape)
+        taught = jnp.broadcast_to(kind[images], places.shape)
         rows = rows.reshape(-1, rows.shape[-1])
-        return rows, *(x.reshape(-1) for x in (defective, weight, places))
+        return rows, *(x.reshape(-1) for x in (taught, weight, places))
 
     images = jnp.arange(n)
     if 'label' not in batch:
-        found = draw(key, images, chances, worth, label, positions)
+        found = draw(key, images, chances, worth, kind, positions)
         return _Sample(*found, len(found[1]))
     # Defects are small, and the same few positions soon come again: most are taken of the half
     # that the normal images come first in, whatever their number in this batch is.
     images = jnp.argsort(label[:, 0], stable=True)
     half, fewer = n - n // 2, math.ceil(positions / 4)
     k_first, k_second = jax.random.split(key)
-    parts = [draw(k_first, images[:half], chances, worth, label, positions)]
-    parts.append(draw(k_second, images[half:], chances, worth, label, fewer))
+    parts = [draw(k_first, images[:half], chances, worth, kind, positions)]
+    parts.append(draw(k_second, images[half:], chances, worth, kind, fewer))
     if 'beside' in batch:
         beside, k_beside = batch['beside'].reshape(n, -1), jax.random.fold_in(key, 2)
-        normal = jnp.zeros_like(label)
+        normal = jnp.zeros_like(kind)
         parts.append(draw(k_beside, images[half:], beside, beside, normal, fewer))
     joined = (jnp.concatenate(x) for x in zip(*parts, strict=True))
     return _Sample(*joined, len(parts[0][1]))
+
+
+def _strongest(key, batch, judge):
+    """The strongest positions of some images with a real defect, as of `_Sample`.
+
+    Multiple-instance learning, as Sultani, Chen and Shah ("Real-world anomaly detection in
+    surveillance videos", CVPR 2018) do it with a bag's strongest instances: some position of such
+    an image is defective, and the ones that look most like it now are taught to be. Where the mask
+    is known, they lie in it.
+    """
+    layers, real = batch['layers'], batch['real']
+    k_images, k_places = jax.random.split(key)
+    images = jnp.argsort(-real * jax.random.uniform(k_images, real.shape, minval=0.5))[:_ASKED]
+    height, width = feature_grid(layers)
+    places = jax.random.randint(k_places, (len(images), _AT), 0, height * width)
+    possible = jnp.broadcast_to(real[images, None], places.shape)
+    if 'mask' in batch:
+        inside = jnp.take_along_axis(batch['mask'][images].reshape(len(images), -1), places, 1)
+        possible *= jnp.where(batch['known'][images, None] > 0, inside, 1)
+    rows = sample_features(layers, places, images)
+    logits = jnp.where(possible > 0, judge(rows, places, (height, width)), -jnp.inf)
+    _, best = jax.lax.top_k(logits, _STRONGEST)
+    rows = jnp.take_along_axis(rows, best[..., None], 1).reshape(-1, rows.shape[-1])
+    weight, places = (jnp.take_along_axis(x, best, 1).ravel() for x in (possible, places))
+    return rows, jnp.full_like(weight, _REAL), weight, places
+
+
+def _judge(network, params, batch_stats, rows, places, grid):
+    """The logits (M, P) of features (M, P, C) as the network is now; no gradient goes there."""
+    variables = jax.lax.stop_gradient({'params': params, 'batch_stats': batch_stats})
+    adapted, options = network.apply(variables, rows, method='adapt'), {}
+    if network.waves:
+        codes = network.places(grid)
+        options['code'] = codes.reshape(-1, codes.shape[-1])[places]
+    return network.apply(variables, adapted, method='segment', **options)[..., 0]

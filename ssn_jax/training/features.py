@@ -102,6 +102,8 @@ def training_data(
         layers = layers if on_host else jax.device_put(layers)
     if shown.labels.any():
         kept |= {'label': np.float32(shown.labels), 'known': np.float32(shown.has_mask)}
+        if config.image_score == 'map' and shown.real.any():
+            kept['real'] = np.float32(shown.real)
     if not on_host:
         kept = {name: devices.put_images(mesh, x) for name, x in kept.items()}
     return {'layers': layers} | kept

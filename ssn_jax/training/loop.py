@@ -54,7 +54,7 @@ def train(jobs, split, network, backbone_variables, quiet=False):
     """
     config = jobs[0].config
     shown = augment.Shown(config, split)
-    mesh = devices.make_mesh(sampling.image_order(config, shown.labels)(0).shape[1])
+    mesh = devices.make_mesh(sampling.image_order(config, shown.labels, shown.real)(0).shape[1])
     starts = [find_start(job, mesh) for job in jobs]
     states = [start.state for start in starts]
     missing = sorted({start.done for start in starts} - {config.epochs})
@@ -70,7 +70,7 @@ def train(jobs, split, network, backbone_variables, quiet=False):
     for done in missing:
         members = [i for i, start in enumerate(starts) if start.done == done]
         together = [starts[i] for i in members]
-        trained = train_together(together, shown.labels, contents, mesh, on_host, quiet)
+        trained = train_together(together, shown, contents, mesh, on_host, quiet)
         for i, state in zip(members, trained, strict=True):
             states[i] = state
     heads = []
@@ -117,13 +117,13 @@ def find_start(job, mesh) -> Start:
     return Start(job, done, state, manager, job.open_log(done), k_epochs)
 
 
-def train_together(starts, labels, contents, mesh, on_host, quiet):
+def train_together(starts, shown, contents, mesh, on_host, quiet):
     """Trains runs that differ in their seed alone from the same epoch on; their last states."""
     config, several = starts[0].job.config, len(starts)
-    orders = [sampling.image_order(start.job.config, labels) for start in starts]
+    orders = [sampling.image_order(start.job.config, shown.labels, shown.real) for start in starts]
     per_epoch = len(orders[0](0))
     run_epoch = steps.make_epoch(config, per_epoch, mesh, several > 1, on_host)
-    logging.info('%d images, %d steps per epoch', len(labels), per_epoch)
+    logging.info('%d images, %d steps per epoch', len(shown), per_epoch)
     state = devices.put(mesh, steps.stack_states([start.state for start in starts]))
     done = saved = starts[0].done
 
@@ -228,7 +228,8 @@ def find_epochs(config, split) -> dict[str, int]:
     """The field epochs, where it is to be found (0): for `_STEPS` steps; else nothing."""
     if config.epochs:
         return {}
-    per_epoch = len(sampling.image_order(config, augment.Shown(config, split).labels)(0))
+    shown = augment.Shown(config, split)
+    per_epoch = len(sampling.image_order(config, shown.labels, shown.real)(0))
     epochs = max(1, round(_STEPS[config.product.angle] / per_epoch))
     logging.info('Found: --config.epochs=%d, of %d steps each', epochs, per_epoch)
     return {'epochs': epochs}

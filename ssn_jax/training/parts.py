@@ -75,14 +75,16 @@ def split(config: ml_collections.ConfigDict, images: Split, groups: np.ndarray) 
       groups: int (N,); images of the same group lie in the same part.
 
     Returns:
-      Of each part its images, ascending; none where a class has fewer than two groups.
+      Of each part its images, ascending; none where normal images are of fewer than two groups, or,
+      without drawn defects, real ones are.
     """
     number, members = config.decision.parts, {}
     for label in np.unique(images.labels):
         own = np.flatnonzero(images.labels == label)
         names, sizes = np.unique(groups[own], return_counts=True)
         members[label] = own, names, sizes
-        number = min(number, len(names))
+        if label == 0 or not config.drawn.count:  # A head without real defects has drawn ones.
+            number = min(number, len(names))
     if number < 2:
         return []
     part_of = np.zeros(len(images.labels), int)
@@ -113,14 +115,14 @@ def train(
     """
     number, config = len(job.parts), job.config.copy_and_resolve_references()
     logging.info('%d heads, each without a part of the images, for the threshold', number)
-    total = config.epochs * len(sampling.image_order(config, shown.labels)(0))
+    total = config.epochs * len(sampling.image_order(config, shown.labels, shown.real)(0))
     if config.positions:
         config.positions = max(1, config.positions // (number + 1))
     else:
         config.batch_size = max(config.batch_size // number, 2)
 
     kept = [np.flatnonzero(~np.isin(shown.sources, part)) for part in job.parts]
-    orders = [sampling.image_order(config, shown.labels[one]) for one in kept]
+    orders = [sampling.image_order(config, shown.labels[one], shown.real[one]) for one in kept]
     # Parts differ in size: what one has more of waits for the next epoch.
     per_epoch, batch = (min(n) for n in zip(*(order(0).shape for order in orders), strict=True))
     config.epochs = max(1, round(total / per_epoch))
