@@ -50,13 +50,14 @@ def find(
     if not source.is_dir():
         yield source
         return
-    others = []
+    others, found = [], False
     for path, is_image in layouts.walk(source, (excluded,)):
+        found |= is_image
         if is_image:
             yield path
         elif warn:
             others.append(doubts.Doubt(path.relative_to(source).as_posix(), 'no image'))
-    doubts.log(others)
+    doubts.log(others if found else [])  # Else an error says more.
 
 
 def check_output(output: pathlib.Path) -> None:

@@ -255,7 +255,7 @@ def test_a_run_stops_where_its_numbers_do(job, whole, tmp_path):
 
 @pytest.mark.slow
 def test_images_without_content_and_a_test_split_of_one_class(job, tmp_path):
-    """Black, constant and saturated images, a mask that fills its image; then normal ones alone."""
+    """Black, constant and saturated images, masks that fill them; then normal ones alone."""
     levels = {'train/good': (0, 0, 90, 90, 255, 255), 'test/good': (0, 90, 255)}
     for folder, values in (levels | {'test/spot': (0, 90, 255)}).items():
         for i, value in enumerate(values):
@@ -269,7 +269,12 @@ def test_images_without_content_and_a_test_split_of_one_class(job, tmp_path):
     job.finish(workdir, data)
     assert all(np.isfinite(float(v)) for row in rows(workdir) for v in row.values())
     found = results(workdir)
-    assert found['undefined'] == {} and all(0 <= v <= 1 for v in found['metrics'].values())
+    # Masks of more than half of an image say nothing.
+    assert found['doubts']['large mask'] == 3
+    places = {'P-AUROC', 'AUPRO', 'AP-loc'}
+    assert found['undefined'] == dict.fromkeys(places, 'no defective image has a mask')
+    assert all((v is None) == (name in places) for name, v in found['metrics'].items())
+    assert all(0 <= v <= 1 for v in found['metrics'].values() if v is not None)
     assert np.isfinite(found['decision']['threshold'])
 
     other = commands.start(
