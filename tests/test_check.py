@@ -194,13 +194,6 @@ def test_nothing_is_doubtful_about_real_data(name, images, capsys):
     assert all((image['mask_pixels'] > 0) == bool(image['label']) for image in found.values())
 
 
-def test_real_data_with_a_training_image_in_its_test_split(capsys):
-    if not DATA:
-        pytest.skip('SSN_JAX_DATA does not name a folder with kolektorsdd')
-    _, _, doubts = as_json(capsys, Path(DATA, 'kolektorsdd'))
-    assert [reason[:23] for _, reason in doubts] == ['in training and in test']
-
-
 @pytest.mark.parametrize(
     'seen, expected',
     [

@@ -567,7 +567,9 @@ def test_flags_that_cannot_be(load):
 @pytest.fixture(scope='module')
 def real():
     if 'SSN_JAX_DATA' not in os.environ:
-        pytest.skip('SSN_JAX_DATA does not name a folder with mvtec_ad, kolektorsdd, originals')
+        pytest.skip(
+            'SSN_JAX_DATA does not name a folder with mvtec_ad, kolektorsdd_items, originals'
+        )
     return Path(os.environ['SSN_JAX_DATA'])
 
 
@@ -601,9 +603,9 @@ def test_real_mvtec_ad(load, real, category, train, test):
 
 
 def test_real_kolektorsdd(load, real):
-    dataset = load('ksdd2', root=real / 'kolektorsdd', size=(640, 232))
-    assert dataset.train.images.shape == (199, 640, 232, 3)
-    assert (dataset.train.labels.sum(), dataset.test.labels.sum()) == (25, 27)
+    dataset = load('ksdd2', root=real / 'kolektorsdd_items', size=(640, 232))
+    assert dataset.train.images.shape == (191, 640, 232, 3)
+    assert (dataset.train.labels.sum(), dataset.test.labels.sum()) == (25, 25)
     assert (dataset.test.masks.any((1, 2)) == (dataset.test.labels == 1)).all()
 
 
