@@ -48,8 +48,9 @@ ADDED = {
     'ssn-jax report': '',
     'ssn-jax benchmark --json': '--configs=auto --turns=7',
 }
-# Not run here: the environment's own commands, and what tests/test_devices.py and test_gpu.py run.
-LEFT_OUT = re.compile(r'(make|\. \.venv|pip install|scripts/gpu\.sh)\b|.*--coordinator')
+# Not run here: the environment's own commands, what takes an hour, and what tests/test_devices.py
+# and test_gpu.py run.
+LEFT_OUT = re.compile(r'(make|\. \.venv|pip install|scripts/gpu\.sh|python scripts/)\b|.*--coord')
 # Values that only make a command longer.
 SHORTER = {'beta=0.5,0.1,0.05,0.0015': 'beta=0.1', 'seed=0,1,2': 'seed=0,1', 'seeds=5': 'seeds=2'}
 

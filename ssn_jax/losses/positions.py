@@ -19,10 +19,10 @@ from ssn_jax.losses import terms as loss_terms
 from ssn_jax.models.grid import feature_grid, sample_features
 
 # What a position teaches: that it is normal, or which kind of anomaly it is.
-_NORMAL, _DRAWN, _NOISE, _MISPLACED, _REAL = range(5)
+_NORMAL, _DRAWN, _NOISE, _MISPLACED, _REAL, _STRONGEST = range(6)
 # Of images with real defects: how many a step asks, at how many positions, and how many of these it
 # believes.
-_ASKED, _AT, _STRONGEST = 2, 1024, 8
+_ASKED, _AT, _BELIEVED = 2, 1024, 8
 
 
 def make_map_loss(
@@ -111,14 +111,16 @@ def make_map_loss(
 
 
 def _shares(kind, taught, misplaced):
-    """Each position's share (K,): 1 of the normal ones (kind 0), 1 of the anomalous ones together.
+    """Each position's share (K,): 1 of the normal ones, 1 of the anomalous ones together.
 
-    Drawn or true defects (1) and noise (2) share alike: noise is endless, defects are few, and what
-    there is less of would be drowned. What is misplaced (3) has its own weight besides.
+    Of these drawn defects, noise, masks of real ones and their strongest positions share alike, as
+    far as there are any: noise is endless, defects are few, and what there is less of would be
+    drowned. What is misplaced has its own weight besides.
     """
-    counts = jnp.stack([(taught * (kind == k)).sum() for k in range(5)])
-    alike = 1.0 / jnp.maximum((counts[jnp.array([_DRAWN, _NOISE, _REAL])] > 0).sum(), 1)
-    weights = [jnp.ones(()), alike, alike, jnp.asarray(misplaced, jnp.float32), alike]
+    counts = jnp.stack([(taught * (kind == k)).sum() for k in range(6)])
+    alike = jnp.array([_DRAWN, _NOISE, _REAL, _STRONGEST])
+    alike = 1.0 / jnp.maximum((counts[alike] > 0).sum(), 1)
+    weights = [jnp.ones(()), alike, alike, jnp.asarray(misplaced, jnp.float32), alike, alike]
     weights = jnp.stack(weights)
     return taught * (weights / jnp.maximum(counts, 1))[kind.astype(jnp.int32)]
 
@@ -191,24 +193,20 @@ def _strongest(key, batch, judge):
 
     Multiple-instance learning, as Sultani, Chen and Shah ("Real-world anomaly detection in
     surveillance videos", CVPR 2018) do it with a bag's strongest instances: some position of such
-    an image is defective, and the ones that look most like it now are taught to be. Where the mask
-    is known, they lie in it.
+    an image is defective, and the ones that look most like it now are taught to be, whether its
+    mask is known or not.
     """
     layers, real = batch['layers'], batch['real']
     k_images, k_places = jax.random.split(key)
     images = jnp.argsort(-real * jax.random.uniform(k_images, real.shape, minval=0.5))[:_ASKED]
     height, width = feature_grid(layers)
     places = jax.random.randint(k_places, (len(images), _AT), 0, height * width)
-    possible = jnp.broadcast_to(real[images, None], places.shape)
-    if 'mask' in batch:
-        inside = jnp.take_along_axis(batch['mask'][images].reshape(len(images), -1), places, 1)
-        possible *= jnp.where(batch['known'][images, None] > 0, inside, 1)
     rows = sample_features(layers, places, images)
-    logits = jnp.where(possible > 0, judge(rows, places, (height, width)), -jnp.inf)
-    _, best = jax.lax.top_k(logits, _STRONGEST)
+    _, best = jax.lax.top_k(judge(rows, places, (height, width)), _BELIEVED)
     rows = jnp.take_along_axis(rows, best[..., None], 1).reshape(-1, rows.shape[-1])
-    weight, places = (jnp.take_along_axis(x, best, 1).ravel() for x in (possible, places))
-    return rows, jnp.full_like(weight, _REAL), weight, places
+    weight = jnp.broadcast_to(real[images, None], best.shape).ravel()
+    places = jnp.take_along_axis(places, best, 1).ravel()
+    return rows, jnp.full_like(weight, _STRONGEST), weight, places
 
 
 def _judge(network, params, batch_stats, rows, places, grid):
