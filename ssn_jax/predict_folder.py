@@ -162,11 +162,11 @@ def _predict(model, source, output, max_pixels, overlays, progress, watch, maps)
         nonlocal done
         while judged:
             row, reason = judged[0].result()
-            judged.pop(0)
             if reason:
                 unwritten.append((row[0], reason))
                 logging.warning('%s: %s', row[0], reason)
             table.append(row)
+            judged.pop(0)
             done += 1
 
     with (
@@ -200,10 +200,13 @@ def _predict(model, source, output, max_pixels, overlays, progress, watch, maps)
             write()
             table.open()  # With its heading, if it has no row.
         except KeyboardInterrupt as e:
-            write()  # What is finished is not lost.
+            # What is finished is not lost; the signal may have come just after a row was written.
+            names = _read_names(table.path)
+            judged = [one for one in judged if one.result()[0][0] not in names]
+            write()
             raise type(e)(
-                f'{len(known) + done} predictions are in {table.path}, the same command goes on '
-                'from there.'
+                f'{len(_read_names(table.path))} predictions are in {table.path}, the same command '
+                'goes on from there.'
             ) from None
         except OSError:  # Whose row is missing the others must not follow.
             raise
