@@ -20,8 +20,8 @@ def training_split(config: ml_collections.ConfigDict, split: Split) -> Split:
 
     Args:
       config: the run's; `supervision.kind` none: the normal images alone; labels: all images and
-        no defect's mask; masks: all images, and the masks of as many defective ones as
-        `mask_count` or `mask_fraction` says, chosen by seed.
+        no defect's mask; masks: all images, and the masks of as many defective ones as `mask_count`
+        or `mask_fraction` says, chosen by seed; auto: the same with what there is, if anything.
       split: the training images.
 
     Returns:
@@ -55,7 +55,7 @@ def training_split(config: ml_collections.ConfigDict, split: Split) -> Split:
         if count < 0:
             wanted = math.floor(settings.mask_fraction * defective.sum() + 0.5)
             count = min(wanted, len(masked))
-            if count < wanted:
+            if count < wanted and settings.kind == 'masks':
                 logging.warning('%d masks are asked for, %d are there.', wanted, count)
         chosen = sampling.choose(config.seed, masked, count)
     known = ~defective

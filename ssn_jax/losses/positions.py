@@ -35,8 +35,8 @@ def make_map_loss(
     quarter as many. `config.product_share` of a normal image's are on the product and the others
     anywhere; a defective image's are of its defect, weighted as its mask is (one whose mask is
     unknown gives none), and with `config.surroundings` the rest of the batch gives as many more
-    beside its defects, which are normal. Normal and anomalous positions count alike, and of these
-    noise and defects alike.
+    beside its defects, which are normal. Of some images with real defects the strongest positions
+    come besides. Normal and anomalous positions count alike, and of these all kinds alike.
 
     Args:
       config: the run's config.

@@ -60,11 +60,12 @@ def training_data(
 
     Returns:
       layers: layer2 and layer3 (N, H_i, W_i, C_i) at their own grids, an eighth of the feature
-      grid's memory, or what `network.frozen` makes of them; with defects label and known (N,); with
-      masks mask and weight, for `config.surroundings` beside and for `config.product_share`
-      product, all (N, h, w, 1) at the feature grid. bfloat16 is kept as the bits that it is,
-      uint16, for `restore`: to join or take from bfloat16 arrays, XLA on a CPU makes float32 copies
-      of all. On a mesh they are spread as `devices.map_images` does it, and N may be larger.
+      grid's memory, or what `network.frozen` makes of them; with defects label, known and, where
+      the map is the score, real (N,); with masks mask and weight, for `config.surroundings` beside
+      and for `config.product_share` product, all (N, h, w, 1) at the feature grid. bfloat16 is kept
+      as the bits that it is, uint16, for `restore`: to join or take from bfloat16 arrays, XLA on a
+      CPU makes float32 copies of all. On a mesh they are spread as `devices.map_images` does it,
+      and N may be larger.
     """
     logging.info('%d images: their features are computed once', len(shown))
     dtype = config.features.dtype
