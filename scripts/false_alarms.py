@@ -11,7 +11,10 @@ tested or all trained on.
 
 Every training is a command of its own in a folder of its own; the same command goes on with what is
 missing. table.md has the rates that were seen, pooled over sets and splits, with their 90 %
-intervals (Clopper and Pearson), and the share of defects that were found, set by set.
+intervals (Clopper and Pearson), and the share of defects that were found, set by set. Below, of the
+out-of-part thresholds, how far the false alarms of a split lie from what was promised: their mean
+square distance, where 1 is what the chance of which images were drawn alone makes (the number is
+then beta-binomial), and more is what the retrained head adds.
 """
 
 import json
@@ -21,6 +24,7 @@ import subprocess
 import sys
 
 import numpy as np
+from scipy import stats
 
 from ssn_jax import decide, decision, files, predictor, run as run_lib, terminal
 from ssn_jax.data import images, layouts
@@ -130,7 +134,31 @@ def table(workdir: pathlib.Path) -> str:
             seen = f'{100 * false / images_of:.1f} [{100 * low:.1f}, {100 * high:.1f}]'
             seen += f' of {images_of:.0f}'
             lines.append(f'| {100 * rate:g} % | {way} | {seen} | {" | ".join(cells)} |')
+    outcomes = [split['out of part'] for splits in found.values() for split in splits]
+    lines.append('')
+    for rate in RATES:
+        spread = np.mean([distance(x['chosen on'], x['normal'], rate) ** 2 for x in outcomes])
+        lines.append(f'{100 * rate:g} %: {spread:.2f} of {len(outcomes)}')
     return '\n'.join(lines) + '\n'
+
+
+def distance(known: list[float], new: list[float], rate: float) -> float:
+    """How many standard deviations more false alarms were seen than promised.
+
+    Args:
+      known: scores (n,) that the threshold is chosen on.
+      new: scores (m,) that are judged.
+      rate: asked for.
+
+    Returns:
+      The distance, in standard deviations of the number that exchangeable scores would give: k of
+      the n + m are among the highest, so it is BetaBinomial(m, k, n + 1 - k) distributed.
+    """
+    chosen = decision.by_rate(np.float32(known), rate)
+    k = round(chosen['promised'] * (len(known) + 1))
+    expected = stats.betabinom(len(new), k, len(known) + 1 - k)
+    seen = int((np.float32(new) >= chosen['threshold']).sum())
+    return float((seen - expected.mean()) / expected.std())
 
 
 def _rates(scores, rate):

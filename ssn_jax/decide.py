@@ -55,7 +55,8 @@ def decide(
             labels = np.repeat([0, 1], [len(normal), len(known)])
             found = decision.by_youden(np.concatenate([normal, known]), labels, misses)
         else:
-            found = decision.by_rate(normal, model.config.decision.fpr if fpr is None else fpr)
+            rate = model.config.decision.fpr if fpr is None else fpr
+            found = decision.by_rate(normal, rate, of_parts=not new)
     except ValueError as e:
         raise UserError(f'{workdir}: {e}; scores.csv there has them.') from None
     chosen = decision.tested(found | where | {'precision': model.config.precision}, scores)

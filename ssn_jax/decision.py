@@ -22,6 +22,9 @@ from ssn_jax import metrics
 CLASSES = ('normal', 'defective')
 # Of the interval for the rate of false alarms that will be seen.
 CONFIDENCE = 0.9
+# How many times as far as by chance alone the rate that is seen of the head that is used varies
+# around that of the parts' heads, in variance, at some rates (docs/decision.md, "What it holds").
+_OF_PARTS = (0.05, 0.1, 0.2), (1.0, 2.4, 3.5)
 # The share of normal images that have the middle of the colours anywhere.
 COLOURED = 0.05
 
@@ -120,7 +123,7 @@ def decide(config: ml_collections.ConfigDict, scores: Scores) -> dict:
     try:
         if youden:
             return by_youden(train.score, train.label) | where
-        chosen = by_rate(train.normal(), config.decision.fpr) | where
+        chosen = by_rate(train.normal(), config.decision.fpr, of_parts=True) | where
         if name == 'train':  # Such scores promise nothing of new images.
             del chosen['promised'], chosen['interval']
         return chosen
@@ -128,7 +131,7 @@ def decide(config: ml_collections.ConfigDict, scores: Scores) -> dict:
         return {'threshold': None, 'undefined': str(e)} | where
 
 
-def by_rate(normal: np.ndarray, fpr: float) -> dict:
+def by_rate(normal: np.ndarray, fpr: float, of_parts: bool = False) -> dict:
     """The smallest threshold that keeps the rate of false alarms to what is asked for.
 
     A new normal image scores higher than the k-th highest of n with a probability of at most
@@ -138,6 +141,8 @@ def by_rate(normal: np.ndarray, fpr: float) -> dict:
     Args:
       normal: scores (n,) of normal images by networks that never saw them.
       fpr: the rate, in 0..1.
+      of_parts: whether these networks are not the one that is used: at rates above 0.05 the
+        interval is wider then.
 
     Returns:
       threshold (a logit, as the scores), probability (its sigmoid), method, fpr (of these images)
@@ -159,8 +164,10 @@ def by_rate(normal: np.ndarray, fpr: float) -> dict:
     from scipy import stats  # Inference does without.
 
     tail = (1 - CONFIDENCE) / 2
-    interval = [float(stats.beta.ppf(q, k, n + 1 - k)) for q in (tail, 1 - tail)]
     promised = k / (n + 1)
+    spread = np.interp(promised, *_OF_PARTS) if of_parts else 1.0
+    beta = stats.beta(k / spread, (n + 1 - k) / spread)
+    interval = [float(beta.ppf(q)) for q in (tail, 1 - tail)]
     if 0 < fpr < promised:
         logging.warning(
             'A false-positive rate of at most %g is asked for, and %d normal images can promise '

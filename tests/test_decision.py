@@ -41,8 +41,10 @@ def test_a_run_without_defects_keeps_to_a_rate_of_false_alarms():
     assert (chosen['promised'], chosen['asked'], chosen['tpr']) == (0.2, 0.25, None)
     assert (chosen['split'], chosen['images']) == ('out of part (normal)', 9)
     # Beta(2, 8): 1 - (1 - x)^9 - 9 x (1 - x)^8 is its distribution function.
-    below = [1 - (1 - x) ** 9 - 9 * x * (1 - x) ** 8 for x in chosen['interval']]
+    interval = decision.by_rate(scores.score, 0.25)['interval']
+    below = [1 - (1 - x) ** 9 - 9 * x * (1 - x) ** 8 for x in interval]
     np.testing.assert_allclose(below, [0.05, 0.95], rtol=1e-9)
+    assert chosen['interval'] == decision.by_rate(scores.score, 0.25, of_parts=True)['interval']
     chosen = decision.decide(config, make_scores(range(9), [0] * 9, 'train'))
     assert chosen['split'] == 'train (normal)' and not {'promised', 'interval'} & set(chosen)
 
@@ -87,6 +89,15 @@ def test_the_rate_that_is_seen_lies_in_the_interval_as_often_as_it_says():
         inside += low <= 1 - found['threshold'] <= high
     # Within four standard deviations of a binomial of 400.
     assert abs(inside / 400 - 0.9) < 4 * np.sqrt(0.9 * 0.1 / 400)
+
+
+def test_the_interval_is_wider_where_the_heads_of_the_parts_were_seen_to_differ():
+    """At 10 % its variance is 2.4 times as large, so it is about 1.55 times as wide."""
+    scores = np.random.default_rng(0).random(1999).astype(np.float32)
+    for fpr, wider in ((0.05, 1.0), (0.1, np.sqrt(2.4))):
+        plain, found = (decision.by_rate(scores, fpr, of_parts=x)['interval'] for x in (0, 1))
+        assert (found[1] - found[0]) / (plain[1] - plain[0]) == pytest.approx(wider, rel=0.02)
+        assert found[0] <= plain[0] < fpr < plain[1] <= found[1]
 
 
 def test_p_values_by_hand():

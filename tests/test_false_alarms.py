@@ -5,6 +5,7 @@ import runpy
 
 import commands
 import numpy as np
+import pytest
 import tiny
 
 SCRIPT = runpy.run_path(str(commands.ROOT / 'scripts' / 'false_alarms.py'))
@@ -59,3 +60,18 @@ def test_table(tmp_path):
     cells = [cell.strip() for cell in row.split('|')[1:-1]]
     assert cells[:2] == ['5 %', 'out of part'] and cells[3] == '10.0 / 50.0'
     assert cells[2] == '10.0 [1.8, 28.3] of 20'
+
+
+def test_distance_by_hand():
+    """Of one score, and one more: two outcomes alike, of mean and standard deviation a half."""
+    distance = SCRIPT['distance']
+    assert distance([0.0], [1.0], 0.5) == pytest.approx(1)
+    assert distance([0.0], [-1.0], 0.5) == pytest.approx(-1)
+
+
+def test_distance_of_exchangeable_scores():
+    rng = np.random.default_rng(0)
+    found = [SCRIPT['distance'](*np.split(rng.normal(size=60), [40]), 0.1) for _ in range(300)]
+    assert abs(np.mean(found)) < 4 / np.sqrt(300)
+    # The mean of 300 squares, whose standard deviation is at most 2 (the number is skewed).
+    assert abs(np.mean(np.square(found)) - 1) < 4 * 2 / np.sqrt(300)
