@@ -166,12 +166,12 @@ def by_rate(normal: np.ndarray, fpr: float, of_parts: bool = False) -> dict:
     tail = (1 - CONFIDENCE) / 2
     promised = k / (n + 1)
     spread = np.interp(promised, *_OF_PARTS) if of_parts else 1.0
-    beta = stats.beta(k / spread, (n + 1 - k) / spread)
-    interval = [float(beta.ppf(q)) for q in (tail, 1 - tail)]
+    counts = k / spread, (n + 1 - k) / spread
+    interval = [float(stats.beta.ppf(q, *counts)) for q in (tail, 1 - tail)]
     if 0 < fpr < promised:
         logging.warning(
             'A false-positive rate of at most %g is asked for, and %d normal images can promise '
-            'none below %.2g, which it is: %.0f images could.',
+            'none below %.2g, which it is: %.10g images could.',
             *(fpr, n, promised, np.ceil(1 / fpr - 1e-9) - 1),
         )
     return {

@@ -63,6 +63,7 @@ def test_no_threshold_from_scores_that_are_no_numbers(scores):
     assert chosen['threshold'] is None and 'finite scores' in chosen['undefined']
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(COUNTS, strategies.floats(0, 1), strategies.booleans(), COUNTS)
 @hypothesis.example(3, 5e-324, False, 0)
 def test_a_rate_is_kept_among_scores_any_of_which_may_be_the_new_one(n, fpr, ties, seed):

@@ -45,6 +45,8 @@ class Shown:
         self.labels = np.repeat(np.int32([0, 1]), [self._plain, flipped + drawn])
         known = np.tile(split.has_mask[self._defective], self._flips)
         self.has_mask = np.concatenate([np.ones(self._plain, bool), known, np.ones(drawn, bool)])
+        masked = [i for i in self._defective if split.masks[i].any()]
+        self._real = [(split.images[i], split.masks[i]) for i in masked]
         self.masked = bool(drawn or split.masks.any())
         self.real = np.repeat([False, True, False], [self._plain, flipped, drawn])
         plain = np.concatenate([self._normal, np.repeat(self._normal, self._turned)])
@@ -72,7 +74,12 @@ class Shown:
             return split.images[source][_FLIPS[flip]], split.masks[source][_FLIPS[flip]]
         rest -= self._flips * len(self._defective)
         return defects.draw(
-            self._normal_or_turned, self._plain, rest, self._drawn.seed, self._product
+            self._normal_or_turned,
+            self._plain,
+            rest,
+            self._drawn.seed,
+            self._product,
+            self._real,
         )
 
     def _normal_or_turned(self, index):

@@ -5,7 +5,7 @@ tell it need not know a scratch. Drawn defects are crude, but their features are
 `KINDS` lists them. Every length and area is relative to the image.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import itertools
 from typing import NamedTuple
@@ -21,6 +21,8 @@ _VISIBLE = 10
 _LEAST, _TRIES = 15.0, 20
 # What is around a defect that it can change: a smear's half width, and the mask's closing.
 _MARGIN = 8.0
+# Of so many drawn defects one is a real one, if there are any with a mask.
+_TRANSPLANTED = 4
 
 
 class Kind(NamedTuple):
@@ -46,7 +48,12 @@ class Kind(NamedTuple):
 
 
 def draw(
-    image_of: Callable, count: int, index: int, seed: int, product: Mapping[str, str]
+    image_of: Callable,
+    count: int,
+    index: int,
+    seed: int,
+    product: Mapping[str, str],
+    real: Sequence[tuple[np.ndarray, np.ndarray]] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws a defect into one of the normal images, which take turns.
 
@@ -56,12 +63,16 @@ def draw(
       index: of the drawn one.
       seed: place and looks follow from it, and from the index, alone.
       product: `config.product`.
+      real: defective images of the same shape, and their masks (H, W) of zeros and ones. One in
+        `_TRANSPLANTED` drawn defects is one of theirs.
 
     Returns:
       The image, and the defect's mask, uint8 (H, W) of zeros and ones.
     """
     copy, image = divmod(index, count)
     rng = np.random.default_rng([seed, DRAW, image, copy])
+    if len(real) and rng.random() < 1 / _TRANSPLANTED:
+        return transplant(image_of(image), *real[rng.integers(len(real))], product, rng)
     shares = kinds_of(product)
     kind = rng.choice(list(shares), p=np.array(list(shares.values())) / sum(shares.values()))
     return draw_one(image_of(image), image_of(rng.integers(count)), kind, rng)
@@ -104,6 +115,67 @@ def draw_one(
     changed, whole = image.copy(), np.zeros(image.shape[:2], np.uint8)
     changed[window], whole[window] = drawn, mask
     return changed, whole
+
+
+def transplant(
+    image: np.ndarray,
+    source: np.ndarray,
+    mask: np.ndarray,
+    product: Mapping[str, str],
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts a real defect out of its image, and pastes it into a copy of a normal one.
+
+    It is flipped, scaled and turned, as far as a defect of such a product can be, and lies anywhere
+    on the product; where products lie at the same place, near where it was.
+
+    Args:
+      image: uint8 RGB (H, W, 3).
+      source: the defective image, of the same shape.
+      mask: of its defects, uint8 (H, W) of zeros and ones, not all zeros; one of its regions is
+        pasted.
+      product: `config.product`.
+      rng: source of every choice.
+
+    Returns:
+      As of `draw_one`.
+    """
+    count, regions, _, centres = cv2.connectedComponentsWithStats(
+        cv2.dilate(mask, _square(2 * unit(image)))
+    )
+    region = rng.integers(1, count)
+    cut = ((regions == region) & (mask > 0)).astype(np.uint8)
+    column, row = centres[region]
+    if product['place'] == 'same':
+        place = np.array([row, column]) + rng.normal(size=2) * 4 * unit(image)
+        angle, flips = rng.normal() * 5, (1, 1)
+    else:
+        places = np.flatnonzero(foreground(image))
+        place = np.array(divmod(places[rng.integers(len(places))], image.shape[1]))
+        angle = rng.uniform(0, 360) if product['angle'] == 'any' else rng.normal() * 5
+        flips = rng.choice([-1, 1], 2)
+    scale, angle = np.exp(rng.uniform(-0.35, 0.35)), np.deg2rad(angle)
+    turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    turn = turn @ np.diag(flips)
+    matrix = np.column_stack([turn, place[::-1] - turn @ (column, row)])
+    size = image.shape[1::-1]
+
+    # As bright as the image is where it comes to lie: of the defect, what differs from around it.
+    around = cv2.dilate(cut, _square(8 * unit(image))) - cv2.dilate(mask, _square(2 * unit(image)))
+    around = around == 1
+    moved = cv2.warpAffine(
+        source, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT
+    )
+    new = cv2.warpAffine(cut, matrix, size, flags=cv2.INTER_NEAREST)
+    ring = cv2.dilate(new, _square(8 * unit(image))) > new
+    moved = moved.astype(np.float32)
+    if around.any() and ring.any():
+        moved += image[ring].mean(0) - source[around].mean(0)
+    opacity = cv2.GaussianBlur(
+        cv2.dilate(new, _square(1.5 * unit(image))).astype(np.float32), (0, 0), unit(image)
+    )
+    changed = image + opacity[..., None] * (moved - image)
+    return changed.round().clip(0, 255).astype(np.uint8), new
 
 
 def unit(image: np.ndarray) -> float:
