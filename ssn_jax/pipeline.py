@@ -26,7 +26,7 @@ from ssn_jax import (
     seeds,
     supervision,
 )
-from ssn_jax.data import doubts, splits
+from ssn_jax.data import augment, doubts, splits
 from ssn_jax.fused import engine, fold
 from ssn_jax.models import systems, weights
 from ssn_jax.training import loop, parts, product
@@ -419,4 +419,7 @@ def draw_figures(job, results, material, maps, scores, log, maxima) -> None:
     if config.drawn.count:
         normal = material.split.images[material.split.labels == 0]
         what = f'{title} · defects that were drawn into normal images'
-        figures.drawn_defects(folder / 'drawn.png', normal, config.product, what, config.drawn.seed)
+        real = augment.real_defects(material.split)
+        figures.drawn_defects(
+            folder / 'drawn.png', normal, config.product, what, config.drawn.seed, real
+        )

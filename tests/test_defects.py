@@ -74,6 +74,54 @@ def test_kinds_of_products():
     assert anywhere - woven == {'break'}
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    product=st.sampled_from([SAME, ANY, WOVEN]),
+    size=st.tuples(st.integers(64, 128), st.integers(64, 128)),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_a_real_defect_is_as_much_darker_elsewhere(product, size, seed):
+    """One of 60 on 140 is one of 20 on 100, and beside it nothing has changed."""
+    image, source = (np.full((*size, 3), x, np.uint8) for x in (100, 140))
+    mask = np.zeros(size, np.uint8)
+    mask[20:32, 24:40] = 1
+    source[mask > 0] = 60
+    rng = np.random.default_rng(seed)
+    drawn, found = defects.transplant(image, source, mask, product, rng)
+    assert drawn.dtype == found.dtype == np.uint8 and set(np.unique(found)) == {0, 1}
+    # What is cut off by the image's edge has its own edge there.
+    inner = cv2.erode(found, np.ones((9, 9)), borderType=cv2.BORDER_CONSTANT, borderValue=0) > 0
+    outer = cv2.dilate(found, np.ones((9, 9))) > 0
+    assert np.abs(drawn[inner].astype(int) - 20).max(initial=0) <= 2
+    np.testing.assert_array_equal(drawn[~outer], image[~outer])
+    assert found.sum() <= 2.2 * mask.sum()
+    if product is SAME:
+        middle = np.argwhere(found).mean(0)
+        # Five standard deviations of 4 units, and a part may lie outside.
+        assert np.abs(middle - (25.5, 31.5)).max() < 20 * defects.unit(image) + 8
+
+
+def test_one_of_four_drawn_defects_is_a_real_one_if_there_is_any():
+    """It alone is blue."""
+    good = np.full((12, 64, 64, 3), 120, np.uint8)
+    bad, mask = good[:1].copy(), np.zeros((1, 64, 64), np.uint8)
+    mask[0, 20:40, 20:40] = 1
+    bad[mask > 0] = 0, 0, 255
+    config = default_config()
+    config.drawn.count = 200
+    config.product.update(ANY)
+    images, labels = np.concatenate([good, bad]), np.int32([0] * 12 + [1])
+    for masks, share in ((mask, 0.25), (0 * mask, 0.0)):
+        masks = np.concatenate([np.zeros((12, 64, 64), np.uint8), masks])
+        known = (labels == 0) | masks.any((1, 2))
+        split = Split(images, masks, known, labels, ('',) * 13, ('',) * 13)
+        shown = augment.Shown(config, split)
+        drawn = [shown[i] for i in range(len(shown) - 200, len(shown))]
+        blue = [image[found > 0].mean(0) if found.any() else np.zeros(3) for image, found in drawn]
+        real = np.mean([x[2] - x[0] > 150 for x in blue])
+        assert abs(real - share) <= 4 * np.sqrt(share * (1 - share) / 200)
+
+
 @settings(max_examples=15, deadline=None)
 @given(kind=st.sampled_from(sorted(defects.KINDS)), seed=st.integers(0, 2**32 - 1))
 def test_defects_grow_with_the_image(kind, seed):

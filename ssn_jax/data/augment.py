@@ -45,8 +45,7 @@ class Shown:
         self.labels = np.repeat(np.int32([0, 1]), [self._plain, flipped + drawn])
         known = np.tile(split.has_mask[self._defective], self._flips)
         self.has_mask = np.concatenate([np.ones(self._plain, bool), known, np.ones(drawn, bool)])
-        masked = [i for i in self._defective if split.masks[i].any()]
-        self._real = [(split.images[i], split.masks[i]) for i in masked]
+        self._real = real_defects(split)
         self.masked = bool(drawn or split.masks.any())
         self.real = np.repeat([False, True, False], [self._plain, flipped, drawn])
         plain = np.concatenate([self._normal, np.repeat(self._normal, self._turned)])
@@ -107,6 +106,12 @@ class Shown:
                 current, following = following, begin(start + size)
                 images, masks = zip(*(made.result() for made in current), strict=True)
                 yield slice(start, start + len(images)), np.stack(images), np.stack(masks)
+
+
+def real_defects(split: Split) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The defective images (H, W, 3) of a split whose mask is known, and their masks (H, W)."""
+    known = np.flatnonzero((split.labels > 0) & split.masks.any((1, 2)))
+    return [(split.images[i], split.masks[i]) for i in known]
 
 
 def turn(image: np.ndarray, angle: float) -> np.ndarray:

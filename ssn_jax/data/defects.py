@@ -63,8 +63,8 @@ def draw(
       index: of the drawn one.
       seed: place and looks follow from it, and from the index, alone.
       product: `config.product`.
-      real: defective images of the same shape, and their masks (H, W) of zeros and ones. One in
-        `_TRANSPLANTED` drawn defects is one of theirs.
+      real: defective images of the same shape, and their masks, uint8 (H, W) of zeros and ones.
+        One in `_TRANSPLANTED` drawn defects is one of theirs.
 
     Returns:
       The image, and the defect's mask, uint8 (H, W) of zeros and ones.
@@ -126,56 +126,53 @@ def transplant(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cuts a real defect out of its image, and pastes it into a copy of a normal one.
 
-    It is flipped, scaled and turned, as far as a defect of such a product can be, and lies anywhere
-    on the product; where products lie at the same place, near where it was.
+    It is scaled and turned a little, by any angle where the product is; and it lies anywhere on the
+    product, perhaps flipped, or near where it was if products lie at the same place. It is as much
+    darker or brighter than what is around it as it was.
 
     Args:
       image: uint8 RGB (H, W, 3).
       source: the defective image, of the same shape.
-      mask: of its defects, uint8 (H, W) of zeros and ones, not all zeros; one of its regions is
-        pasted.
+      mask: of its defects, uint8 (H, W) of zeros and ones, not all zeros; one region is pasted.
       product: `config.product`.
       rng: source of every choice.
 
     Returns:
       As of `draw_one`.
     """
-    count, regions, _, centres = cv2.connectedComponentsWithStats(
-        cv2.dilate(mask, _square(2 * unit(image)))
-    )
+    near, far = _square(2 * unit(image)), _square(8 * unit(image))
+    count, regions, _, centres = cv2.connectedComponentsWithStats(cv2.dilate(mask, near))
     region = rng.integers(1, count)
     cut = ((regions == region) & (mask > 0)).astype(np.uint8)
-    column, row = centres[region]
-    if product['place'] == 'same':
-        place = np.array([row, column]) + rng.normal(size=2) * 4 * unit(image)
-        angle, flips = rng.normal() * 5, (1, 1)
-    else:
-        places = np.flatnonzero(foreground(image))
-        place = np.array(divmod(places[rng.integers(len(places))], image.shape[1]))
-        angle = rng.uniform(0, 360) if product['angle'] == 'any' else rng.normal() * 5
-        flips = rng.choice([-1, 1], 2)
-    scale, angle = np.exp(rng.uniform(-0.35, 0.35)), np.deg2rad(angle)
-    turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    turn = turn @ np.diag(flips)
-    matrix = np.column_stack([turn, place[::-1] - turn @ (column, row)])
-    size = image.shape[1::-1]
-
-    # As bright as the image is where it comes to lie: of the defect, what differs from around it.
-    around = cv2.dilate(cut, _square(8 * unit(image))) - cv2.dilate(mask, _square(2 * unit(image)))
-    around = around == 1
-    moved = cv2.warpAffine(
-        source, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT
+    places, enough = (
+        np.flatnonzero(foreground(image)),
+        min(cut.sum() / 4, _LEAST * unit(image) ** 2),
     )
-    new = cv2.warpAffine(cut, matrix, size, flags=cv2.INTER_NEAREST)
-    ring = cv2.dilate(new, _square(8 * unit(image))) > new
-    moved = moved.astype(np.float32)
-    if around.any() and ring.any():
-        moved += image[ring].mean(0) - source[around].mean(0)
-    opacity = cv2.GaussianBlur(
-        cv2.dilate(new, _square(1.5 * unit(image))).astype(np.float32), (0, 0), unit(image)
-    )
-    changed = image + opacity[..., None] * (moved - image)
-    return changed.round().clip(0, 255).astype(np.uint8), new
+    for _ in range(_TRIES):
+        place, angle, flips = centres[region][::-1], rng.normal(scale=5), (1, 1)
+        if product['angle'] == 'any':
+            angle = rng.uniform(0, 360)
+        if product['place'] == 'same':
+            place = place + rng.normal(scale=4 * unit(image), size=2)
+        else:
+            place = np.array(divmod(places[rng.integers(len(places))], image.shape[1]))
+            flips = rng.choice([-1, 1], 2)
+        matrix = cv2.getRotationMatrix2D((0, 0), angle, np.exp(rng.uniform(-0.35, 0.35)))
+        matrix[:, :2] *= flips
+        matrix[:, 2] = place[::-1] - matrix[:, :2] @ centres[region]
+        pasted = cv2.warpAffine(cut, matrix, image.shape[1::-1], flags=cv2.INTER_NEAREST)
+        if pasted.sum() >= enough:
+            break
+    mode = {'flags': cv2.INTER_LINEAR, 'borderMode': cv2.BORDER_REFLECT}
+    moved = cv2.warpAffine(source, matrix, image.shape[1::-1], **mode).astype(np.float32)
+    around = (cv2.dilate(cut, far) > 0) & (cv2.dilate(mask, near) == 0)
+    beside = cv2.dilate(pasted, far) > pasted
+    if around.any() and beside.any():
+        moved += image[beside].mean(0, np.float32) - source[around].mean(0, np.float32)
+    opacity = cv2.dilate(pasted, _square(1.5 * unit(image))).astype(np.float32)
+    opacity = cv2.GaussianBlur(opacity, (0, 0), unit(image))[..., None]
+    changed = image + opacity * (moved - image)
+    return changed.round().clip(0, 255).astype(np.uint8), pasted
 
 
 def unit(image: np.ndarray) -> float:

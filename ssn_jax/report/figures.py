@@ -104,7 +104,12 @@ def _tint(
 
 
 def drawn_defects(
-    path: Path, images: np.ndarray, product: Mapping[str, str], title: str, seed: int = 0
+    path: Path,
+    images: np.ndarray,
+    product: Mapping[str, str],
+    title: str,
+    seed: int = 0,
+    real: Sequence[tuple[np.ndarray, np.ndarray]] = (),
 ) -> None:
     """Defects of each kind as training draws them, outlined, on images of the run.
 
@@ -114,15 +119,19 @@ def drawn_defects(
         product: `config.product`: what of it decides which kinds there are.
         title: what is seen.
         seed: of places and looks.
+        real: as of `defects.draw`.
     """
     cells = []
-    for i, kind in enumerate(defects.kinds_of(product)):
-        rngs = [np.random.default_rng([seed, defects.PICTURE, i, row]) for row in range(2)]
-        pairs = [images[rng.integers(len(images), size=2)] for rng in rngs]
-        drawn = [
-            _outline(*defects.draw_one(*pair, kind, rng))
-            for pair, rng in zip(pairs, rngs, strict=True)
-        ]
+    for i, kind in enumerate([*defects.kinds_of(product), *['real'] * bool(len(real))]):
+        drawn = []
+        for row in range(2):
+            rng = np.random.default_rng([seed, defects.PICTURE, i, row])
+            image, other = images[rng.integers(len(images), size=2)]
+            if kind == 'real':
+                of = real[rng.integers(len(real))]
+                drawn.append(_outline(*defects.transplant(image, *of, product, rng)))
+            else:
+                drawn.append(_outline(*defects.draw_one(image, other, kind, rng)))
         cells.append((np.concatenate(drawn), kind, 'black'))
     columns = -(-len(cells) // 2)
     cells += [(None, '', 'black')] * (2 * columns - len(cells))
