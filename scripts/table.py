@@ -5,13 +5,16 @@
 
 A set is data.name:FOLDER. The rows: configs/auto.py and configs/edge.py, each with --seeds seeds;
 the nearest neighbour on the same features; and configs/edge.py without each of its parts, with one
-seed. Every training is a command of its own in a folder of its own; the same command goes on with
-what is missing, and --rows chooses some. table.md has the metrics after the last epoch in percent,
-the minutes of the whole command and the milliseconds of an image. Nothing else should run
-meanwhile.
+seed. With --knowledge instead what defects in the training split add to both, and to the published
+systems: none of them, labels, a tenth or half of their masks, all masks; with --few N the first N
+of each kind by name are moved from the test split to training first. Every training is a command of
+its own in a folder of its own; the same command goes on with what is missing, and --rows chooses
+some. table.md has the metrics after the last epoch in percent, the minutes of the whole command and
+the milliseconds of an image. Nothing else should run meanwhile.
 """
 
 import argparse
+import collections
 import json
 import pathlib
 import statistics
@@ -22,6 +25,7 @@ import time
 import numpy as np
 
 from ssn_jax import benchmark, config as config_lib, data, files, metrics, predictor, terminal
+from ssn_jax.data import layouts
 from ssn_jax.errors import UserError
 from ssn_jax.fused import fold
 from ssn_jax.models import grid as grid_lib, systems, weights
@@ -33,7 +37,10 @@ ROWS = {
     'edge': ('edge', {}),
     'neighbours, ResNet18': ('auto', None),
     'neighbours, EfficientNet-Lite0': ('edge', None),
-    'edge, nothing drawn': ('edge', {'drawn.count': 0, 'epochs': 450}),
+    'edge, nothing drawn': (
+        'edge',
+        {'drawn.count': 0, 'epochs': 450, 'supervision.kind': 'none'},
+    ),
     'edge, at any angle': ('edge', {'product.angle': 'any'}),
     'edge, at the same angle': ('edge', {'product.angle': 'same'}),
     'edge, at any place': ('edge', {'product.place': 'any'}),
@@ -44,7 +51,26 @@ ROWS = {
     'edge, no average of weights': ('edge', {'optimizer.average': 0.0}),
     'edge, layers 2 and 3': ('edge', {'features.layers': '(2,3)'}),
 }
-SHOWN = ('I-AUROC', 'AP-det', 'AUPRO', 'AP-loc')
+_KNOWN = {
+    'no defects': {'supervision.kind': 'none'},
+    'labels': {'supervision.kind': 'labels'},
+    '10 % of masks': {'supervision.kind': 'masks', 'supervision.mask_fraction': 0.1},
+    '50 % of masks': {'supervision.kind': 'masks', 'supervision.mask_fraction': 0.5},
+    'all masks': {'supervision.kind': 'masks', 'supervision.mask_fraction': 1.0},
+}
+# The same of --knowledge; the published systems on ResNet18 too.
+KNOWLEDGE = {
+    f'{base}, {x}': (base, known) for base in ('auto', 'edge') for x, known in _KNOWN.items()
+}
+_SMALL = {'backbone.name': 'resnet18'}
+KNOWLEDGE |= {
+    'Scenario A, no defects': ('mod1_a', {}),
+    'GAP+CAM, labels': ('mod3', _SMALL),
+    'SuperSimpleNet, labels': ('mixed', {'supervision.mask_fraction': 0.0} | _SMALL),
+    'SuperSimpleNet, 10 % of masks': ('mixed', _SMALL),
+    'SuperSimpleNet, 50 % of masks': ('mixed', {'supervision.mask_fraction': 0.5} | _SMALL),
+    'SuperSimpleNet, all masks': ('supervised', _SMALL),
+}
 
 
 def main() -> None:
@@ -53,18 +79,22 @@ def main() -> None:
     parser.add_argument('--sets', nargs='+', required=True, metavar='NAME:FOLDER')
     parser.add_argument('--weights', required=True, metavar='FILE', help="ResNet18's")
     parser.add_argument('--workdir', type=terminal.path, required=True)
-    parser.add_argument('--rows', nargs='+', default=list(ROWS), choices=ROWS, metavar='ROW')
+    parser.add_argument('--rows', nargs='+', choices=ROWS | KNOWLEDGE, metavar='ROW')
+    parser.add_argument('--knowledge', action='store_true', help='the rows on what is known')
+    parser.add_argument('--few', type=int, default=0, metavar='N', help='defects of each kind')
     parser.add_argument(
         '--fields', nargs='+', default=[], metavar='FIELD=VALUE', help='of all runs'
     )
     parser.add_argument('--seeds', type=int, default=3, help='of auto and edge (%(default)s)')
     arguments = parser.parse_args()
+    arguments.rows = arguments.rows or list(KNOWLEDGE if arguments.knowledge else ROWS)
     names = [pathlib.Path(one).name for one in arguments.sets]
     if len(set(names)) < len(names):
         raise UserError(f'--sets has {" ".join(names)}: the last folder is its name, once each.')
     for row in arguments.rows:
         for one in arguments.sets:
-            for seed in range(arguments.seeds if row in ('auto', 'edge') else 1):
+            several = row in KNOWLEDGE or row in ('auto', 'edge')
+            for seed in range(arguments.seeds if several else 1):
                 done = row_file(arguments.workdir, row, one, seed)
                 if not done.exists():
                     print(f'{row} on {one}, seed {seed}', flush=True)
@@ -82,11 +112,13 @@ def row_file(workdir: pathlib.Path, row: str, one: str, seed: int) -> pathlib.Pa
 def measure(row: str, one: str, seed: int, arguments, folder: pathlib.Path) -> dict:
     """Metrics, minutes of the whole command and, of a run, milliseconds of an image."""
     name, place = one.split(':', 1)[0], pathlib.Path(one.split(':', 1)[-1])
-    base, changes = ROWS[row]
+    base, changes = (ROWS | KNOWLEDGE)[row]
+    if arguments.few:
+        name, place = 'folder', few(place, arguments.workdir / 'few', arguments.few)
     given = {'data.name': name, 'seed': seed, 'drawn.seed': seed}
     given['data.root'] = str(place.parent if name == 'mvtec_ad' else place)
     given['data.category'] = place.name
-    if base == 'auto':
+    if base != 'edge':
         given['backbone.weights'] = arguments.weights
     began = time.perf_counter()
     if changes is None:
@@ -105,6 +137,30 @@ def measure(row: str, one: str, seed: int, arguments, folder: pathlib.Path) -> d
     if changes is not None:
         found['ms'] = milliseconds(folder)
     return found
+
+
+def few(root: pathlib.Path, workdir: pathlib.Path, count: int) -> pathlib.Path:
+    """Links a category whose training split also has some of its defects; returns its folder.
+
+    Args:
+      root: the category's, with train/good, test/DEFECT and masks.
+      workdir: where the folder comes to lie, under the category's name.
+      count: of defects of each kind, the first by name; the test split has the others.
+    """
+    target, seen = workdir / root.name, collections.Counter()
+    for record in layouts.folder(root.resolve()).records:
+        seen[record.split, record.defect] += 1
+        split = record.split
+        if record.defect != layouts.GOOD and seen[record.split, record.defect] <= count:
+            split = 'train'
+        wanted = {target / split / record.defect / record.image.name: record.image}
+        if record.mask:
+            wanted[target / 'ground_truth' / record.defect / record.mask.name] = record.mask
+        for link, of in wanted.items():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if not link.is_symlink():
+                link.symlink_to(of)
+    return target
 
 
 def neighbours(config, tenth: int = 10) -> dict:
@@ -152,8 +208,11 @@ def milliseconds(folder: pathlib.Path, turns: int = 60) -> float:
 
 def table(arguments: argparse.Namespace) -> str:
     """What there is, a line for each row and set and one for its mean, in Markdown."""
-    lines = [f'| row | set | {" | ".join(SHOWN)} | minutes | ms |', '|---|---' + '|---' * 6 + '|']
-    for row in ROWS:
+    lines = [
+        f'| row | set | {" | ".join(metrics.METRICS)} | minutes | ms |',
+        '|---|---' + '|---' * (len(metrics.METRICS) + 2) + '|',
+    ]
+    for row in ROWS | KNOWLEDGE:
         means = []
         for one in arguments.sets:
             places = [
@@ -162,7 +221,7 @@ def table(arguments: argparse.Namespace) -> str:
             runs = [json.loads(file.read_text()) for file in places if file.exists()]
             if not runs:
                 continue
-            values = [[100 * run['metrics'][name] for run in runs] for name in SHOWN]
+            values = [[100 * run['metrics'][name] for run in runs] for name in metrics.METRICS]
             means.append([statistics.mean(x) for x in values])
             cells = [_with_deviation(x) for x in values]
             cells.append(f'{statistics.mean(run["minutes"] for run in runs):.1f}')

@@ -11,6 +11,11 @@ import commands
 import pytest
 import tiny
 
+from ssn_jax import config as config_lib, metrics
+from ssn_jax.data import layouts
+
+SCRIPT = runpy.run_path(str(commands.ROOT / 'scripts' / 'table.py'))
+
 
 @pytest.mark.slow
 def test_table(tmp_path):
@@ -44,16 +49,36 @@ def test_table(tmp_path):
 
 
 def test_a_row_is_the_mean_of_its_seeds(tmp_path):
-    script = runpy.run_path(str(commands.ROOT / 'scripts' / 'table.py'))
     for seed, value in enumerate((0.5, 0.7)):
-        file = script['row_file'](tmp_path, 'edge', 'folder:x/nut', seed)
+        file = SCRIPT['row_file'](tmp_path, 'edge', 'folder:x/nut', seed)
         file.parent.mkdir(parents=True)
-        values = {'metrics': dict.fromkeys(script['SHOWN'], value), 'minutes': 2 + seed, 'ms': 8.0}
+        values = {'metrics': dict.fromkeys(metrics.METRICS, value), 'minutes': 2 + seed, 'ms': 8.0}
         file.write_text(json.dumps(values))
     asked = argparse.Namespace(workdir=tmp_path, sets=['folder:x/nut'], seeds=2)
-    lines = script['table'](asked).splitlines()
-    assert lines[2] == '| edge | nut |' + ' 60.0 ± 14.1 |' * 4 + ' 2.5 | 8.0 |'
-    assert lines[3] == '| edge | mean |' + ' 60.0 |' * 4 + ' | |'
+    lines = SCRIPT['table'](asked).splitlines()
+    assert lines[2] == '| edge | nut |' + ' 60.0 ± 14.1 |' * 7 + ' 2.5 | 8.0 |'
+    assert lines[3] == '| edge | mean |' + ' 60.0 |' * 7 + ' | |'
+
+
+def test_a_few_defects_are_moved_to_training(tmp_path):
+    tiny.write_data(tmp_path / 'data', train=5)
+    root = tmp_path / 'data' / 'nut'
+    before = layouts.folder(root).records
+    found = layouts.folder(SCRIPT['few'](root, tmp_path / 'new', 1)).records
+    assert {r.image.resolve() for r in found} == {r.image for r in before}
+    assert {r.mask.resolve() for r in found if r.mask} == {r.mask for r in before if r.mask}
+    [moved] = [r for r in found if r.split == 'train' and r.defect != layouts.GOOD]
+    assert moved.image.resolve() == min(r.image for r in before if r.defect == 'spot')
+    assert moved.mask is not None
+
+
+def test_every_row_is_a_config():
+    for base, changes in (SCRIPT['ROWS'] | SCRIPT['KNOWLEDGE']).values():
+        config = config_lib.load(base)
+        for field, value in (changes or {}).items():
+            if not isinstance(value, str) or value[0] != '(':  # What a flag reads as a tuple.
+                config.update_from_flattened_dict({field: value})
+        config_lib.validate(config)
 
 
 def test_sets_of_one_name_are_refused():
