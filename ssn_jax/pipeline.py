@@ -354,7 +354,8 @@ def judge(config, model, base, known: decision.Scores, normal, test: data.Split)
         moved = (model.logits(normal)[0] - base.logits(normal)[0]).mean(dtype=np.float32)
         known = dataclasses.replace(known, score=known.score + moved)
     chosen = decision.decide(config, known) | {'precision': model.precision}
-    all_scores = known + evaluate.as_scores(test, scores, maps.max((1, 2)), 'test')
+    maxima = metrics.maximum(maps, splits.valid(test))
+    all_scores = known + evaluate.as_scores(test, scores, maxima, 'test')
     return Judgement(scores, maps, values, reasons, decision.tested(chosen, all_scores), all_scores)
 
 
@@ -393,14 +394,17 @@ def draw_figures(job, results, material, maps, scores, log, maxima) -> None:
     config, folder, split = job.config, job.folder / 'figures', material.dataset.test
     data_name = 'embedded data' if results['embedded'] else results['data']
     title = f'{results["config"]} · {results["category"]} ({data_name})'
-    threshold = results['decision']['threshold']
+    threshold, valid = results['decision']['threshold'], splits.valid(split)
     if split.files:
         masks = np.where(split.has_mask[:, None, None], split.masks, 0)
+        evidence = decision.evidence(maps, maxima)
+        if valid is not None:
+            evidence[~valid] = np.nan  # Such pixels stay bare.
         figures.overlays(
             folder / 'overlays.png',
             split.images,
             masks,
-            decision.evidence(maps, maxima),
+            evidence,
             decision.sigmoid(scores),
             split.labels,
             split.files,
@@ -415,6 +419,8 @@ def draw_figures(job, results, material, maps, scores, log, maxima) -> None:
         figures.roc_curve(folder / 'roc.png', scores, split.labels, f'{title} · test split')
     if results['metrics']['AP-loc'] is not None:
         known = split.has_mask
+        if valid is not None:
+            known = known[:, None, None] & valid
         figures.pr_curve(folder / 'pixel_pr.png', maps[known], split.masks[known], title)
     if config.drawn.count:
         normal = material.split.images[material.split.labels == 0]

@@ -493,11 +493,17 @@ def _read(
                 content.update(told)
                 encoded.append(told[32:64])
                 doubtful += found
+    inside = None
+    if fit == 'pad':
+        inside = tuple(images.inside(sizes[:2], image_size) for sizes in seen)
+        full = tuple(slice(0, n) for n in image_size)
+        inside = inside if any(part != full for part in inside) else None
     split = splits.Split(
         **kept,
         has_mask=has_mask,
         labels=np.array([defect != GOOD for defect in defects], np.int32),
         defects=defects,
         files=names,
+        inside=inside,
     )
     return split, content.hexdigest(), dict(zip(names, encoded, strict=True)), doubtful, seen
