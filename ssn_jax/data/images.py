@@ -26,7 +26,7 @@ SUFFIXES = frozenset(
 
 _PILLOW = threading.Lock()
 # ImageNet's mean, of which backbones see nothing.
-_GREY = np.uint8([124, 116, 104])
+GREY = np.uint8([124, 116, 104])
 MAX_PIXELS = 2**27  # Of an image that is decoded, unless more is asked for.
 WHITE = 2.0**16 - 1  # Of files of more than 8 bits, unless more is known.
 _JPEG_MAGIC = b'\xff\xd8\xff'
@@ -283,6 +283,15 @@ def inside(size: tuple[int, int], image_size: tuple[int, int]) -> tuple[slice, s
     return tuple(slice(low, low + n) for low, n in zip(offsets, shape, strict=True))
 
 
+def own(images) -> np.ndarray:
+    """Which pixels of images (N, H, W, 3) lie in no margin that `fit` padded them with: (N, H, W).
+
+    Those whose row and column hold more than grey. NumPy's arrays or JAX's.
+    """
+    differs = (images != GREY).any(-1)
+    return differs.any(2)[:, :, None] & differs.any(1)[:, None, :]
+
+
 def pad(resized: np.ndarray, part: tuple[slice, slice], image_size: tuple[int, int], value=0):
     """An image or mask (h, w, ...) in its `part` of one of `image_size`, `value` around it."""
     padded = np.empty((*image_size, *resized.shape[2:]), resized.dtype)
@@ -307,7 +316,7 @@ def fit(
     """
     if how == 'pad':
         part = inside(image.shape[:2], image_size)
-        return pad(resize(image, _shape(part)), part, image_size, _GREY)
+        return pad(resize(image, _shape(part)), part, image_size, GREY)
     whole = resize_to if any(resize_to) else image_size
     return centre(resize(image, whole), image_size)
 
