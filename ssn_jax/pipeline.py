@@ -71,7 +71,8 @@ def train_and_evaluate(
         material = gather(run_lib.with_white(config) if begun else config, folders)
         if material.dataset.white and not begun:
             found['data.range'] = material.dataset.white
-        normal = material.split.images[material.split.labels == 0]
+        normal = np.flatnonzero(material.split.labels == 0)
+        normal = splits.own_images(material.split, normal)
         found |= product.find(config, normal, material.backbone)
         config = config_lib.with_found(config, found)
         found |= loop.find_epochs(config, material.split)
@@ -84,9 +85,8 @@ def train_and_evaluate(
         for one, folder in asked:
             begun = run_lib.begin(one, found, folder, material.origin, material.backbone, said)
             running.enter_context(begun)
-            if one.supervision.kind in ('masks', 'auto'):
-                masked = json.dumps(supervision.masked_files(material.split), indent=2) + '\n'
-                run_lib.write(folder / 'masked_images.json', masked)
+            if masked := supervision.masked_files(material.split):
+                run_lib.write(folder / 'masked_images.json', json.dumps(masked, indent=2) + '\n')
             open_log = functools.partial(run_lib.open_log, folder, events=events)
             keep = functools.partial(keep_model, folder, material.backbone)
             one = config_lib.with_found(one, found)
@@ -423,6 +423,7 @@ def draw_figures(job, results, material, maps, scores, log, maxima) -> None:
             known = known[:, None, None] & valid
         figures.pr_curve(folder / 'pixel_pr.png', maps[known], split.masks[known], title)
     if config.drawn.count:
-        normal = material.split.images[material.split.labels == 0]
+        normal = np.flatnonzero(material.split.labels == 0)
+        normal = splits.own_images(material.split, normal)
         what = f'{title} · defects that were drawn into normal images'
         figures.drawn_defects(folder / 'drawn.png', normal, config.product, what, config.drawn.seed)

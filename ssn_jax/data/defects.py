@@ -51,7 +51,7 @@ def draw(
     """Draws a defect into one of the normal images, which take turns.
 
     Args:
-      image_of: from an index to a normal image, uint8 RGB (H, W, 3).
+      image_of: from an index to a normal image, uint8 RGB (H, W, 3), which may differ in size.
       count: of these images.
       index: of the drawn one.
       seed: place and looks follow from it, and from the index, alone.
@@ -80,7 +80,7 @@ def draw_one(
 
     Args:
       image: uint8 RGB (H, W, 3).
-      other: another image of the same shape.
+      other: another image; one of another shape is resized to this one's.
       kind: a name in `KINDS`.
       rng: source of every choice.
 
@@ -89,6 +89,8 @@ def draw_one(
     """
     draw_kind, areas = KINDS[kind].draw, KINDS[kind].areas
     product, square = foreground(image), unit(image) ** 2
+    if other.shape != image.shape:
+        other = cv2.resize(other, image.shape[1::-1])
     places = np.flatnonzero(product)
     close = _square(2 * unit(image))
     for _ in range(_TRIES):
@@ -233,8 +235,8 @@ def _filled(image, window, hidden, rng):
         filled = known
     below = image[wider].astype(np.float32)
     grain = np.abs(below - cv2.blur(below, (3, 3)))[levels[0][1][..., 0] > 0]
-    noise = 1.5 * np.median(grain) * rng.standard_normal((*hidden.shape[:2], 1), np.float32)
-    return filled[inner] + noise if grain.size else filled[inner]
+    usual = np.median(grain) if grain.size else 0.0
+    return filled[inner] + 1.5 * usual * rng.standard_normal((*hidden.shape[:2], 1), np.float32)
 
 
 # --- The kinds ------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Images in memory: the splits of a data set, and parts of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,6 +71,13 @@ def take(split: Split, indices: np.ndarray) -> Split:
         files=tuple(split.files[i] for i in indices),
         inside=split.inside and tuple(split.inside[i] for i in indices),
     )
+
+
+def own_images(split: Split, places: np.ndarray) -> Sequence[np.ndarray]:
+    """The images (h, w, 3) at some places, without the margin of those that are padded."""
+    if not split.inside:
+        return split.images[places]
+    return [split.images[i][split.inside[i]] for i in places]
 
 
 def valid(split: Split) -> np.ndarray | None:

@@ -104,13 +104,13 @@ def _tint(
 
 
 def drawn_defects(
-    path: Path, images: np.ndarray, product: Mapping[str, str], title: str, seed: int = 0
+    path: Path, images: Sequence[np.ndarray], product: Mapping[str, str], title: str, seed: int = 0
 ) -> None:
     """Defects of each kind as training draws them, outlined, on images of the run.
 
     Args:
         path: file to write.
-        images: normal ones, uint8 RGB (N, H, W, 3).
+        images: N normal ones, uint8 RGB (H, W, 3).
         product: `config.product`: what of it decides which kinds there are.
         title: what is seen.
         seed: of places and looks.
@@ -118,10 +118,10 @@ def drawn_defects(
     cells = []
     for i, kind in enumerate(defects.kinds_of(product)):
         rngs = [np.random.default_rng([seed, defects.PICTURE, i, row]) for row in range(2)]
-        pairs = [images[rng.integers(len(images), size=2)] for rng in rngs]
+        pairs = [rng.integers(len(images), size=2) for rng in rngs]
         drawn = [
-            _outline(*defects.draw_one(*pair, kind, rng))
-            for pair, rng in zip(pairs, rngs, strict=True)
+            _outline(*defects.draw_one(images[one], images[other], kind, rng))
+            for (one, other), rng in zip(pairs, rngs, strict=True)
         ]
         cells.append((np.concatenate(drawn), kind, 'black'))
     columns = -(-len(cells) // 2)
