@@ -425,5 +425,7 @@ def draw_figures(job, results, material, maps, scores, log, maxima) -> None:
     if config.drawn.count:
         normal = np.flatnonzero(material.split.labels == 0)
         normal = splits.own_images(material.split, normal)
+        # Two of a kind stand one on the other.
+        normal = [image for image in normal if image.shape == normal[0].shape]
         what = f'{title} · defects that were drawn into normal images'
         figures.drawn_defects(folder / 'drawn.png', normal, config.product, what, config.drawn.seed)

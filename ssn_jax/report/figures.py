@@ -110,7 +110,7 @@ def drawn_defects(
 
     Args:
         path: file to write.
-        images: N normal ones, uint8 RGB (H, W, 3).
+        images: N normal ones of one shape, uint8 RGB (H, W, 3).
         product: `config.product`: what of it decides which kinds there are.
         title: what is seen.
         seed: of places and looks.
