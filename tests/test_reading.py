@@ -433,9 +433,10 @@ def test_several_pages_are_refused():
         for read in (images.decode, images.decode_mask):
             with pytest.raises(UserError, match='a: holds 3 pages: split it into one file a page'):
                 read(file, 'a')
-    big = tiff(np.zeros((2, *SIZE), np.uint8), bigtiff=True, photometric='minisblack')
-    with pytest.raises(UserError, match='holds 2 pages'):
-        images.decode(big, 'a')
+    for options in ({'bigtiff': True}, {'volumetric': True}):
+        file = tiff(np.zeros((2, *SIZE), np.uint8), photometric='minisblack', **options)
+        with pytest.raises(UserError, match='holds 2 pages'):
+            images.decode(file, 'a')
 
 
 def test_a_preview_is_no_page():

@@ -40,6 +40,7 @@ _DEEP_MAGICS = (
 )
 # Tags of TIFF.
 _BITS, _PHOTOMETRIC, _ORIENTATION, _KIND, _OLD_KIND = _TAGS = 258, 262, 274, 254, 255
+_DEPTH = 32997  # Of volumes: how many pictures a page holds.
 
 
 def read(source: Path | bytes) -> bytes:
@@ -411,7 +412,8 @@ def _pages(encoded: bytes) -> int:
     """How many pictures a file holds, without its previews; 1 if that cannot be told."""
     if encoded.startswith(_TIFF_MAGICS):
         pages = _tiff_pages(encoded)
-        return max(1, sum(not (t.get(_KIND, 0) & 5 or t.get(_OLD_KIND) == 2) for t in pages))
+        pages = [t for t in pages if not (t.get(_KIND, 0) & 5 or t.get(_OLD_KIND) == 2)]
+        return max(1, sum(t.get(_DEPTH, 1) for t in pages))
     animated = encoded.startswith(b'GIF8') or b'ANMF' in encoded[: 2**16] or b'avis' in encoded[:64]
     if not animated and b'acTL' not in encoded[: 2**16]:
         return 1
@@ -439,7 +441,7 @@ def _tiff_pages(encoded: bytes, most: int | None = None) -> list[dict[int, int]]
                 file.seek(place)
                 tags, numbers = TiffImagePlugin.ImageFileDirectory_v2(head), {}
                 tags.load(file)
-                for tag in _TAGS:
+                for tag in (*_TAGS, _DEPTH):
                     values = tags.get(tag)
                     values = values if isinstance(values, tuple) else (values,)
                     if values and all(isinstance(value, int) for value in values):
