@@ -218,6 +218,8 @@ class Predictor:
     def logits(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Score logits (N,) and anomaly logits (N, *image_size) of fitted images, float32.
 
+        Maps show the margin of padded images; a score that is a map's maximum is without it.
+
         Args:
           images: uint8 RGB (N, *image_size, 3), as `fit` makes them.
 
