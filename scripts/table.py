@@ -24,8 +24,17 @@ import time
 
 import numpy as np
 
-from ssn_jax import benchmark, config as config_lib, data, files, metrics, predictor, terminal
-from ssn_jax.data import layouts
+from ssn_jax import (
+    benchmark,
+    config as config_lib,
+    data,
+    evaluate,
+    files,
+    metrics,
+    predictor,
+    terminal,
+)
+from ssn_jax.data import layouts, splits
 from ssn_jax.errors import UserError
 from ssn_jax.fused import fold
 from ssn_jax.models import grid as grid_lib, systems, weights
@@ -194,9 +203,8 @@ def neighbours(config, tenth: int = 10) -> dict:
         maps.append(distances.reshape(asked.shape[:2]))
     maps = np.stack(maps)[..., None].astype(np.float32)
     maps = np.asarray(grid_lib.full_size_map(maps, config.image_size))[..., 0]
-    test = dataset.test
-    found, _ = metrics.evaluate(maps.max((1, 2)), maps, test.labels, test.masks, test.has_mask)
-    return found
+    peaks = metrics.maximum(maps, splits.valid(dataset.test))
+    return evaluate.evaluate(peaks, maps, dataset.test)[0]
 
 
 def milliseconds(folder: pathlib.Path, turns: int = 60) -> float:

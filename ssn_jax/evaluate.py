@@ -3,7 +3,7 @@
 import numpy as np
 
 from ssn_jax import decision, devices, metrics
-from ssn_jax.data import Split
+from ssn_jax.data import Split, splits
 from ssn_jax.predictor import Predictor
 
 NO_TEST_IMAGES = 'there are no test images'
@@ -30,11 +30,12 @@ def scores_of(model: Predictor, split: Split, part: str) -> decision.Scores:
       split: the images.
       part: as of `decision.Scores`.
     """
-    scores, maxima = [], []
+    scores, maxima, valid = [], [], splits.valid(split)
     for start in range(0, len(split.labels), 256):
-        found, maps = predict(model, split.images[start : start + 256])
+        some = slice(start, start + 256)
+        found, maps = predict(model, split.images[some])
         scores.append(found)
-        maxima.append(maps.max((1, 2)))
+        maxima.append(metrics.maximum(maps, None if valid is None else valid[some]))
     return as_scores(split, np.concatenate(scores), np.concatenate(maxima), part)
 
 
@@ -52,11 +53,12 @@ def evaluate(
     """The seven metrics of predictions (N,) and (N, H, W) on a split.
 
     Both are logits: every metric depends on their order alone, and a sigmoid in float32 would
-    tie what is confidently normal or anomalous.
+    tie what is confidently normal or anomalous. Of padded images the margin does not count.
 
     Returns:
       Values by metric name, None where undefined, and the reason for each None.
     """
     if not len(scores):
         return dict.fromkeys(metrics.METRICS), dict.fromkeys(metrics.METRICS, NO_TEST_IMAGES)
-    return metrics.evaluate(scores, maps, split.labels, split.masks, split.has_mask)
+    known = split.labels, split.masks, split.has_mask, splits.valid(split)
+    return metrics.evaluate(scores, maps, *known)

@@ -31,7 +31,8 @@ def make_function(model: Predictor) -> Callable:
     config = model.config
 
     def predict(images):
-        return forward.predict(model.fused, preprocess(config, images), False, model.precision)
+        fitted, padded = preprocess(config, images), config.fit == 'pad'
+        return forward.predict(model.fused, fitted, False, model.precision, padded)
 
     return predict
 

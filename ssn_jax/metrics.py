@@ -132,6 +132,7 @@ def evaluate(
     labels: np.ndarray,
     masks: np.ndarray,
     has_mask: np.ndarray,
+    valid: np.ndarray | None = None,
 ) -> tuple[dict[str, float | None], dict[str, str]]:
     """All seven metrics of a test split.
 
@@ -144,6 +145,7 @@ def evaluate(
         labels: (N,) non-zero for a defective image.
         masks: (N, H, W) non-zero where an image is defective.
         has_mask: (N,) whether the image's mask is known; a normal image's is, and is empty.
+        valid: (N, H, W) which pixels count, some of each image; None: all.
 
     Returns:
         values: the metrics, 0..1, by the names and in the order of `METRICS`; None if undefined.
@@ -151,6 +153,8 @@ def evaluate(
     """
     scores, maps = _comparable(scores), _comparable(maps)
     labels, masks, has_mask = (np.asarray(x) > 0 for x in (labels, masks, has_mask))
+    if valid is not None:
+        masks &= valid
     counts = {x.shape for x in (scores, labels, has_mask)} | {maps.shape[:1]}
     if len(counts) > 1 or maps.ndim != 3 or maps.shape != masks.shape:
         raise ValueError(
@@ -161,7 +165,7 @@ def evaluate(
     values: dict[str, float | None] = dict.fromkeys(METRICS)
     reasons = {}
 
-    peaks = maps.max(axis=(1, 2))
+    peaks = maximum(maps, valid)
     for prefix, source, what in (('', scores, 'scores'), ('seg-', peaks, 'maps')):
         names = [f'{prefix}I-AUROC', f'{prefix}AP-det']
         if not labels.any():
@@ -176,6 +180,9 @@ def evaluate(
 
     names = ['P-AUROC', 'AP-loc', 'AUPRO']
     maps, masks = maps[has_mask], masks[has_mask]
+    regions = label_regions(masks)
+    if valid is not None:
+        maps, masks = maps[valid[has_mask]], masks[valid[has_mask]]
     if not masks.any():
         reasons |= dict.fromkeys(names, 'no defective image has a mask')
     elif masks.all():
@@ -184,9 +191,14 @@ def evaluate(
         reasons |= dict.fromkeys(names, 'non-finite maps')
     else:
         ranking = rank(maps, masks)
-        overlap = aupro(ranking, label_regions(masks))
+        overlap = aupro(ranking, regions)
         values |= zip(names, (auroc(ranking), average_precision(ranking), overlap), strict=True)
     return values, reasons
+
+
+def maximum(maps: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
+    """The maximum (N,) of each map (N, H, W) over the pixels that are `valid`; None: all."""
+    return maps.max((1, 2)) if valid is None else maps.max((1, 2), where=valid, initial=-np.inf)
 
 
 def youden(scores: np.ndarray, labels: np.ndarray, misses: float = 1.0) -> dict[str, float]:

@@ -71,7 +71,8 @@ def train_and_evaluate(
         material = gather(run_lib.with_white(config) if begun else config, folders)
         if material.dataset.white and not begun:
             found['data.range'] = material.dataset.white
-        normal = material.split.images[material.split.labels == 0]
+        normal = np.flatnonzero(material.split.labels == 0)
+        normal = splits.own_images(material.split, normal)
         found |= product.find(config, normal, material.backbone)
         config = config_lib.with_found(config, found)
         found |= loop.find_epochs(config, material.split)
@@ -84,9 +85,8 @@ def train_and_evaluate(
         for one, folder in asked:
             begun = run_lib.begin(one, found, folder, material.origin, material.backbone, said)
             running.enter_context(begun)
-            if one.supervision.kind in ('masks', 'auto'):
-                masked = json.dumps(supervision.masked_files(material.split), indent=2) + '\n'
-                run_lib.write(folder / 'masked_images.json', masked)
+            if masked := supervision.masked_files(material.split):
+                run_lib.write(folder / 'masked_images.json', json.dumps(masked, indent=2) + '\n')
             open_log = functools.partial(run_lib.open_log, folder, events=events)
             keep = functools.partial(keep_model, folder, material.backbone)
             one = config_lib.with_found(one, found)
@@ -354,7 +354,8 @@ def judge(config, model, base, known: decision.Scores, normal, test: data.Split)
         moved = (model.logits(normal)[0] - base.logits(normal)[0]).mean(dtype=np.float32)
         known = dataclasses.replace(known, score=known.score + moved)
     chosen = decision.decide(config, known) | {'precision': model.precision}
-    all_scores = known + evaluate.as_scores(test, scores, maps.max((1, 2)), 'test')
+    maxima = metrics.maximum(maps, splits.valid(test))
+    all_scores = known + evaluate.as_scores(test, scores, maxima, 'test')
     return Judgement(scores, maps, values, reasons, decision.tested(chosen, all_scores), all_scores)
 
 
@@ -393,14 +394,17 @@ def draw_figures(job, results, material, maps, scores, log, maxima) -> None:
     config, folder, split = job.config, job.folder / 'figures', material.dataset.test
     data_name = 'embedded data' if results['embedded'] else results['data']
     title = f'{results["config"]} · {results["category"]} ({data_name})'
-    threshold = results['decision']['threshold']
+    threshold, valid = results['decision']['threshold'], splits.valid(split)
     if split.files:
         masks = np.where(split.has_mask[:, None, None], split.masks, 0)
+        evidence = decision.evidence(maps, maxima)
+        if valid is not None:
+            evidence[~valid] = np.nan  # Such pixels stay bare.
         figures.overlays(
             folder / 'overlays.png',
             split.images,
             masks,
-            decision.evidence(maps, maxima),
+            evidence,
             decision.sigmoid(scores),
             split.labels,
             split.files,
@@ -415,9 +419,14 @@ def draw_figures(job, results, material, maps, scores, log, maxima) -> None:
         figures.roc_curve(folder / 'roc.png', scores, split.labels, f'{title} · test split')
     if results['metrics']['AP-loc'] is not None:
         known = split.has_mask
+        if valid is not None:
+            known = known[:, None, None] & valid
         figures.pr_curve(folder / 'pixel_pr.png', maps[known], split.masks[known], title)
     if config.drawn.count:
-        normal = material.split.images[material.split.labels == 0]
+        normal = np.flatnonzero(material.split.labels == 0)
+        normal = splits.own_images(material.split, normal)
+        # Two of a kind stand one on the other.
+        normal = [image for image in normal if image.shape == normal[0].shape]
         what = f'{title} · defects that were drawn into normal images'
         real = augment.real_defects(material.split)
         figures.drawn_defects(

@@ -218,6 +218,8 @@ class Predictor:
     def logits(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Score logits (N,) and anomaly logits (N, *image_size) of fitted images, float32.
 
+        Maps show the margin of padded images; a score that is a map's maximum is without it.
+
         Args:
           images: uint8 RGB (N, *image_size, 3), as `fit` makes them.
 
@@ -233,14 +235,14 @@ class Predictor:
         if self.engine == 'openvino':
             return tuple(self._openvino(images))
         if len(images) == 1:
-            return jax.device_get(_single(self.precision)(self._arrays, images))
+            return jax.device_get(_single(*self._program)(self._arrays, images))
         local, chunk, parts = jax.local_device_count(), self.batch_size, []
         for start in range(0, len(images), chunk):
             part = images[start : start + chunk]
             padded = np.zeros((chunk, *part.shape[1:]), np.uint8)
             padded[: len(part)] = part
             spread = padded.reshape(local, -1, *part.shape[1:])
-            found = jax.device_get(_parallel(self.precision)(self._replicas, spread))
+            found = jax.device_get(_parallel(*self._program)(self._replicas, spread))
             parts.append([x.reshape(chunk, *x.shape[2:])[: len(part)] for x in found])
         scores, maps = (np.concatenate(x) for x in zip(*parts, strict=True))
         return scores, maps
@@ -310,6 +312,10 @@ class Predictor:
             )
         return engine_lib.read(path)
 
+    @property
+    def _program(self):
+        return self.precision, self.config.fit == 'pad'
+
     @functools.cached_property
     def _arrays(self):
         return jax.device_put(self.fused, jax.local_devices()[0])
@@ -323,13 +329,14 @@ class Predictor:
 # One program for all runs of the same network. An axis without a name is named by an address in
 # memory, and its program would not be found in the compilation cache.
 @functools.cache
-def _single(precision):
-    return jax.jit(functools.partial(forward.predict, precision=precision))
+def _single(precision, padded):
+    return jax.jit(functools.partial(forward.predict, precision=precision, padded=padded))
 
 
 @functools.cache
-def _parallel(precision):
-    return jax.pmap(functools.partial(forward.predict, precision=precision), axis_name='devices')
+def _parallel(precision, padded):
+    run = functools.partial(forward.predict, precision=precision, padded=padded)
+    return jax.pmap(run, axis_name='devices')
 
 
 def load(

@@ -210,3 +210,19 @@ def test_nothing_is_doubtful_about_real_data(name, images, capsys):
 )
 def test_the_image_size_that_is_recommended(seen, expected):
     assert records.recommended_size(seen, (256, 256)) == expected
+
+
+@pytest.mark.parametrize(
+    'seen, expected',
+    [
+        ([(1000, 1000, 900)] * 3, (400, 400)),  # Nothing is padded.
+        ([(400, 600, 0)] * 3, None),
+        ([(400, 700, 0)] * 3, None),  # It takes more than half of 256x256.
+        ([(200, 5000, 0)] * 3, (48, 1280)),
+        ([(200, 800, 4000)] * 3, None),  # 20 pixels a side, and nothing is squashed.
+        ([(200, 800, 900)] * 3, (128, 512)),  # 10 a side at 64x256, 19 at 128x512.
+        ([(200, 5000, 2000)] * 3, (56, 1344)),  # 5 a side at 10x256, 12 at 54x1342.
+    ],
+)
+def test_the_image_size_that_is_recommended_for_padded_images(seen, expected):
+    assert records.recommended_size(seen, (256, 256), 'pad') == expected

@@ -1,5 +1,6 @@
 """Drawn defects: where they are, that masks tell the truth, and that they follow from a seed."""
 
+import dataclasses
 import re
 
 import commands
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from ssn_jax.config import default_config
-from ssn_jax.data import Split, augment, defects, synthetic
+from ssn_jax.data import Split, augment, defects, images as images_lib, synthetic
 from ssn_jax.losses import targets
 
 
@@ -99,6 +100,18 @@ def test_a_real_defect_is_as_much_darker_elsewhere(product, size, seed):
         middle = np.argwhere(found).mean(0)
         # Five standard deviations of 4 units, and a part may lie outside.
         assert np.abs(middle - (25.5, 31.5)).max() < 20 * defects.unit(image) + 8
+
+
+def test_a_real_defect_of_an_image_of_another_shape():
+    """A line of one pixel, that half as large an image has no whole pixel of."""
+    image, source = np.full((64, 80, 3), 100, np.uint8), np.full((130, 160, 3), 140, np.uint8)
+    mask = np.zeros((130, 160), np.uint8)
+    mask[60, 20:140] = 1
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        drawn, found = defects.transplant(image, source, mask, ANY, rng)
+        assert drawn.shape == image.shape and found.shape == image.shape[:2]
+        assert 10 < found.sum() < 200
 
 
 def test_one_of_four_drawn_defects_is_a_real_one_if_there_is_any():
@@ -243,6 +256,51 @@ def test_turned_copies():
     np.testing.assert_array_equal(images, shown_images(2, 0)[1])
     assert len({image.tobytes() for image in images}) == 10
     assert (shown_images(2, 0, seed=1)[1][2:6] != images[2:6]).any((1, 2, 3)).all()
+
+
+@pytest.mark.parametrize('angle', ['same', 'any'])
+def test_the_margin_of_padded_images_stays(angle):
+    """Whatever is made of them: turned, flipped, or with a defect, within each one's own place."""
+    given = make_split()
+    inside = (np.s_[0:64, 20:45], np.s_[30:35, 0:64], np.s_[7:56, 0:64])
+    fitted = np.full_like(given.images, images_lib.GREY)
+    for one, image, part in zip(fitted, given.images, inside, strict=True):
+        one[part] = np.maximum(image[part], 125)  # Of nothing that is grey.
+    masks = given.masks.copy()
+    masks[2, 7:10, 1:5] = 1
+    split = dataclasses.replace(given, images=fitted, masks=masks, inside=inside)
+    config = default_config()
+    config.product.update(angle=angle, surface='texture')
+    config.turned_copies, config.drawn.count = 2, 40
+    shown = augment.Shown(config, split)
+    assert shown.padded and len(shown) == 2 * (3 if angle == 'any' else 1) + 4 + 40
+    for i in range(len(shown)):
+        image, mask = shown[i]
+        margin = np.ones((64, 64), bool)
+        margin[inside[shown.sources[i]]] = False
+        assert image.shape == (64, 64, 3) and mask.shape == (64, 64)
+        assert (image[margin] == images_lib.GREY).all() and not mask[margin].any()
+        if shown.real[i]:
+            assert mask.sum() == 12
+    real = np.flatnonzero(shown.real)
+    corners = [shown[i][1][np.ix_([7, 55], [1, 62])].ravel().tolist() for i in real]
+    assert sorted(corners) == sorted(np.eye(4).tolist())
+    # Where positions are taken: 12 pixels beyond the image, in whole positions of 4.
+    own = targets.own(inside, (64, 64), (16, 16))[..., 0]
+    assert own[0].any(0).tolist() == [8 // 4 <= i < 15 for i in range(16)] and own[0].any(1).all()
+    assert own[1].any(1).tolist() == [18 // 4 <= i < 12 for i in range(16)]
+    product = targets.product(fitted, (16, 16), inside)[..., 0]
+    assert product.any() and not product[~(own > 0)].any()
+
+
+@pytest.mark.parametrize('kind', defects.KINDS)
+@pytest.mark.parametrize('size', [(1, 64), (3, 64), (64, 2)])
+def test_defects_in_strips(kind, size):
+    """As 200x5000 pixels become where they are padded to a square."""
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 255, (*shape, 3), np.uint8) for shape in (size, (9, 9))]
+    image, mask = defects.draw_one(*images, kind, rng)
+    assert image.shape == images[0].shape and mask.shape == size
 
 
 @pytest.mark.parametrize('size', [1, 4, 1000])

@@ -204,6 +204,35 @@ def test_what_is_not_used_is_named(root):
     assert not doubts.keys() & seen(root).keys()
 
 
+@pytest.mark.parametrize(
+    'name',
+    [
+        *('test/scratch/5_GT', 'test/scratch/5-mask', 'test/scratch/mask_5', 'test/scratch/5.seg'),
+        *('test/scratch/masks/5', 'test/scratch/labels/5', 'test/scratch/Ground Truth/5_mask'),
+        *('test/ground_truth/scratch/5_mask', 'test/masks/5', 'train/mask/0', 'train/good/gt/0'),
+    ],
+)
+def test_masks_among_images_are_none(root, name):
+    mark(root / f'{name}.png')
+    assert doubted(root) == {f'{name}.png': 'mask among images'}
+    assert f'{name}.png' not in seen(root) and len(seen(root)) == 7
+
+
+def test_masks_beside_a_folder_of_images(root):
+    write(root / 'test/dent/images/0.png')
+    mark(root / 'test/dent/masks/0.png')
+    assert doubted(root) == {'test/dent/masks/0.png': 'mask among images'}
+    assert seen(root)['test/dent/images/0.png'] == ('test', 'dent', None)
+
+
+@pytest.mark.parametrize(
+    'name', ['test/label/5', 'test/masks/9', 'test/scratch/a_mask', 'test/scratch/5gt']
+)
+def test_images_that_are_called_as_masks_of_none(root, name):
+    write(root / f'{name}.png')
+    assert not doubted(root) and f'{name}.png' in seen(root)
+
+
 def test_case_of_train_and_test(root):
     (root / 'train').rename(root / 'Train')
     assert 'Train/good/0.png' in seen(root) and not doubted(root)

@@ -38,13 +38,12 @@ def split(seed=0, shape=(6, 16, 16), levels=None):
 
 def brute_aupro(maps, masks, limit):
     """AUPRO by visiting every threshold and walking along the curve."""
-    masks = masks > 0
-    regions = []
-    for i, mask in enumerate(masks):
-        labelled = measure.label(mask, connectivity=2)
-        regions += [maps[i][labelled == k] for k in range(1, labelled.max() + 1)]
-    thresholds = np.unique(maps)[::-1]
-    fpr = [0.0, *(np.mean(maps[~masks] >= t) for t in thresholds)]
+    regions, normal = [], np.concatenate([m[k == 0] for m, k in zip(maps, masks, strict=True)])
+    for scores, mask in zip(maps, masks, strict=True):
+        labelled = measure.label(mask > 0, connectivity=2)
+        regions += [scores[labelled == k] for k in range(1, labelled.max() + 1)]
+    thresholds = np.unique(np.concatenate([scores.ravel() for scores in maps]))[::-1]
+    fpr = [0.0, *(np.mean(normal >= t) for t in thresholds)]
     pro = [0.0, *(np.mean([np.mean(r >= t) for r in regions]) for t in thresholds)]
     inside = [f for f in fpr if f <= limit]
     last = np.interp(limit, fpr, pro) if inside[-1] < limit else pro[len(inside) - 1]
@@ -246,6 +245,39 @@ def test_thresholds_refuse_what_they_cannot_use(scores):
         metrics.youden(np.array(scores), np.arange(len(scores)))
     with pytest.raises(ValueError, match='normal and defective'):
         metrics.youden(np.zeros(3), np.ones(3))
+
+
+def test_the_margin_of_padded_images_does_not_count():
+    """Images of several shapes, and a margin that scores higher than all of them."""
+    data, valid = split(), np.zeros((6, 16, 16), bool)
+    sides = [(16, 9), (5, 16), (16, 16), (7, 16), (16, 4), (16, 12)]
+    cut = []
+    for i, (height, width) in enumerate(sides):
+        part = np.s_[i, 16 - height :, (16 - width) // 2 : (16 - width) // 2 + width]
+        valid[part] = True
+        data['masks'][part][1:3, 1:4] = i % 2
+        cut.append((data['maps'][part], data['masks'][part]))
+    data['masks'][~valid] = 0
+    data['maps'][~valid] += 9
+    maps, masks = zip(*cut, strict=True)
+    values, reasons = metrics.evaluate(**data, valid=valid)
+    pixels = np.concatenate([x.ravel() for x in maps])
+    positive = np.concatenate([x.ravel() for x in masks]) > 0
+    peaks = [x.max() for x in maps]
+    expected = {
+        'P-AUROC': sklearn_metrics.roc_auc_score(positive, pixels),
+        'AP-loc': sklearn_metrics.average_precision_score(positive, pixels),
+        'AUPRO': brute_aupro(maps, masks, 0.3),
+        'seg-I-AUROC': sklearn_metrics.roc_auc_score(data['labels'], peaks),
+        'seg-AP-det': sklearn_metrics.average_precision_score(data['labels'], peaks),
+    }
+    assert not reasons and {k: values[k] for k in expected} == pytest.approx(expected)
+    assert values['AUPRO'] > metrics.evaluate(**data)[0]['AUPRO']
+    # What is marked in the margin is no defect either.
+    data['masks'][~valid] = 1
+    assert metrics.evaluate(**data, valid=valid)[0] == values
+    whole = metrics.evaluate(**split(), valid=np.ones((6, 16, 16), bool))
+    assert whole == metrics.evaluate(**split())
 
 
 @pytest.mark.slow

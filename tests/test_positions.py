@@ -94,6 +94,28 @@ def test_share_of_the_product():
     assert abs(on_product - (0.6 + 0.4 * 12 / 96)) < 0.03
 
 
+def test_positions_of_padded_images_are_their_own():
+    """On the product and anywhere; all of them count for nothing outside where all are taken."""
+    layers, grid = make_layers(4), (8, 12)
+    own, product = np.zeros((2, 4, *grid, 1), np.float32)
+    own[:, 2:5], product[:, 4:6, 3] = 1, 1
+    batch = {'layers': layers, 'own': own, 'product': product * own}
+    sampled = positions._sample(jax.random.key(0), batch, 900, 0.5)
+    histogram = np.bincount(sampled.places, minlength=96)
+    assert set(np.flatnonzero(histogram)) == set(np.flatnonzero(own[0]))
+    assert histogram[4 * 12 + 3] > 0.45 * 3600
+    every = positions._sample(jax.random.key(0), batch, 0, 0.0)
+    np.testing.assert_array_equal(every.weight, own.ravel())
+    # Of images with real defects too.
+    batch['real'] = np.ones(4, np.float32)
+    places = []
+    for seed in range(8):
+        key = jax.random.key(seed)
+        *_, found = positions._strongest(key, batch, lambda rows, where, grid: rows[..., 0])
+        places.append(found)
+    assert set(np.concatenate(places)) <= set(np.flatnonzero(own[0]))
+
+
 def test_shares_of_noise_and_defects():
     """Two normal rows, one defect that counts and one that does not, four rows of noise."""
     kind = jnp.array([0.0, 0, 1, 1, 2, 2, 2, 2])

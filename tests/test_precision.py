@@ -1,14 +1,27 @@
 """In which precision a run infers: what is measured, what is chosen, and what cannot be had."""
 
 import importlib.util
+import io
 import json
 import shutil
+import zipfile
 
+import jax
 import numpy as np
+import onnxruntime
 import pytest
 import tiny
 
-from ssn_jax import cli, config as config_lib, pipeline, precision, predictor, run as run_lib
+from ssn_jax import (
+    cli,
+    config as config_lib,
+    export,
+    pipeline,
+    precision,
+    predictor,
+    run as run_lib,
+)
+from ssn_jax.data import images
 from ssn_jax.errors import UserError
 from ssn_jax.fused import engine
 
@@ -104,6 +117,36 @@ def test_a_network_that_knows_positions_in_int8(tmp_path):
     coarse = precision.settle(model.at('int8'), IMAGES)[0]
     assert coarse.precision == 'int8'
     assert np.corrcoef(coarse.logits(IMAGES)[1].ravel(), exact.ravel())[0, 1] > 0.5
+
+
+def test_the_score_of_a_padded_image_is_of_its_own_pixels(tmp_path):
+    """In every engine and precision, and in exported files; maps reach into the margin."""
+    fields = {'fit': 'pad', 'image_score': 'map', 'precision': 'int8', 'image_size': (64, 96)}
+    run = predictor.open_run(tiny.fake_run(tmp_path, **fields))
+    rng, shapes = np.random.default_rng(0), [(20, 200), (300, 40), (65, 97), (4, 400)]
+    frames = [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in shapes]
+    fitted = np.stack([run.fit(frame) for frame in frames])
+    precision.settle(run, fitted)
+    exact = run.at('float32')
+    with zipfile.ZipFile(io.BytesIO(export.to_stablehlo(exact))) as archive:
+        stablehlo = jax.export.deserialize(archive.read('predictor')).call
+    onnx = onnxruntime.InferenceSession(export.to_onnx(exact))
+    predictions = {
+        'openvino': exact.logits,
+        'int8': run.logits,
+        'onnx': lambda images: onnx.run(None, {'images': images}),
+        'stablehlo': stablehlo,
+    }
+    exact.config.engine = 'xla'
+    predictions['xla'] = predictor.Predictor(exact.config, exact.fused).logits
+    parts = [images.inside(shape, (64, 96)) for shape in shapes]
+    for name, predict in predictions.items():
+        scores, maps = (np.asarray(x) for x in predict(fitted))
+        own = [logits[part].max() for logits, part in zip(maps, parts, strict=True)]
+        assert scores.tolist() == own, name
+        assert (scores < maps.max((1, 2)) - 1e-3).any(), name
+        # All of it grey: no pixel is its own, and its score is a number all the same.
+        assert np.isfinite(predict(np.broadcast_to(images.GREY, fitted.shape).copy())[0]).all()
 
 
 def test_another_model_takes_int8_with_it(finished, tmp_path):

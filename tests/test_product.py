@@ -61,6 +61,15 @@ def test_what_is_found(kind):
     )
 
 
+def test_padding_moves_the_place_of_images_of_several_shapes():
+    images, backbone = images_of('same', 24), rule.backbone('resnet18')
+    config = config_of(angle='same', surface='object')
+    # They are found to be alike in their middle squares.
+    assert product.find(config, [x[:, :120] for x in images], backbone) == {'product.place': 'same'}
+    several = [x[: 128 - 16 * (i % 2)] for i, x in enumerate(images)]
+    assert product.find(config, several, backbone) == {'product.place': 'any'}
+
+
 def test_only_what_is_asked_is_looked_for():
     images = images_of('same', 12)
     config = config_of(angle='same', place='any', surface='object')

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 import shutil
+import struct
 
 import cv2
 import ml_collections
@@ -124,6 +125,15 @@ EXACT = {
         painted(region, (0, 0, 0, 255), (0, 0, 0, 0)), 'PNG'
     ),
     'half transparent': lambda region: save(painted(region, (9, 9, 9, 128), (0, 0, 0, 0)), 'PNG'),
+    'on half transparent': lambda region: save(
+        painted(region, (255, 0, 0, 255), (0, 0, 0, 100)), 'PNG'
+    ),
+    'black, alpha of grey, in TIFF': lambda region: save(
+        np.stack([0 * region, 255 * region], -1), 'TIFF'
+    ),
+    'black where white is transparent': lambda region: save(
+        255 - 255 * region, 'PNG', transparency=255
+    ),
     'opaque': lambda region: save(painted(region, (255, 255, 255, 255), (0, 0, 0, 255)), 'PNG'),
     'lossless webp': lambda region: save(painted(region, (255, 9, 0)), 'WEBP', lossless=True),
 }
@@ -274,13 +284,17 @@ def deep(bits) -> np.ndarray:
     )
 
 
+def jp2(values) -> bytes:
+    return cv2.imencode('.jp2', values)[1].tobytes()
+
+
 @pytest.mark.parametrize('bits', [8, 10, 12, 14, 16])
-@pytest.mark.parametrize('write', [png, tiff], ids=['png', 'tiff'])
+@pytest.mark.parametrize('write', [png, tiff, jp2], ids=['png', 'tiff', 'jp2'])
 def test_each_depth_keeps_its_contrast(bits, write, load, tmp_path):
     root = tmp_path / 'root'
     plates(root, png(shapes(0)))
     expected = np.round(deep(16) / (2**16 - 1) * 255)
-    suffix = 'png' if write is png else 'tif'
+    suffix = write.__name__
     for split in ('train', 'test'):
         (root / split / f'good/deep.{suffix}').write_bytes(write(deep(bits)))
     dataset = load(root)
@@ -325,6 +339,30 @@ def test_float_files_are_read(load, tmp_path):
     assert dataset.white == 1
     assert (grey == np.round(values * 255)[..., None]).all()
     assert (coloured == np.round(colours * 255)).all()
+
+
+@pytest.mark.parametrize('kind', ['.pfm', '.hdr', '.jp2', '.ppm'])
+def test_other_deep_files_in_colour(kind):
+    colours = np.stack([deep(12), deep(12) // 2, deep(12) // 4], -1)
+    values = colours if kind in ('.jp2', '.ppm') else (colours / 4095).astype(np.float32)
+    encoded = cv2.imencode(kind, values[..., ::-1])[1].tobytes()
+    found = images.pixels(encoded, kind)
+    assert images.white_of(found) == (4095 if values is colours else 1)
+    # Radiance has 8 bits beside the exponent of the brightest channel; JPEG 2000 loses a little.
+    found = images.decode(encoded, kind, white=images.white_of(found))
+    np.testing.assert_allclose(found, colours / 4095 * 255, atol=1.5)
+
+
+@pytest.mark.parametrize('bits', [10, 12])
+def test_packed_tiff(bits):
+    """Of 12 bits in 12, which OpenCV reads as of 16."""
+    packed = np.packbits((deep(bits)[..., None] >> np.arange(bits)[::-1]) & 1, axis=None)
+    tags = {256: 96, 257: 96, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: 96, 279: len(packed)}
+    entries = b''.join(struct.pack('<HHII', tag, 4, 1, value) for tag, value in tags.items())
+    encoded = b'II*\0' + struct.pack('<I', 8 + len(packed)) + packed.tobytes()
+    encoded += struct.pack('<H', len(tags)) + entries + bytes(4)
+    found = images.decode(encoded, 'a.tif', white=images.white_of(images.pixels(encoded, 'a.tif')))
+    assert np.abs(found[..., 0] - deep(bits) / (2**bits - 1) * 255).max() <= 1
 
 
 def test_values_beyond_the_range_are_told(load, tmp_path, caplog):
@@ -395,9 +433,10 @@ def test_several_pages_are_refused():
         for read in (images.decode, images.decode_mask):
             with pytest.raises(UserError, match='a: holds 3 pages: split it into one file a page'):
                 read(file, 'a')
-    big = tiff(np.zeros((2, *SIZE), np.uint8), bigtiff=True, photometric='minisblack')
-    with pytest.raises(UserError, match='holds 2 pages'):
-        images.decode(big, 'a')
+    for options in ({'bigtiff': True}, {'volumetric': True}):
+        file = tiff(np.zeros((2, *SIZE), np.uint8), photometric='minisblack', **options)
+        with pytest.raises(UserError, match='holds 2 pages'):
+            images.decode(file, 'a')
 
 
 def test_a_preview_is_no_page():
@@ -421,6 +460,17 @@ def test_turning_is_what_opencv_does(orientation):
         turned = images.decode(encoded, kind)[..., 0]
         assert (images.turn(region, orientation) == turned).all()
         assert (images.decode_mask(encoded, kind) == (turned > 0)).all()
+
+
+def test_what_opencv_does_not_turn_is_not_turned():
+    """An orientation that only XMP names, beside EXIF data without one."""
+    region, exif = np.eye(8, 9, dtype=np.uint8) * 255, Image.Exif()
+    exif[305] = 'some software'
+    xmp = b'<x:xmpmeta tiff:Orientation="6"></x:xmpmeta>'
+    encoded = save(region, 'JPEG', exif=exif, xmp=xmp)
+    assert Image.open(io.BytesIO(encoded)).getexif()[274] == 6
+    assert images.decode(encoded, 'a.jpg').shape == (8, 9, 3)
+    assert images.orientation(encoded) is None
 
 
 @pytest.mark.parametrize('size', [(96, 96), (64, 96)])

@@ -111,7 +111,9 @@ def test_supersimplenet_with_masks(folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['simplenet', 'mod2', 'auto'])
 def test_unsupervised_systems_leave_out_defects_that_the_recipe_takes(name, folder, trained):
-    check(results_of(trained(name)), trained(name), config_of(name, folder))
+    results = results_of(trained(name))
+    check(results, trained(name), config_of(name, folder))
+    assert (trained(name) / 'masked_images.json').exists() == (results['train_masks'] > 0)
 
 
 def results_of(workdir):

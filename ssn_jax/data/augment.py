@@ -11,7 +11,7 @@ import cv2
 import ml_collections
 import numpy as np
 
-from ssn_jax.data import Split, defects
+from ssn_jax.data import Split, defects, images as images_lib
 
 _FLIPS = (np.s_[:], np.s_[::-1], np.s_[:, ::-1], np.s_[::-1, ::-1])
 
@@ -21,7 +21,7 @@ class Shown:
 
     The normal images come first, then their turned copies (those of an image side by side), then
     the flips of all defective ones, at last normal and turned ones with a defect drawn into
-    each.
+    each. Of padded images the margin stays as it is.
 
     Attributes:
       labels: int32 (N,), 0 normal and 1 defective.
@@ -62,15 +62,35 @@ class Shown:
         """(N, H, W, 3)."""
         return len(self), *self._split.images.shape[1:]
 
+    @property
+    def padded(self) -> bool:
+        """Whether some of the images have a margin."""
+        return self._split.inside is not None
+
+    def inside(self, index: int) -> tuple[slice, slice]:
+        """The rows and columns that an image takes; all of them without a margin."""
+        return self._split.inside[self.sources[index]] if self.padded else np.s_[:, :]
+
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """An image, uint8 RGB (H, W, 3), and its mask, uint8 (H, W) of zeros and ones."""
-        split, rest = self._split, index - self._plain
+        image, mask = self._made(index)
+        if not self.padded:
+            return image, mask
+        part, size = self.inside(index), self.shape[1:3]
+        padded = images_lib.pad(image, part, size, images_lib.GREY)
+        return padded, images_lib.pad(mask, part, size)
+
+    def _made(self, index):
+        """An image and its mask, without the margin."""
+        rest = index - self._plain
         if rest < 0:
-            return self._normal_or_turned(index), np.zeros(self.shape[1:3], np.uint8)
+            image = self._normal_or_turned(index)
+            return image, np.zeros(image.shape[:2], np.uint8)
         if rest < self._flips * len(self._defective):
             flip, member = divmod(rest, len(self._defective))
-            source = self._defective[member]
-            return split.images[source][_FLIPS[flip]], split.masks[source][_FLIPS[flip]]
+            part, source = self.inside(index), self._defective[member]
+            pair = self._split.images[source][part], self._split.masks[source][part]
+            return tuple(x[_FLIPS[flip]] for x in pair)
         rest -= self._flips * len(self._defective)
         return defects.draw(
             self._normal_or_turned,
@@ -84,10 +104,11 @@ class Shown:
     def _normal_or_turned(self, index):
         rest = index - len(self._normal)
         if rest < 0:
-            return self._split.images[self._normal[index]]
+            return self._split.images[self._normal[index]][self.inside(index)]
         source, copy = divmod(rest, self._turned)
         rng = np.random.default_rng([self._drawn.seed, defects.TURN, source, copy])
-        return turn(self._split.images[self._normal[source]], rng.uniform(0, 360))
+        image = self._split.images[self._normal[source]][self.inside(index)]
+        return turn(image, rng.uniform(0, 360))
 
     def parts(self, size: int) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
         """All images in order, `size` at a time, those that follow being made meanwhile.
@@ -109,9 +130,10 @@ class Shown:
 
 
 def real_defects(split: Split) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The defective images (H, W, 3) of a split whose mask is known, and their masks (H, W)."""
+    """The defective images (h, w, 3) whose mask (h, w) is known, and that; without any margin."""
     known = np.flatnonzero((split.labels > 0) & split.masks.any((1, 2)))
-    return [(split.images[i], split.masks[i]) for i in known]
+    parts = [split.inside[i] if split.inside else np.s_[:, :] for i in known]
+    return [(split.images[i][p], split.masks[i][p]) for i, p in zip(known, parts, strict=True)]
 
 
 def turn(image: np.ndarray, angle: float) -> np.ndarray:

@@ -58,13 +58,13 @@ def draw(
     """Draws a defect into one of the normal images, which take turns.
 
     Args:
-      image_of: from an index to a normal image, uint8 RGB (H, W, 3).
+      image_of: from an index to a normal image, uint8 RGB (H, W, 3), which may differ in size.
       count: of these images.
       index: of the drawn one.
       seed: place and looks follow from it, and from the index, alone.
       product: `config.product`.
-      real: defective images of the same shape, and their masks, uint8 (H, W) of zeros and ones.
-        One in `_TRANSPLANTED` drawn defects is one of theirs.
+      real: defective images, and their masks, uint8 of zeros and ones, not all zeros. One in
+        `_TRANSPLANTED` drawn defects is one of theirs.
 
     Returns:
       The image, and the defect's mask, uint8 (H, W) of zeros and ones.
@@ -91,7 +91,7 @@ def draw_one(
 
     Args:
       image: uint8 RGB (H, W, 3).
-      other: another image of the same shape.
+      other: another image; one of another shape is resized to this one's.
       kind: a name in `KINDS`.
       rng: source of every choice.
 
@@ -100,6 +100,8 @@ def draw_one(
     """
     draw_kind, areas = KINDS[kind].draw, KINDS[kind].areas
     product, square = foreground(image), unit(image) ** 2
+    if other.shape != image.shape:
+        other = cv2.resize(other, image.shape[1::-1])
     places = np.flatnonzero(product)
     close = _square(2 * unit(image))
     for _ in range(_TRIES):
@@ -132,14 +134,18 @@ def transplant(
 
     Args:
       image: uint8 RGB (H, W, 3).
-      source: the defective image, of the same shape.
-      mask: of its defects, uint8 (H, W) of zeros and ones, not all zeros; one region is pasted.
+      source: the defective image; one of another shape is resized to this one's.
+      mask: of its defects, uint8 of zeros and ones, not all zeros; one region is pasted.
       product: `config.product`.
       rng: source of every choice.
 
     Returns:
       As of `draw_one`.
     """
+    if source.shape != image.shape:
+        source = cv2.resize(source, image.shape[1::-1])
+        shrunk = cv2.resize(mask.astype(np.float32), image.shape[1::-1])
+        mask = (shrunk >= min(0.5, shrunk.max())).astype(np.uint8)  # Not all zeros.
     near, far = _square(2 * unit(image)), _square(8 * unit(image))
     count, regions, _, centres = cv2.connectedComponentsWithStats(cv2.dilate(mask, near))
     region = rng.integers(1, count)
@@ -302,8 +308,8 @@ def _filled(image, window, hidden, rng):
         filled = known
     below = image[wider].astype(np.float32)
     grain = np.abs(below - cv2.blur(below, (3, 3)))[levels[0][1][..., 0] > 0]
-    noise = 1.5 * np.median(grain) * rng.standard_normal((*hidden.shape[:2], 1), np.float32)
-    return filled[inner] + noise if grain.size else filled[inner]
+    usual = np.median(grain) if grain.size else 0.0
+    return filled[inner] + 1.5 * usual * rng.standard_normal((*hidden.shape[:2], 1), np.float32)
 
 
 # --- The kinds ------------------------------------------------------------------------------------

@@ -40,7 +40,8 @@ REASONS = {
     'stray image': 'not used, since images lie in folders: move it to train/good or test/DEFECT',
     'other folder': 'not used, though it holds images: move them to train/good or test/DEFECT',
     'mask among images': (
-        'not used, since it is called as the mask of the image beside it: move masks to '
+        'not used, since it has the name, or lies in a folder, of a mask of another image: move '
+        'masks to '
         'ground_truth/DEFECT'
     ),
     'mask of no image': (

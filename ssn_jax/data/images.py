@@ -26,14 +26,21 @@ SUFFIXES = frozenset(
 
 _PILLOW = threading.Lock()
 # ImageNet's mean, of which backbones see nothing.
-_GREY = np.uint8([124, 116, 104])
+GREY = np.uint8([124, 116, 104])
 MAX_PIXELS = 2**27  # Of an image that is decoded, unless more is asked for.
 WHITE = 2.0**16 - 1  # Of files of more than 8 bits, unless more is known.
 _JPEG_MAGIC = b'\xff\xd8\xff'
 _PNG_MAGIC = b'\x89PNG\r\n\x1a\n'
 _TIFF_MAGICS = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')
+# Of other files than TIFF, those that hold more than 8 bits and do not say white: PNG, Netpbm's
+# (floats among them), JPEG 2000 and Radiance.
+_DEEP_MAGICS = (
+    *(_PNG_MAGIC, b'P2', b'P3', b'P5', b'P6', b'P7', b'Pf', b'PF'),
+    *(b'\0\0\0\x0cjP  ', b'\xff\x4f\xff\x51', b'#?'),
+)
 # Tags of TIFF.
 _BITS, _PHOTOMETRIC, _ORIENTATION, _KIND, _OLD_KIND = _TAGS = 258, 262, 274, 254, 255
+_DEPTH = 32997  # Of volumes: how many pictures a page holds.
 
 
 def read(source: Path | bytes) -> bytes:
@@ -91,9 +98,11 @@ def decode(
     tags = _tiff_tags(encoded)
     inverted = bool(tags) and tags.get(_PHOTOMETRIC) == 0
     if values.dtype == np.uint16 and white == WHITE and tags and not inverted:
-        # OpenCV rounds colours of TIFF otherwise than those of PNG.
+        # OpenCV rounds colours of TIFF otherwise than those of PNG; packed ones of 10 to 14 bits it
+        # reads as of 16 alone.
         bgr = _imdecode(encoded, cv2.IMREAD_COLOR)
-        return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+        if bgr is not None:
+            return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
     grey = to_8_bit(values, white)
     # OpenCV turns white-is-zero round in files of 8 bits alone.
     grey = 255 - grey if inverted else grey
@@ -114,7 +123,7 @@ def pixels(encoded: bytes, file: Path | str, max_pixels: int = MAX_PIXELS) -> np
     tags = _tiff_tags(encoded)
     if tags and tags.get(_BITS, 1) > 16:
         flags = cv2.IMREAD_UNCHANGED  # With others OpenCV reads no grey of 32 bits.
-    elif tags or encoded.startswith((_PNG_MAGIC, b'P2', b'P3', b'P5', b'P6')):
+    elif tags or encoded.startswith(_DEEP_MAGICS):
         flags |= cv2.IMREAD_ANYDEPTH
     image = _decode(encoded, file, flags)
     if image.ndim == 3 and image.shape[2] not in (3, 4):
@@ -205,7 +214,7 @@ def decode_mask(encoded: bytes, file: Path | str) -> np.ndarray:
         several pages, or of values that are no numbers.
     """
     _check(encoded, file, MAX_PIXELS)
-    layers = _palette(encoded)
+    layers = _by_pillow(encoded)
     if layers is None:
         layers = _decode(encoded, file, cv2.IMREAD_UNCHANGED)
     strength = masks.strength(layers)
@@ -227,7 +236,9 @@ def orientation(encoded: bytes) -> int | None:
         return None
     try:
         with _pillow_unbounded(), Image.open(io.BytesIO(encoded)) as image:
-            return image.getexif().get(_ORIENTATION)
+            exif = Image.Exif()  # `getexif` would look into XMP too, as OpenCV does not.
+            exif.load(image.info.get('exif', b''))
+            return exif.get(_ORIENTATION)
     except Exception:  # Pillow raises many kinds.
         return None
 
@@ -283,6 +294,15 @@ def inside(size: tuple[int, int], image_size: tuple[int, int]) -> tuple[slice, s
     return tuple(slice(low, low + n) for low, n in zip(offsets, shape, strict=True))
 
 
+def own(images) -> np.ndarray:
+    """Which pixels of images (N, H, W, 3) lie in no margin that `fit` padded them with: (N, H, W).
+
+    Those whose row and column hold more than grey. NumPy's arrays or JAX's.
+    """
+    differs = (images != GREY).any(-1)
+    return differs.any(2)[:, :, None] & differs.any(1)[:, None, :]
+
+
 def pad(resized: np.ndarray, part: tuple[slice, slice], image_size: tuple[int, int], value=0):
     """An image or mask (h, w, ...) in its `part` of one of `image_size`, `value` around it."""
     padded = np.empty((*image_size, *resized.shape[2:]), resized.dtype)
@@ -307,7 +327,7 @@ def fit(
     """
     if how == 'pad':
         part = inside(image.shape[:2], image_size)
-        return pad(resize(image, _shape(part)), part, image_size, _GREY)
+        return pad(resize(image, _shape(part)), part, image_size, GREY)
     whole = resize_to if any(resize_to) else image_size
     return centre(resize(image, whole), image_size)
 
@@ -392,7 +412,8 @@ def _pages(encoded: bytes) -> int:
     """How many pictures a file holds, without its previews; 1 if that cannot be told."""
     if encoded.startswith(_TIFF_MAGICS):
         pages = _tiff_pages(encoded)
-        return max(1, sum(not (t.get(_KIND, 0) & 5 or t.get(_OLD_KIND) == 2) for t in pages))
+        pages = [t for t in pages if not (t.get(_KIND, 0) & 5 or t.get(_OLD_KIND) == 2)]
+        return max(1, sum(t.get(_DEPTH, 1) for t in pages))
     animated = encoded.startswith(b'GIF8') or b'ANMF' in encoded[: 2**16] or b'avis' in encoded[:64]
     if not animated and b'acTL' not in encoded[: 2**16]:
         return 1
@@ -420,7 +441,7 @@ def _tiff_pages(encoded: bytes, most: int | None = None) -> list[dict[int, int]]
                 file.seek(place)
                 tags, numbers = TiffImagePlugin.ImageFileDirectory_v2(head), {}
                 tags.load(file)
-                for tag in _TAGS:
+                for tag in (*_TAGS, _DEPTH):
                     values = tags.get(tag)
                     values = values if isinstance(values, tuple) else (values,)
                     if values and all(isinstance(value, int) for value in values):
@@ -439,13 +460,16 @@ def _tiff_tags(encoded: bytes) -> dict[int, int] | None:
     return next(iter(_tiff_pages(encoded, 1)), None)
 
 
-def _palette(encoded: bytes) -> np.ndarray | None:
-    """The colours of a file with a palette, uint8 (H, W, 4); None of another file.
+def _by_pillow(encoded: bytes) -> np.ndarray | None:
+    """The pixels of a mask that OpenCV reads wrong, uint8; None of another file.
 
-    Where all are the same colour, their numbers (H, W).
+    Of grey with alpha, or with one transparent value, (H, W, 2); of a palette the colours
+    (H, W, 4), or where all are the same colour, their numbers (H, W).
     """
     try:
         with _pillow_unbounded(), Image.open(io.BytesIO(encoded)) as image:
+            if image.mode == 'LA' or (image.mode in ('1', 'L') and 'transparency' in image.info):
+                return np.asarray(image.convert('LA'))
             if image.mode != 'P':
                 return None
             numbers = np.asarray(image)

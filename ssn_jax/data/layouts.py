@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import itertools
 import os
 from pathlib import Path
+import re
 import unicodedata
 
 import cv2
@@ -23,6 +24,10 @@ _NORMAL = tuple(NORMAL.split(','))
 SPLITS = ('train', 'test')
 # What people call the folder of masks, in any case and with any separator.
 _MASKS = ('ground_truth', 'groundtruth', 'gt', 'masks', 'mask', 'labels', 'label')
+# What people add to an image's name for that of its mask.
+_MARKED = re.compile(
+    r'(?i)([-_. ]+(gt|ground_?truth|label|seg|segmentation)|[-_. ]*mask)$|^(mask|gt|seg)[-_. ]+'
+)
 
 
 @dataclass(frozen=True)
@@ -259,9 +264,6 @@ def _by_defect(
         for path in _folders(_child(base, split), required=False):
             files = {x: _key_of(x.relative_to(path)) for x in _images(path, root, listing.doubts)}
             for file, key in files.items():
-                if key.endswith('_mask') and key.removesuffix('_mask') in files.values():
-                    listing.doubts.append(Doubt(_name(file, root), 'mask among images'))
-                    continue
                 keys = f'{split}/{_key(path.name)}/{key}', f'{_key(path.name)}/{key}'
                 found.append(_Image(split, _class_of(path.name, normal), file, keys))
     if not any(x.split == need and (need == 'test' or x.defect == GOOD) for x in found):
@@ -318,6 +320,10 @@ def _with_masks(
     Raises:
       UserError: of two files it is not clear which is meant, or of a class no mask fits.
     """
+    among = _masks_among(found)
+    listing.doubts.extend(Doubt(_name(x.path, root), 'mask among images') for x in among)
+    masks_among = set(among)
+    found = [image for image in found if image not in masks_among]
     marked, plain = {}, {}  # By key the files called NAME_mask.*, and those called NAME.*
     for path in _images(place, root, listing.doubts) if place else ():
         key = _key_of(path.relative_to(place))
@@ -362,13 +368,41 @@ def _with_masks(
     return listing
 
 
+def _masks_among(found: list[_Image]) -> list[_Image]:
+    """What is called as the mask of another image, or lies in a folder of masks beside it."""
+    known = {(x.split, x.keys[-1]) for x in found}
+    classes = ((split, *key.partition('/')) for split, key in known)
+    below = {(split, rest) for split, name, _, rest in classes if not _holds_masks(name)}
+
+    def is_mask(image):
+        *folders, stem = image.keys[-1].split('/')
+        bare = _MARKED.sub('', stem) or stem
+        if bare != stem and (image.split, '/'.join([*folders, bare])) in known:
+            return True
+        for i, name in enumerate(folders):
+            if not _holds_masks(name) or (i == 0 and 'label' in name.lower()):
+                continue  # There are products with labels, and defects of these.
+            for instead in ([], ['images'], ['image'], ['img']):
+                for last in {stem, bare}:
+                    key = '/'.join([*folders[:i], *instead, *folders[i + 1 :], last])
+                    if (image.split, key) in known or (i == 0 and (image.split, key) in below):
+                        return True
+        return False
+
+    return [image for image in found if is_mask(image)]
+
+
+def _holds_masks(name: str) -> bool:
+    """Whether a folder's name is one that folders of masks have."""
+    return _key(name).lower().replace(' ', '_').replace('-', '_') in _MASKS
+
+
 def _mask_folder(base: Path) -> Path | None:
     """The folder of masks below `base`, under any of its names; None if there is none."""
     found = [
         path
         for path in _folders(base, required=False)
-        if _key(path.name).lower().replace(' ', '_').replace('-', '_') in _MASKS
-        and any(is_image for _, is_image in walk(path))
+        if _holds_masks(path.name) and any(is_image for _, is_image in walk(path))
     ]
     if len(found) > 1:
         raise UserError(

@@ -25,7 +25,7 @@ def strength(layers: np.ndarray) -> np.ndarray:
     if layers.shape[2] in (2, 4):
         alpha = layers[..., -1]
         if alpha.min() <= alpha.max() / 2 and alpha.min() < alpha.max():
-            return alpha
+            return alpha - alpha.min()
         layers = layers[..., :-1]
     bright = layers.max(2)
     dark, top = bright.min(), bright.max()

@@ -98,7 +98,8 @@ def load(
     doubts_lib.log([*source.doubts, *of_both])
     doubts_lib.log(in_train, 'training')
     doubts_lib.log(in_test, 'test')
-    if (better := recommended_size([*seen, *more], image_size)) and not any(resize):
+    better = recommended_size([*seen, *more], image_size, fit)
+    if better and not any(resize):
         logging.info('Images and their defects suggest --config.image_size=(%d,%d)', *better)
     return splits.Dataset(
         train=train,
@@ -113,27 +114,35 @@ def load(
 
 
 def recommended_size(
-    seen: Sequence[tuple[int, int, int]], image_size: tuple[int, int]
+    seen: Sequence[tuple[int, int, int]], image_size: tuple[int, int], fit: str = 'squash'
 ) -> tuple[int, int] | None:
     """The image_size that images suggest by their shape and by how small their defects are.
 
     Args:
       seen: of images height, width, and how many of their pixels are defective; 0 if unknown.
       image_size: (height, width) that they would be resized to.
+      fit: 'pad' if they keep their aspect ratio.
 
     Returns:
       (height, width), rounded to 8, no larger than the images and of at most 2^20 pixels, in
       which half of the defects are as large as a square of `_LEAST` pixels a side; in the ratio of
-      the images where image_size is far from it. None if image_size serves as well.
+      the images where image_size is far from it, and padded ones would have defects that are too
+      small or, if nothing is known of these, less than half of the pixels. None if image_size
+      serves as well.
     """
     if not seen:
         return None
     found = np.array(seen, float)
     own, wanted = np.median(found[:, :2], 0), np.array(image_size, float)
+    shares = (found[:, 2] / found[:, :2].prod(1))[found[:, 2] > 0]
     shape = doubts_lib.of_shape(tuple(own), image_size)
+    if shape and fit == 'pad':
+        taken = (own * (wanted / own).min()).prod()
+        small = len(shares) and np.median(shares) * taken < _LEAST**2
+        shape = small or (not len(shares) and 2 * taken < wanted.prod())
+        wanted = wanted if shape else own * (wanted / own).min()
     if shape:  # As many pixels.
         wanted = own * np.sqrt(wanted.prod() / own.prod())
-    shares = (found[:, 2] / found[:, :2].prod(1))[found[:, 2] > 0]
     side = np.sqrt(np.median(shares) * wanted.prod()) if len(shares) else _LEAST
     wanted *= max(1, _LEAST / side)
     wanted *= min(1, (own / wanted).min(), np.sqrt(2**20 / wanted.prod()))
@@ -493,11 +502,17 @@ def _read(
                 content.update(told)
                 encoded.append(told[32:64])
                 doubtful += found
+    inside = None
+    if fit == 'pad':
+        inside = tuple(images.inside(sizes[:2], image_size) for sizes in seen)
+        full = tuple(slice(0, n) for n in image_size)
+        inside = inside if any(part != full for part in inside) else None
     split = splits.Split(
         **kept,
         has_mask=has_mask,
         labels=np.array([defect != GOOD for defect in defects], np.int32),
         defects=defects,
         files=names,
+        inside=inside,
     )
     return split, content.hexdigest(), dict(zip(names, encoded, strict=True)), doubtful, seen

@@ -1,5 +1,6 @@
 """Images in memory: the splits of a data set, and parts of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ class Split:
       labels: int32 (N,), 0 normal and 1 defective.
       defects: N names, 'good' or the defect's.
       files: N paths relative to the data set's root.
+      inside: the rows and columns that each image takes, where images are padded; None: all.
     """
 
     images: np.ndarray
@@ -26,6 +28,7 @@ class Split:
     labels: np.ndarray
     defects: tuple[str, ...]
     files: tuple[str, ...]
+    inside: tuple[tuple[slice, slice], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,4 +69,22 @@ def take(split: Split, indices: np.ndarray) -> Split:
         labels=split.labels[indices],
         defects=tuple(split.defects[i] for i in indices),
         files=tuple(split.files[i] for i in indices),
+        inside=split.inside and tuple(split.inside[i] for i in indices),
     )
+
+
+def own_images(split: Split, places: np.ndarray) -> Sequence[np.ndarray]:
+    """The images (h, w, 3) at some places, without the margin of those that are padded."""
+    if not split.inside:
+        return split.images[places]
+    return [split.images[i][split.inside[i]] for i in places]
+
+
+def valid(split: Split) -> np.ndarray | None:
+    """Which pixels are of images, bool (N, H, W), and not of the margin; None: all."""
+    if not split.inside:
+        return None
+    found = np.zeros(split.masks.shape, bool)
+    for one, part in zip(found, split.inside, strict=True):
+        one[part] = True
+    return found

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ssn_jax.data import images as images_lib
 from ssn_jax.fused import fold
 from ssn_jax.models import efficientnet, grid as grid_lib, resnet, systems
 from ssn_jax.models.layers import SLOPE, conv2d, depthwise
@@ -24,6 +25,7 @@ def predict(
     images: jax.Array,
     one_by_one: bool | None = None,
     precision: str = 'float32',
+    padded: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Score and map of images.
 
@@ -33,6 +35,8 @@ def predict(
       one_by_one: whether to go image by image, so that what is computed is still in the cache where
         it is used; by default on a CPU.
       precision: of products of float32 values, as `config.precision`.
+      padded: whether images may have a margin of grey (`images.fit`), of which the map's maximum,
+        where that is the score, is not.
 
     Returns:
       Score logits (N,) and full-size anomaly logits (N, H, W), both float32.
@@ -42,7 +46,13 @@ def predict(
         stages = _backbone(fused.backbone, images)
         scores, logits = heads(fused, grid_lib.select_layers(stages, fused.network.layers))
         maps = fused.network.full_size_map(logits[..., None], images.shape[1:3])[..., 0]
-        return maps.max((1, 2)) if scores is None else scores, maps
+        if scores is None:
+            seen = maps
+            if padded:  # The minimum, since it is finite even where all of an image is grey.
+                least = maps.min((1, 2), keepdims=True)
+                seen = jnp.where(images_lib.own(images), maps, least)
+            scores = seen.max((1, 2))
+        return scores, maps
 
     with jax.default_matmul_precision(precision):
         return grid_lib.by_image(run, images, _IMAGES, one_by_one)

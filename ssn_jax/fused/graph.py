@@ -10,6 +10,7 @@ import ml_collections
 import numpy as np
 from onnx import TensorProto, defs, helper, numpy_helper
 
+from ssn_jax.data import images as images_lib
 from ssn_jax.fused import fold
 from ssn_jax.models import efficientnet, grid as grid_lib, resnet, systems
 from ssn_jax.models.layers import SLOPE
@@ -304,6 +305,7 @@ def predictor(
     """
     b, size = _Builder(), tuple(config.image_size)
     x = b.add('Transpose', b.add('Cast', INPUT, to=TensorProto.FLOAT), perm=[0, 3, 1, 2])
+    own = _own(b, x) if config.fit == 'pad' else None
     if any_size:
         x = _fitted(b, x, size, tuple(config.resize) if any(config.resize) else size)
     layers = _layers(b, fused.backbone, x, size, fused.network.layers)
@@ -312,7 +314,12 @@ def predictor(
         n * (1 if isinstance(fused.network, systems.SimpleNet) else 2) for n in layers[0][1]
     )
     maps = b.rows_and_columns(logits, *fused.network.map_matrices(grid, size))
-    scores = scores or _flat(b, b.add('GlobalMaxPool', maps))
+    if not scores:
+        seen = maps
+        if own:
+            least = b.add('Neg', b.add('GlobalMaxPool', b.add('Neg', maps)))
+            seen = b.add('Where', own, maps, least)
+        scores = _flat(b, b.add('GlobalMaxPool', seen))
     b.add('Identity', scores, name=OUTPUTS[0])
     b.add('Squeeze', maps, np.int64([1]), name=OUTPUTS[1])
     float32 = TensorProto.FLOAT
@@ -328,6 +335,13 @@ def _layers(b, backbone, x, size, layers):
     selected = _select(b, _backbone(b, backbone, x, size), layers)
     channels = grid_lib.selected_channels(backbone.channels(), layers)
     return [(x, size, c) for (x, size), c in zip(selected, channels, strict=True)]
+
+
+def _own(b, x):
+    """`images.own` of images (N, 3, H, W): (N, 1, H, W)."""
+    differs = b.add('Abs', b.add('Sub', x, np.float32(images_lib.GREY)[:, None, None]))
+    sums = [b.add('ReduceSum', differs, np.int64([1, axis])) for axis in (3, 2)]
+    return b.add('And', *(b.add('Greater', x, np.float32(0)) for x in sums))
 
 
 def _fitted(b, x, size, whole):

@@ -38,7 +38,7 @@ def quantise(model: bytes, images: np.ndarray):
     shown = nncf.Dataset([image[None] for image in images[:IMAGES]])
     scope = nncf.IgnoredScope(
         names=[name for name in names if name.split('/')[0] in left],
-        types=['MatMul'],
+        types=['MatMul', 'Select'],
         validate=False,
     )
     with contextlib.redirect_stdout(io.StringIO()):  # A bar.

@@ -145,7 +145,10 @@ def _sample(key, batch, positions, product_share):
     label = batch.get('label', jnp.zeros(n))[:, None]
     kind = label + (_REAL - _DRAWN) * batch.get('real', jnp.zeros(n))[:, None]
     mask = batch.get('mask', jnp.zeros((n, height, width, 1))).reshape(n, -1)
-    anywhere = jnp.full_like(mask, 1 / mask.shape[1])
+    anywhere, own = jnp.full_like(mask, 1 / mask.shape[1]), 1.0
+    if 'own' in batch:  # Of padded images.
+        own = batch['own'].reshape(n, -1)
+        anywhere = own / jnp.maximum(own.sum(1, keepdims=True), 1)
     if product_share:
         product = batch['product'].reshape(n, -1)
         on_product = product / jnp.maximum(product.sum(1, keepdims=True), 1)
@@ -153,14 +156,11 @@ def _sample(key, batch, positions, product_share):
     # Elsewhere in a defective image nothing is sure.
     chances = jnp.where(label > 0, mask, anywhere)
     weight = batch['weight'].reshape(n, -1) if 'weight' in batch else 1.0
-    worth = jnp.where(label > 0, mask * weight, 1.0)
+    worth = jnp.where(label > 0, mask * weight, own)
 
     def draw(k, images, chances, worth, kind, count):
         if count:
-            sums = jnp.cumsum(chances[images], axis=1)
-            drawn = jax.random.uniform(k, (len(images), count)) * sums[:, -1:]
-            places = jax.vmap(lambda s, d: jnp.searchsorted(s, d, side='right'))(sums, drawn)
-            places = jnp.minimum(places, height * width - 1)
+            places = _draw_places(k, chances[images], count)
         else:
             places = jnp.broadcast_to(jnp.arange(height * width), (len(images), height * width))
         weight = jnp.take_along_axis(worth[images], places, 1)
@@ -188,6 +188,14 @@ def _sample(key, batch, positions, product_share):
     return _Sample(*joined, len(parts[0][1]))
 
 
+def _draw_places(key, chances, count):
+    """Positions (M, count) with chances (M, H * W), which need not add up to 1."""
+    sums = jnp.cumsum(chances, axis=1)
+    drawn = jax.random.uniform(key, (len(chances), count)) * sums[:, -1:]
+    places = jax.vmap(lambda s, d: jnp.searchsorted(s, d, side='right'))(sums, drawn)
+    return jnp.minimum(places, chances.shape[1] - 1)
+
+
 def _strongest(key, batch, judge):
     """The strongest positions of some images with a real defect, as of `_Sample`.
 
@@ -200,7 +208,11 @@ def _strongest(key, batch, judge):
     k_images, k_places = jax.random.split(key)
     images = jnp.argsort(-real * jax.random.uniform(k_images, real.shape, minval=0.5))[:_ASKED]
     height, width = feature_grid(layers)
-    places = jax.random.randint(k_places, (len(images), _AT), 0, height * width)
+    if 'own' in batch:
+        own = batch['own'].reshape(len(real), -1)
+        places = _draw_places(k_places, own[images], _AT)
+    else:
+        places = jax.random.randint(k_places, (len(images), _AT), 0, height * width)
     rows = sample_features(layers, places, images)
     _, best = jax.lax.top_k(judge(rows, places, (height, width)), _BELIEVED)
     rows = jnp.take_along_axis(rows, best[..., None], 1).reshape(-1, rows.shape[-1])

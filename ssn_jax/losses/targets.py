@@ -1,10 +1,15 @@
 """What is known of defects, brought to the feature grid, where losses read it."""
 
+from collections.abc import Sequence
+
 import cv2
 import ml_collections
 import numpy as np
 
 from ssn_jax.data import defects, images as images_lib
+
+# Pixels that the smoothing of maps reaches (`grid.blur_matrix`).
+_REACH = 12
 
 
 def truth(
@@ -44,16 +49,46 @@ def _grown(mask, reach):
     return cv2.dilate(mask, np.ones((2 * reach + 1, 2 * reach + 1), np.uint8))
 
 
-def product(images: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+def product(
+    images: np.ndarray, grid: tuple[int, int], parts: Sequence[tuple[slice, slice]] | None = None
+) -> np.ndarray:
     """Where the product is in images (N, H, W, 3), at the feature grid (h, w).
+
+    Args:
+      images: as said.
+      grid: likewise.
+      parts: the N rows and columns that padded images take; None: all.
 
     Returns:
       float32 (N, h, w, 1): 1 where it covers most of a position, else 0.
     """
     places = np.zeros((len(images), *grid, 1), np.float32)
-    for place, image in zip(places, images, strict=True):
-        seen = defects.foreground(image).astype(np.uint8)
+    parts = parts or [np.s_[:, :]] * len(images)
+    for place, image, part in zip(places, images, parts, strict=True):
+        seen = np.zeros(image.shape[:2], np.uint8)
+        seen[part] = defects.foreground(image[part])
         place[..., 0] = cv2.resize(seen, grid[::-1], interpolation=cv2.INTER_AREA)
+    return places
+
+
+def own(
+    parts: Sequence[tuple[slice, slice]], size: tuple[int, int], grid: tuple[int, int]
+) -> np.ndarray:
+    """The positions of a feature grid (h, w) that have a say in maps of padded images.
+
+    Args:
+      parts: the N rows and columns that these take.
+      size: height and width with the margin.
+      grid: as said.
+
+    Returns:
+      float32 (N, h, w, 1): 1 where images are, and as far into the margin as maps are smoothed.
+    """
+    places = np.zeros((len(parts), *grid, 1), np.float32)
+    for place, part in zip(places, parts, strict=True):
+        seen = np.zeros(size, np.float32)
+        seen[tuple(slice(max(0, s.start - _REACH), s.stop + _REACH) for s in part)] = 1
+        place[..., 0] = cv2.resize(seen, grid[::-1], interpolation=cv2.INTER_AREA) > 0
     return places
 
 

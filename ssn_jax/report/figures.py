@@ -105,7 +105,7 @@ def _tint(
 
 def drawn_defects(
     path: Path,
-    images: np.ndarray,
+    images: Sequence[np.ndarray],
     product: Mapping[str, str],
     title: str,
     seed: int = 0,
@@ -115,7 +115,7 @@ def drawn_defects(
 
     Args:
         path: file to write.
-        images: normal ones, uint8 RGB (N, H, W, 3).
+        images: N normal ones of one shape, uint8 RGB (H, W, 3).
         product: `config.product`: what of it decides which kinds there are.
         title: what is seen.
         seed: of places and looks.
@@ -126,7 +126,7 @@ def drawn_defects(
         drawn = []
         for row in range(2):
             rng = np.random.default_rng([seed, defects.PICTURE, i, row])
-            image, other = images[rng.integers(len(images), size=2)]
+            image, other = (images[j] for j in rng.integers(len(images), size=2))
             if kind == 'real':
                 of = real[rng.integers(len(real))]
                 drawn.append(_outline(*defects.transplant(image, *of, product, rng)))

@@ -62,10 +62,10 @@ def training_data(
       layers: layer2 and layer3 (N, H_i, W_i, C_i) at their own grids, an eighth of the feature
       grid's memory, or what `network.frozen` makes of them; with defects label, known and, where
       the map is the score, real (N,); with masks mask and weight, for `config.surroundings` beside
-      and for `config.product_share` product, all (N, h, w, 1) at the feature grid. bfloat16 is kept
-      as the bits that it is, uint16, for `restore`: to join or take from bfloat16 arrays, XLA on a
-      CPU makes float32 copies of all. On a mesh they are spread as `devices.map_images` does it,
-      and N may be larger.
+      and for `config.product_share` product, of padded images own, all (N, h, w, 1) at the
+      feature grid. bfloat16 is kept as the bits that it is, uint16, for `restore`: to join or take
+      from bfloat16 arrays, XLA on a CPU makes float32 copies of all. On a mesh they are spread as
+      `devices.map_images` does it, and N may be larger.
     """
     logging.info('%d images: their features are computed once', len(shown))
     dtype = config.features.dtype
@@ -74,6 +74,7 @@ def training_data(
     masked = bool(shown.labels.any() and shown.masked)
     names = ['mask', 'weight'] * masked + ['product'] * bool(config_lib.product_share(config))
     names += ['beside'] * (masked and any(config.surroundings))
+    names += ['own'] * (shown.padded and config.image_score == 'map')
     wanted = dict.fromkeys(names, ((len(shown), *grid, 1), np.float32))
     spread = mesh is not None and not on_host
     if spread:
@@ -86,11 +87,18 @@ def training_data(
         found = {'images': images} if spread else {}
         if masked:
             found |= targets.truth(config.supervision, masks, grid, config.surroundings)
+        parts = [shown.inside(i) for i in range(places.start, places.stop)]
         if 'product' in wanted:
             # Of defective images nothing is said.
-            normal = shown.labels[places] == 0
+            normal = np.flatnonzero(shown.labels[places] == 0)
             found['product'] = np.zeros((len(images), *grid, 1), np.float32)
-            found['product'][normal] = targets.product(images[normal], grid)
+            found['product'][normal] = targets.product(
+                images[normal], grid, [parts[i] for i in normal]
+            )
+        if 'own' in wanted:
+            found['own'] = targets.own(parts, images.shape[1:3], grid)
+            if 'beside' in found:
+                found['beside'] *= found['own']
         if not spread:
             found |= {f'layer{i}': x for i, x in enumerate(run(images))}
         for name, values in found.items():

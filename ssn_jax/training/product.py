@@ -4,7 +4,7 @@ Whatever can be found so is a field of `config.product` that may be 'auto'. Feat
 images are compared with those of others by their nearest neighbours.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from absl import logging
 import cv2
@@ -27,14 +27,16 @@ _TOLD_APART = 0.9
 _AT_HOME = 0.75
 # A larger share of the image's border is on the same side of Otsu's threshold as the product.
 _ON_BORDER = 0.25
+# Padded images whose sides differ by more than this share of the longest have no places in common.
+_UNLIKE = 1 / 16
 
 
-def find(config, images: np.ndarray, backbone: dict) -> dict[str, str]:
+def find(config, images: Sequence[np.ndarray], backbone: dict) -> dict[str, str]:
     """Finds what a config's fields of the product are asked to be: those that are 'auto'.
 
     Args:
       config: the run's.
-      images: the normal training images, uint8 RGB (N, H, W, 3).
+      images: the N normal training images, uint8 RGB (H, W, 3), without the margin of padded ones.
       backbone: its variables.
 
     Returns:
@@ -45,7 +47,10 @@ def find(config, images: np.ndarray, backbone: dict) -> dict[str, str]:
     if not asked:
         return {}
     why, few = {}, len(images) < _FEWEST
-    images = images[np.random.default_rng(0).permutation(len(images))[: _ASKED + _KNOWN]]
+    sides = np.array([image.shape[:2] for image in images])
+    alike = (np.ptp(sides, 0) <= sides.max() * _UNLIKE).all()
+    chosen = np.random.default_rng(0).permutation(len(images))[: _ASKED + _KNOWN]
+    images = [images[i] for i in chosen]
     told, home = 1.0, 0.0
     if not few and asked != ['surface']:
         told, home = _compare(config, images, backbone)
@@ -55,8 +60,10 @@ def find(config, images: np.ndarray, backbone: dict) -> dict[str, str]:
     if 'place' in asked:
         # What is turned is nowhere at home but in the middle.
         at_home = home > _AT_HOME and found['angle'] == 'same'
-        found['place'] = 'same' if at_home else 'any'
+        found['place'] = 'same' if at_home and alike else 'any'
         why['place'] = f'{home:.0%} of the positions look most like those of their own place'
+        if at_home and not alike:
+            why['place'] += ', which padding moves, since images differ in shape'
     if few:
         why = dict.fromkeys(why, f'taken for granted: {len(images)} normal images are too few')
     share = np.median([defects.border(defects.foreground(image)).mean() for image in images])
