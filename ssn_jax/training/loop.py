@@ -11,6 +11,7 @@ import traceback
 
 from absl import logging
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import tqdm
@@ -54,8 +55,9 @@ def train(jobs, split, network, backbone_variables, quiet=False):
     """
     config = jobs[0].config
     shown = augment.Shown(config, split)
-    mesh = devices.make_mesh(sampling.image_order(config, shown.labels, shown.real)(0).shape[1])
-    starts = [find_start(job, mesh) for job in jobs]
+    per_epoch, batch = sampling.image_order(config, shown.labels, shown.real)(0).shape
+    mesh = devices.make_mesh(batch)
+    starts = [find_start(job, mesh, per_epoch) for job in jobs]
     states = [start.state for start in starts]
     missing = sorted({start.done for start in starts} - {config.epochs})
     if missing or any(job.parts for job in jobs):
@@ -102,8 +104,8 @@ class Start:
     key: jax.Array
 
 
-def find_start(job, mesh) -> Start:
-    """A run's newest checkpoint, or its beginning."""
+def find_start(job, mesh, per_epoch: int) -> Start:
+    """A run's newest checkpoint, or its beginning: that of the run that it extends, if any."""
     config = job.config
     k_init, k_epochs = jax.random.split(jax.random.key(config.seed))
     channels = backbones.feature_channels(config.backbone.name, config.features.layers)
@@ -114,6 +116,14 @@ def find_start(job, mesh) -> Start:
     if done:
         logging.info('Resuming %s after epoch %d', job.folder, done)
         checkpoint.set_aside(manager, done)
+    elif config.extend:
+        extended = checkpoint.open_manager(pathlib.Path(config.extend), config.checkpoint.keep)
+        done, state = checkpoint.restore(extended, state)
+        if not done:
+            raise UserError(f'{config.extend} has no checkpoint to go on from: restore it.')
+        logging.info('Going on from epoch %d of %s', done, config.extend)
+        # The rates follow the steps, of which an epoch may have more now.
+        state = state.replace(step=devices.put(mesh, jnp.int32(done * per_epoch)))
     return Start(job, done, state, manager, job.open_log(done), k_epochs)
 
 

@@ -17,7 +17,7 @@ from scipy.sparse import csgraph
 from sklearn import metrics
 
 from ssn_jax import devices, signals
-from ssn_jax.data import Split, augment, sampling
+from ssn_jax.data import Split, augment, records, sampling
 from ssn_jax.models import backbones
 from ssn_jax.training import steps
 
@@ -41,9 +41,11 @@ def groups(config: ml_collections.ConfigDict, images: Split) -> np.ndarray:
     count, group = len(images.labels), config.decision.group
     if group:
         found = np.zeros(count, int)
-        for label in np.unique(images.labels):
-            own = np.flatnonzero(images.labels == label)
-            found[own] = np.arange(len(own)) // group * 2 + label
+        # No piece lies half in one folder and half in another.
+        kinds = list(zip(images.labels, map(records.added_by, images.files), strict=True))
+        for number, kind in enumerate(sorted(set(kinds))):
+            own = np.flatnonzero([x == kind for x in kinds])
+            found[own] = np.arange(len(own)) // group * len(set(kinds)) + number
         return found
     # Small, brightness and contrast taken away: what is left is what the picture shows.
     small = np.stack([_small(image) for image in images.images])
