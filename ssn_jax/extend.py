@@ -47,7 +47,7 @@ def config_of(
         raise UserError(f'{run} was imported, and not trained here: --extend cannot go on with it.')
     if data.is_embedded(own.data):
         raise UserError(
-            f'{run} learned from images that are drawn by the code: --extend needs real.'
+            f'{run} learned from images that are drawn by the code: --extend needs your own.'
         )
     for name, value in given.items():
         if name not in _FREE:

@@ -62,7 +62,8 @@ def run(argv: list[str]) -> None:
         extended = terminal.path(_EXTEND.value)
         given = config_flags.get_override_values(flags.FLAGS['config'])
         config = extend.config_of(extended, given, _OLD_ROOT.value)
-        workdir = workdir or extended.with_name(f'{extended.name}-extended')
+        beside = extended.resolve()  # It may be '.'.
+        workdir = workdir or beside.with_name(f'{beside.name}-extended')
     elif config.extend:
         raise UserError('--config.extend cannot be set: --extend RUN goes on with a finished run.')
     config_lib.validate(config)

@@ -214,9 +214,9 @@ def _add(listing: layouts.Listing, new: layouts.Listing, name: str, number: int)
         by_size.setdefault(record.image.stat().st_size, []).append(record)
     known, start, prefix = [], len(listing.records), f'{_ADDED}:{number}/'
     for record in new.records:
-        content, file = record.image.read_bytes(), prefix + record.file
+        content, file = images.read(record.image), prefix + record.file
         alike = by_size.get(len(content), ())
-        same = next((other for other in alike if other.image.read_bytes() == content), None)
+        same = next((other for other in alike if images.read(other.image) == content), None)
         if same:
             known.append((file, f'{file} and {same.file}'))
         else:
