@@ -84,6 +84,9 @@ FIELDS = {
         *_whole(0),
     ),
     'extend': Field('', 'Set by --extend: the folder of the run that this one goes on from.'),
+    'epochs_before': Field(
+        0, 'Set by --extend: how many of the epochs are of that run.', *_whole(0)
+    ),
     'batch_size': Field(32, 'Images per step, before they are doubled.', *_whole(1)),
     'image_size': Field(
         (256, 256),

@@ -65,7 +65,7 @@ def config_of(
     if more < 1:
         raise UserError(f'--config.epochs={more} cannot be used: at least 1 is added to the run.')
     config = config_lib.with_found(run_lib.with_white(own), given)
-    config.epochs = own.epochs + more
+    config.epochs, config.epochs_before = own.epochs + more, own.epochs
     config.data.root = old_root or own.data.root
     config.data.added = ','.join(filter(None, [config.data.added, new]))
     # The run's own weights, which its folder holds.

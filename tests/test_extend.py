@@ -102,10 +102,10 @@ def test_a_new_kind_of_defect_is_found(extended, folder):
     assert {of['images'] for of in compared['new'].values()} == {5, 2}
     for words in (r'AUPRO .* % .* %', r'test FPR .* % .* %', r'weave +[0-4] of 5 +[45] of 5'):
         assert re.search(words, said)
-    # The rates fall as if all epochs had been as long as these.
     epoch, state = runs_again.last_state(workdir)
     per_epoch = int(re.search('([0-9]+) steps per epoch', said)[1])
-    assert epoch == 1 + EPOCHS and state.step == epoch * per_epoch
+    # The run itself was made up after 0 steps.
+    assert epoch == 1 + EPOCHS and state.step == EPOCHS * per_epoch
     assert [row['epoch'] for row in runs_again.rows(workdir)] == list('234567')
 
 

@@ -11,7 +11,6 @@ import traceback
 
 from absl import logging
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import tqdm
@@ -55,9 +54,8 @@ def train(jobs, split, network, backbone_variables, quiet=False):
     """
     config = jobs[0].config
     shown = augment.Shown(config, split)
-    per_epoch, batch = sampling.image_order(config, shown.labels, shown.real)(0).shape
-    mesh = devices.make_mesh(batch)
-    starts = [find_start(job, mesh, per_epoch) for job in jobs]
+    mesh = devices.make_mesh(sampling.image_order(config, shown.labels, shown.real)(0).shape[1])
+    starts = [find_start(job, mesh) for job in jobs]
     states = [start.state for start in starts]
     missing = sorted({start.done for start in starts} - {config.epochs})
     if missing or any(job.parts for job in jobs):
@@ -76,9 +74,10 @@ def train(jobs, split, network, backbone_variables, quiet=False):
         for i, state in zip(members, trained, strict=True):
             states[i] = state
     heads = []
-    for job in jobs:
+    for job, state in zip(jobs, devices.take_local(mesh, states), strict=True):
         with naming_nans(job.config):
-            heads.append(job.parts and parts.train(job, shown, contents, mesh, on_host))
+            total = int(state.step)
+            heads.append(job.parts and parts.train(job, total, shown, contents, mesh, on_host))
     logs = [start.log for start in starts]
     return list(zip(devices.take_local(mesh, states), logs, heads, strict=True))
 
@@ -104,7 +103,7 @@ class Start:
     key: jax.Array
 
 
-def find_start(job, mesh, per_epoch: int) -> Start:
+def find_start(job, mesh) -> Start:
     """A run's newest checkpoint, or its beginning: that of the run that it extends, if any."""
     config = job.config
     k_init, k_epochs = jax.random.split(jax.random.key(config.seed))
@@ -122,8 +121,6 @@ def find_start(job, mesh, per_epoch: int) -> Start:
         if not done:
             raise UserError(f'{config.extend} has no checkpoint to go on from: restore it.')
         logging.info('Going on from epoch %d of %s', done, config.extend)
-        # The rates follow the steps, of which an epoch may have more now.
-        state = state.replace(step=devices.put(mesh, jnp.int32(done * per_epoch)))
     return Start(job, done, state, manager, job.open_log(done), k_epochs)
 
 
@@ -132,7 +129,12 @@ def train_together(starts, shown, contents, mesh, on_host, quiet):
     config, several = starts[0].job.config, len(starts)
     orders = [sampling.image_order(start.job.config, shown.labels, shown.real) for start in starts]
     per_epoch = len(orders[0](0))
-    run_epoch = steps.make_epoch(config, per_epoch, mesh, several > 1, on_host)
+    # Of the steps, those of the run that this one goes on from: its epochs may have been shorter.
+    begun = 0
+    if config.extend:
+        own = (starts[0].done - config.epochs_before) * per_epoch
+        begun = int(devices.take_local(mesh, starts[0].state).step) - own
+    run_epoch = steps.make_epoch(config, per_epoch, mesh, several > 1, on_host, begun=begun)
     logging.info('%d images, %d steps per epoch', len(shown), per_epoch)
     state = devices.put(mesh, steps.stack_states([start.state for start in starts]))
     done = saved = starts[0].done
