@@ -82,6 +82,10 @@ def train(argv: list[str]) -> None:
 
     --config names a config of the package (--config mod2) or a file of your own. The same command
     with the same --workdir goes on with a run that was stopped.
+
+    ssn-jax train --extend runs/mine --config.data.root=NEW
+
+    --extend teaches a finished run new images: docs/supervision.md.
     """
     from ssn_jax import main as main_lib
 

@@ -83,6 +83,10 @@ FIELDS = {
         'number and the product need.',
         *_whole(0),
     ),
+    'extend': Field('', 'Set by --extend: the folder of the run that this one goes on from.'),
+    'epochs_before': Field(
+        0, 'Set by --extend: how many of the epochs are of that run.', *_whole(0)
+    ),
     'batch_size': Field(32, 'Images per step, before they are doubled.', *_whole(1)),
     'image_size': Field(
         (256, 256),
@@ -116,6 +120,9 @@ FIELDS = {
     'data.defect_dir': Field('', 'With it: folder of defects to test on, or of a folder for each.'),
     'data.mask_dir': Field(
         '', "Folder of masks, with the names of the images; '': ground_truth, masks, ..."
+    ),
+    'data.added': Field(
+        '', 'Folders of more training images, separated by commas; each as it is for --extend.'
     ),
     'data.cache': Field('', "Folder for prepared records; '': in the user's cache folder."),
     'data.seed': Field(0, "Seed of the embedded set's images."),
@@ -513,7 +520,7 @@ def identity(config: ml_collections.ConfigDict) -> dict:
     unimportant = ('checkpoint.every', 'checkpoint.keep', 'eval_batch_size', 'data.cache')
     unimportant += ('data.root', 'backbone.weights', 'debug_nans', 'features.place', 'engine')
     unimportant += ('decision.fpr', 'data.normal', 'data.normal_dir', 'data.normal_test_dir')
-    unimportant += ('data.defect_dir', 'data.mask_dir')
+    unimportant += ('data.defect_dir', 'data.mask_dir', 'data.added', 'extend')
     if config.supervision.kind not in ('masks', 'auto'):  # Then they are measured with alone.
         unimportant += ('data.masks',)
     return {name: value for name, value in fields(config) if name not in unimportant}

@@ -23,6 +23,16 @@ except flags.Error as e:  # It reads the files of --flagfile at once.
 _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Folder of the run; the same folder resumes it. Default: runs/NAME.'
 )
+_EXTEND = flags.DEFINE_string(
+    'extend',
+    None,
+    'Go on with this finished run, instead of --config, with more images: --config.data.root names '
+    "their folder, --config.epochs says how many epochs (a quarter of the run's). The new run goes "
+    'to RUN-extended, unless --workdir says otherwise.',
+)
+_OLD_ROOT = flags.DEFINE_string(
+    'old_root', None, 'With --extend: where the images are now that the run learned from.'
+)
 _QUIET = flags.DEFINE_bool('quiet', False, 'Show warnings, errors and one line at the end only.')
 _TENSORBOARD = flags.DEFINE_bool('tensorboard', False, 'Write TensorBoard event files too.')
 _DISTRIBUTED = flags.DEFINE_bool(
@@ -36,20 +46,28 @@ _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which of them this is, f
 
 _NO_CONFIG = 'no config: add --config configs/mod2.py, or --config mod2 (--help lists them all).'
 _OWN = ('config', 'workdir', 'quiet', 'tensorboard')
-_PROCESSES = ('distributed', 'coordinator', 'num_processes', 'process_id')
+_OF_TRAINING = ('extend', 'old_root', 'distributed', 'coordinator', 'num_processes', 'process_id')
 
 
 def run(argv: list[str]) -> None:
     """Runs the main job for parsed flags."""
     del argv
     # After the flags, so that a wrong one is told at once.
-    from ssn_jax import devices, pipeline, run as run_lib
+    from ssn_jax import devices, extend, pipeline, run as run_lib
     from ssn_jax.report import text
 
     devices.connect(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    config = _CONFIG.value
+    config, workdir = _CONFIG.value, _WORKDIR.value and terminal.path(_WORKDIR.value)
+    if _EXTEND.value:
+        extended = terminal.path(_EXTEND.value)
+        given = config_flags.get_override_values(flags.FLAGS['config'])
+        config = extend.config_of(extended, given, _OLD_ROOT.value)
+        beside = extended.resolve()  # It may be '.'.
+        workdir = workdir or beside.with_name(f'{beside.name}-extended')
+    elif config.extend:
+        raise UserError('--config.extend cannot be set: --extend RUN goes on with a finished run.')
     config_lib.validate(config)
-    workdir = terminal.path(_WORKDIR.value) if _WORKDIR.value else run_lib.default_workdir(config)
+    workdir = workdir or run_lib.default_workdir(config)
     terminal.set_up_log(_QUIET.value)
     results = pipeline.train_and_evaluate(config, workdir, _TENSORBOARD.value, _QUIET.value)
     if not devices.is_first():
@@ -83,12 +101,18 @@ def cli(
         terminal.guard(lambda: print(help_text(about, flags_of)))
         return
     terminal.set_up_log()
-    terminal.guard(lambda: app.run(run_fn, argv=argv, flags_parser=_parse), interrupted)
+
+    def run_checked(rest):
+        if flags_of and _EXTEND.value is not None:
+            raise UserError('--extend is for ssn-jax train alone.')
+        return run_fn(rest)
+
+    terminal.guard(lambda: app.run(run_checked, argv=argv, flags_parser=_parse), interrupted)
 
 
 def help_text(about: str, flags_of: Sequence[str] = ()) -> str:
     """What --help shows: what the command does, its flags, and the config's fields."""
-    names = (*flags_of, *_OWN, *(() if flags_of else _PROCESSES))
+    names = (*flags_of, *_OWN, *(() if flags_of else _OF_TRAINING))
     width = max(map(len, config_lib.FIELDS)) + 11
     lines = [inspect.cleandoc(about), '', 'Flags:']
     lines += [f'  {"--" + name:{width}s}{flags.FLAGS[name].help}' for name in names]
@@ -103,8 +127,8 @@ def help_text(about: str, flags_of: Sequence[str] = ()) -> str:
 def _parse(argv: list[str]) -> list[str]:
     """Parses the command line into absl's flags; UserError for whatever is wrong with it."""
     check_fields(argv)
-    argv = _with_path(argv)
-    path = _config_path(argv)
+    argv = _with_path(_with_config(argv))
+    path = _value_of('config', argv)
     try:
         rest = flags.FLAGS(argv)
     except Exception as e:  # A config file is code: it can raise anything.
@@ -134,14 +158,28 @@ def _with_path(argv: list[str]) -> list[str]:
     return argv
 
 
-def _config_path(argv: list[str]) -> str | None:
-    """What --config is set to, or None; read by hand, for messages on what does not parse."""
-    path = None
+def _with_config(argv: list[str]) -> list[str]:
+    """The command line with some --config, where --extend stands for it: its fields are flags."""
+    extended = _value_of('extend', argv)
+    if extended is None:
+        if _value_of('old_root', argv) is not None:
+            raise UserError('--old_root is for --extend: name the images with --config.data.root.')
+        return argv
+    if _value_of('config', argv) is not None:
+        raise UserError('--extend takes the config of the run that it names: leave out --config.')
+    if not extended:
+        raise UserError('--extend names no run: add the folder of a finished one.')
+    return [argv[0], '--config=mod1_a', *argv[1:]]
+
+
+def _value_of(flag: str, argv: list[str]) -> str | None:
+    """What a flag is set to, or None; read by hand, for messages on what does not parse."""
+    found = None
     for arg, following in zip(argv, [*argv[1:], ''], strict=True):
         name, assigned, value = arg.partition('=')
-        if name in ('-config', '--config'):
-            path = value if assigned else following
-    return path
+        if name in (f'-{flag}', f'--{flag}'):
+            found = value if assigned else following
+    return found
 
 
 def check_fields(argv: list[str]) -> None:

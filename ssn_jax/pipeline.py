@@ -19,6 +19,7 @@ from ssn_jax import (
     decision,
     devices,
     evaluate,
+    extend,
     metrics,
     precision,
     predictor,
@@ -130,6 +131,8 @@ class Material:
 def gather(config: ml_collections.ConfigDict, folders: list[pathlib.Path]) -> Material:
     """Loads data and backbone, and checks that runs that have begun did so with the same."""
     dataset = data.load(config.data, config.image_size, config.resize, config.fit)
+    if config.extend:
+        extend.check(config, dataset.train)
     split = supervision.training_split(config, dataset.train)
     if not dataset.test.files:
         logging.warning(
@@ -149,8 +152,11 @@ def gather(config: ml_collections.ConfigDict, folders: list[pathlib.Path]) -> Ma
             'Its figures say nothing about a real data set.',
             dataset.category,
         )
-    backbone, weights_from = load_backbone(config, folders, dataset.embedded)
-    origin = run_lib.Origin(dataset.fingerprints, weights.digest(backbone), weights_from)
+    extended = [pathlib.Path(config.extend)] if config.extend else []
+    backbone, weights_from = load_backbone(config, folders + extended, dataset.embedded)
+    went_on_from = ''.join(map(run_lib.model_digest, extended))
+    made_from = dataset.fingerprints, weights.digest(backbone), weights_from, went_on_from
+    origin = run_lib.Origin(*made_from)
     for folder in folders:
         run_lib.check_origin(folder, origin)
     return Material(dataset, split, parts.groups(config, split), backbone, origin)
@@ -276,6 +282,8 @@ def measure(job, state, log, heads, earlier: decision.Scores | None, material) -
         results['youden_on_test'] = metrics.youden(scores, dataset.test.labels)
     if chosen['threshold'] is not None:
         results['recall'] = decision.recall_by_defect(all_scores.of('test'), chosen['threshold'])
+    if config.extend:
+        results['extended'] = extend.compare(config, split, results, all_scores)
     if devices.is_first():
         results['model_sha256'] = run_lib.model_digest(workdir)
         draw_figures(job, results, material, maps, scores, log, all_scores.unseen().map_maximum)

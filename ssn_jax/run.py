@@ -169,18 +169,21 @@ class Origin:
       data: SHA-256 of the data set's images and masks by split, 'train' and 'test'.
       backbone: of the frozen weights.
       weights: where those come from, one line.
+      extends: SHA-256 of the model.safetensors of the run that it goes on from; '' if of none.
     """
 
     data: dict[str, str]
     backbone: str
     weights: str
+    extends: str = ''
 
 
 def read_origin(workdir: pathlib.Path) -> Origin | None:
     """What a run was made from; None if it has not begun."""
     written = read_json(workdir / 'origin.json')
     try:
-        return written and Origin(written['data'], written['backbone'], written['weights'])
+        names = ('data', 'backbone', 'weights')
+        return written and Origin(*(written[x] for x in names), written.get('extends', ''))
     except (KeyError, TypeError):
         raise UserError(f'{workdir / "origin.json"} is damaged: restore it.') from None
 
@@ -213,6 +216,11 @@ def check_origin(workdir: pathlib.Path, origin: Origin, warn: bool = True) -> No
         raise UserError(
             f'{workdir} holds a run on other backbone weights ({began.weights}) than '
             f'{origin.weights}: {again}'
+        )
+    if began.extends != origin.extends:
+        raise UserError(
+            f'{workdir} holds a run that went on from another one, or from none, or that one was '
+            f'trained again since: {again}'
         )
     if warn and began.data['test'] != origin.data['test']:
         logging.warning(

@@ -89,7 +89,7 @@ def test_a_head_sees_nothing_of_its_part(fields, tmp_path):
                 x[np.isin(shown.sources, part)] = np.nan
         job = loop.Job(config, tmp_path, None, None, [part, np.array([0, 2])])
         contents = jax.device_put({'layers': tuple(layers)} | truth)
-        heads[poisoned] = parts.train(job, shown, contents, None, False)
+        heads[poisoned] = parts.train(job, 8, shown, contents, None, False)
     for a, b in zip(*(jax.tree.leaves(heads[p][0]) for p in (False, True)), strict=True):
         np.testing.assert_array_equal(a, b)
     assert not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(heads[True][1]))

@@ -28,6 +28,7 @@ REAL = '--config.data.root={data}/mvtec_ad --config.data.category=bottle'
 # Beginnings of commands, and what is added to them. A new command needs an entry here.
 ADDED = {
     'ssn-jax train --config edge': f'{SHORT} --config.drawn.count=8 --config.decision.parts=2',
+    'ssn-jax train --extend': '--config.epochs=1',
     'ssn-jax check': '',
     'ssn-jax decide': '',
     'ssn-jax predict --workdir runs/mine': '',
@@ -125,6 +126,10 @@ def prepare(folder: pathlib.Path) -> pathlib.Path:
     )
     for name, shown in (('photos', 'good'), ('new_good_images', 'good'), ('known_defects', 'spot')):
         shutil.copytree(root / 'test' / shown, folder / name)
+    for path in sorted((root / 'test').glob('*/*.png')):  # New ones, without masks.
+        new = folder / 'NEW' / path.parent.name / path.name
+        new.parent.mkdir(parents=True, exist_ok=True)
+        assert cv2.imwrite(str(new), cv2.imread(str(path))[::-1])
     return data
 
 

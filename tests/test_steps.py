@@ -434,6 +434,16 @@ def test_drops_on_the_same_epoch_multiply():
     np.testing.assert_allclose(factor(jnp.array([7, 8])), [1.0, 0.16], rtol=1e-6)
 
 
+def test_who_goes_on_from_another_run_has_all_rates_once_more():
+    """Three epochs of 5 steps after 30 of 2; the second drop is at their end."""
+    config = game('static')
+    config.epochs, config.epochs_before = 33, 30
+    config.optimizer.drops = (0.4, 0.9)
+    factor = steps.learning_rate_factor(config, 5, begun=60)
+    at = jnp.array([60, 69, 70, 74])
+    np.testing.assert_allclose(factor(at), [1.0, 1.0, 0.4, 0.4], rtol=1e-6)
+
+
 @pytest.mark.parametrize('player, at', [('params', (54, 58)), ('generator', (55, 59))])
 def test_both_players_updates_shrink_after_the_drop(player, at):
     """The same state and batch before and after step 56 of 70: the update is 0.4 times as long."""

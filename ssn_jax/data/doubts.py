@@ -47,6 +47,9 @@ REASONS = {
     'mask of no image': (
         'not used, since no image has its name: the mask of NAME.png is NAME_mask.png or NAME.png'
     ),
+    'known already': (
+        'not added, since the run has the same file in its training or test split, such as '
+    ),
     'in both splits': (
         'in training and in test, so its score says nothing: remove one of both files, such as '
     ),

@@ -171,6 +171,36 @@ def from_folders(
     return _with_masks(listing, found, root, places.get('mask_dir'), normal)
 
 
+def added(root: Path, normal: Collection[str] = _NORMAL) -> Listing:
+    """Lists more training images, of any classes: `root/CLASS/...`, or `root/train/CLASS/...`.
+
+    Args:
+      root: the folder; masks are below it as of `folder`. Of a folder with `train` and `test` the
+        latter is left out.
+      normal: as of `folder`.
+
+    Raises:
+      UserError: it is not there or holds no such images, or two files claim the same name.
+    """
+    if not root.is_dir():
+        raise UserError(f'{root}: no such folder; say with --config.data.added where it is now')
+    listing, place = Listing(), _mask_folder(root)
+    splits = any(_child(root, split).is_dir() for split in SPLITS)
+    base = _child(root, 'train') if splits else root
+    found = _classes(base, 'train', root, normal, listing, () if splits else (place,))
+    if not found:
+        raise UserError(
+            f'{root}: holds no images to learn from; put normal ones into {root}/good, defects '
+            f'into {root}/DEFECT, and masks, if there are any, into {root}/ground_truth/DEFECT'
+        )
+    listing.doubts.extend(
+        Doubt(_name(path, root), 'stray image')
+        for path in _entries(base)
+        if not path.is_dir() and path.suffix.lower() in images.SUFFIXES
+    )
+    return _with_masks(listing, found, root, place, normal)
+
+
 def ksdd2(root: Path, need: str = 'train') -> Listing:
     """Lists KolektorSDD2: `train/ID.png` beside `train/ID_GT.png`, and `test/` alike.
 
@@ -261,15 +291,31 @@ def _by_defect(
     """Lists `base/SPLIT/DEFECT/.../NAME.*` and the masks of the same names below `place`."""
     listing, found = Listing(), []
     for split in SPLITS:
-        for path in _folders(_child(base, split), required=False):
-            files = {x: _key_of(x.relative_to(path)) for x in _images(path, root, listing.doubts)}
-            for file, key in files.items():
-                keys = f'{split}/{_key(path.name)}/{key}', f'{_key(path.name)}/{key}'
-                found.append(_Image(split, _class_of(path.name, normal), file, keys))
+        found += _classes(_child(base, split), split, root, normal, listing)
     if not any(x.split == need and (need == 'test' or x.defect == GOOD) for x in found):
         raise UserError(_missing(base, need, normal))
     listing.doubts.extend(_strays(base, root, place))
     return _with_masks(listing, found, root, place, normal)
+
+
+def _classes(
+    base: Path,
+    split: str,
+    root: Path,
+    normal: Collection[str],
+    listing: Listing,
+    excluded: Collection[Path | None] = (),
+) -> list[_Image]:
+    """The images `base/CLASS/.../NAME.*` of a split; notes what else is there."""
+    found = []
+    for path in _folders(base, required=False):
+        if path in excluded:
+            continue
+        files = {x: _key_of(x.relative_to(path)) for x in _images(path, root, listing.doubts)}
+        for file, key in files.items():
+            keys = f'{split}/{_key(path.name)}/{key}', f'{_key(path.name)}/{key}'
+            found.append(_Image(split, _class_of(path.name, normal), file, keys))
+    return found
 
 
 def _missing(base: Path, need: str, normal: Collection[str]) -> str:

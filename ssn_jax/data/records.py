@@ -9,7 +9,7 @@ one of them is damaged.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 import errno
 import hashlib
 import itertools
@@ -34,6 +34,8 @@ from ssn_jax.errors import UserError
 _DIGESTS = 'sha256.json'
 # Of how a prepared set is stored: raise it, and older ones are prepared anew.
 _FORMAT = 3
+# What names of added files begin with, wherever they are, after which comes which folder it is.
+_ADDED = 'added'
 # Pixels of a side that a defect should have where the network sees it, whose grid has steps of 4.
 _LEAST = 12
 
@@ -183,7 +185,59 @@ def category_of(config: ConfigDict) -> str:
 
 
 def find(config: ConfigDict, need: str = 'train') -> _Source:
-    """Finds the data set that a config asks for; `need` is the split that must hold images."""
+    """Finds the data set that a config asks for.
+
+    Args:
+      config: as of `load`; `added`, if it has that, names folders of more training images,
+        separated by commas.
+      need: the split that must hold images; for 'test' nothing is added.
+
+    Raises:
+      UserError: as of `load`; or a folder adds nothing.
+    """
+    found = _find(config, need)
+    if not config.get('added') or need == 'test':
+        return found
+    if found.name == 'synthetic':
+        raise UserError(
+            'images can be added to real ones alone, and these are drawn by the code: train on a '
+            'folder of images'
+        )
+    listing = layouts.Listing(list(found.records), list(found.doubts))
+    normal = config.get('normal', layouts.NORMAL).split(',')
+    for number, name in enumerate(config.added.split(','), 1):
+        _add(listing, layouts.added(Path(name).expanduser(), normal), name, number)
+    return _real(found.name, found.category, Path(config.root).expanduser(), listing)
+
+
+def added_by(file: str) -> int:
+    """The number, from 1 on, of the added folder that a file of a split comes from; 0: of none."""
+    folder, _, number = file.partition('/')[0].partition(':')
+    return int(number) if folder == _ADDED and number.isdecimal() else 0
+
+
+def _add(listing: layouts.Listing, new: layouts.Listing, name: str, number: int) -> None:
+    """Adds to a listing what it does not hold yet; UserError if there is nothing."""
+    by_size = {}
+    for record in listing.records:
+        by_size.setdefault(record.image.stat().st_size, []).append(record)
+    known, start, prefix = [], len(listing.records), f'{_ADDED}:{number}/'
+    for record in new.records:
+        content, file = images.read(record.image), prefix + record.file
+        alike = by_size.get(len(content), ())
+        same = next((other for other in alike if images.read(other.image) == content), None)
+        if same:
+            known.append((file, f'{file} and {same.file}'))
+        else:
+            listing.records.append(replace(record, file=file))
+    if len(listing.records) == start:
+        raise UserError(f'{name}: adds nothing, since the run has each of its files already')
+    listing.doubts.extend(Doubt(file, 'known already', known[0][1]) for file, _ in known)
+    listing.doubts.extend(doubt._replace(file=prefix + doubt.file) for doubt in new.doubts)
+
+
+def _find(config: ConfigDict, need: str) -> _Source:
+    """The data set without what is added to it."""
     root, places = Path(config.root).expanduser(), _places(config)
     if need == 'test':
         places.pop('normal_dir', None)

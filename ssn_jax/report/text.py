@@ -4,6 +4,8 @@ import pathlib
 
 from ssn_jax import metrics
 
+COMPARED = ('before', 'after')
+
 
 def format_table(results: dict) -> str:
     """The seven metrics, or several seeds' summary of them, as a table for the terminal."""
@@ -16,6 +18,7 @@ def format_table(results: dict) -> str:
             f'{head}, {results["epochs"]} epochs, seed {results["seed"]}',
             *metric_lines(results['metrics'], results['undefined']),
             f'  {decision_line(results["decision"])}',
+            *(extended_lines(results['extended']) if 'extended' in results else ()),
         ]
     )
 
@@ -66,6 +69,28 @@ def decision_line(chosen: dict) -> str:
         value = chosen.get(f'test_{name}')
         text += f', test {name.upper()} {"unknown" if value is None else f"{100 * value:.1f} %"}'
     return text
+
+
+def extended_lines(extended: dict) -> list[str]:
+    """What a run has gained and lost against the one that it went on from, as a table.
+
+    Args:
+      extended: as `extend.compare` returns it.
+    """
+    before = extended['before'] or {}
+    lines = [f'Against {extended["run"]}, which it went on from:', f'  {"before":>24} {"after":>9}']
+    for name, value in extended['after'].items():
+        shown = ('-' if x is None else f'{100 * x:.2f} %' for x in (before.get(name), value))
+        lines.append('  {:14} {:>9} {:>9}'.format(name, *shown))
+    if not before:
+        lines.append('  (before: not known on these test images, which are other ones)')
+    seen = {of['unseen'] for of in extended['new'].values()}
+    how = 'heads that never saw them' if seen == {True} else 'a network that was trained on them'
+    lines.append(f'  new images that are called defective, after by {how}:')
+    for kind, of in extended['new'].items():
+        shown = ('-' if of[x] is None else f'{of[x]} of {of["images"]}' for x in COMPARED)
+        lines.append('  {:14} {:>9} {:>9}'.format(kind, *shown))
+    return lines
 
 
 def format_summary(summary: dict) -> str:

@@ -74,9 +74,10 @@ def train(jobs, split, network, backbone_variables, quiet=False):
         for i, state in zip(members, trained, strict=True):
             states[i] = state
     heads = []
-    for job in jobs:
+    for job, state in zip(jobs, devices.take_local(mesh, states), strict=True):
         with naming_nans(job.config):
-            heads.append(job.parts and parts.train(job, shown, contents, mesh, on_host))
+            total = int(state.step)
+            heads.append(job.parts and parts.train(job, total, shown, contents, mesh, on_host))
     logs = [start.log for start in starts]
     return list(zip(devices.take_local(mesh, states), logs, heads, strict=True))
 
@@ -103,7 +104,7 @@ class Start:
 
 
 def find_start(job, mesh) -> Start:
-    """A run's newest checkpoint, or its beginning."""
+    """A run's newest checkpoint, or its beginning: that of the run that it extends, if any."""
     config = job.config
     k_init, k_epochs = jax.random.split(jax.random.key(config.seed))
     channels = backbones.feature_channels(config.backbone.name, config.features.layers)
@@ -114,6 +115,12 @@ def find_start(job, mesh) -> Start:
     if done:
         logging.info('Resuming %s after epoch %d', job.folder, done)
         checkpoint.set_aside(manager, done)
+    elif config.extend:
+        extended = checkpoint.open_manager(pathlib.Path(config.extend), config.checkpoint.keep)
+        done, state = checkpoint.restore(extended, state)
+        if not done:
+            raise UserError(f'{config.extend} has no checkpoint to go on from: restore it.')
+        logging.info('Going on from epoch %d of %s', done, config.extend)
     return Start(job, done, state, manager, job.open_log(done), k_epochs)
 
 
@@ -122,7 +129,12 @@ def train_together(starts, shown, contents, mesh, on_host, quiet):
     config, several = starts[0].job.config, len(starts)
     orders = [sampling.image_order(start.job.config, shown.labels, shown.real) for start in starts]
     per_epoch = len(orders[0](0))
-    run_epoch = steps.make_epoch(config, per_epoch, mesh, several > 1, on_host)
+    # Of the steps, those of the run that this one goes on from: its epochs may have been shorter.
+    begun = 0
+    if config.extend:
+        own = (starts[0].done - config.epochs_before) * per_epoch
+        begun = int(devices.take_local(mesh, starts[0].state).step) - own
+    run_epoch = steps.make_epoch(config, per_epoch, mesh, several > 1, on_host, begun=begun)
     logging.info('%d images, %d steps per epoch', len(shown), per_epoch)
     state = devices.put(mesh, steps.stack_states([start.state for start in starts]))
     done = saved = starts[0].done

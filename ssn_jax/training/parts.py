@@ -17,7 +17,7 @@ from scipy.sparse import csgraph
 from sklearn import metrics
 
 from ssn_jax import devices, signals
-from ssn_jax.data import Split, augment, sampling
+from ssn_jax.data import Split, augment, records, sampling
 from ssn_jax.models import backbones
 from ssn_jax.training import steps
 
@@ -41,9 +41,11 @@ def groups(config: ml_collections.ConfigDict, images: Split) -> np.ndarray:
     count, group = len(images.labels), config.decision.group
     if group:
         found = np.zeros(count, int)
-        for label in np.unique(images.labels):
-            own = np.flatnonzero(images.labels == label)
-            found[own] = np.arange(len(own)) // group * 2 + label
+        # No piece lies half in one folder and half in another.
+        kinds = list(zip(images.labels, map(records.added_by, images.files), strict=True))
+        for number, kind in enumerate(sorted(set(kinds))):
+            own = np.flatnonzero([x == kind for x in kinds])
+            found[own] = np.arange(len(own)) // group * len(set(kinds)) + number
         return found
     # Small, brightness and contrast taken away: what is left is what the picture shows.
     small = np.stack([_small(image) for image in images.images])
@@ -99,12 +101,18 @@ def split(config: ml_collections.ConfigDict, images: Split, groups: np.ndarray) 
 
 
 def train(
-    job, shown: augment.Shown, contents: dict, mesh: jax.sharding.Mesh | None, on_host: bool
+    job,
+    total: int,
+    shown: augment.Shown,
+    contents: dict,
+    mesh: jax.sharding.Mesh | None,
+    on_host: bool,
 ) -> list[dict]:
     """Trains a head for each part, on everything but what was made of its images.
 
     Args:
       job: the `loop.Job`, whose own head is trained.
+      total: the steps that this one has taken.
       shown: what it was trained on.
       contents: the features of that, as `features.training_data` returns them.
       mesh: as of `steps.make_epoch`.
@@ -115,7 +123,6 @@ def train(
     """
     number, config = len(job.parts), job.config.copy_and_resolve_references()
     logging.info('%d heads, each without a part of the images, for the threshold', number)
-    total = config.epochs * len(sampling.image_order(config, shown.labels, shown.real)(0))
     if config.positions:
         config.positions = max(1, config.positions // (number + 1))
     else:
@@ -125,7 +132,8 @@ def train(
     orders = [sampling.image_order(config, shown.labels[one], shown.real[one]) for one in kept]
     # Parts differ in size: what one has more of waits for the next epoch.
     per_epoch, batch = (min(n) for n in zip(*(order(0).shape for order in orders), strict=True))
-    config.epochs = max(1, round(total / per_epoch))
+    # From the beginning, if the run itself went on from another one.
+    config.epochs, config.epochs_before = max(1, round(total / per_epoch)), 0
     # Devices share a batch equally: its first images fill it up.
     sharing = 1 if mesh is None else mesh.size
     columns = np.arange(-(-batch // sharing) * sharing) % batch

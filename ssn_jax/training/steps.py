@@ -81,15 +81,19 @@ def generator_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTran
     return optax.adamw(config.noise.learning_rate, weight_decay=0.0)
 
 
-def learning_rate_factor(config: ml_collections.ConfigDict, steps_per_epoch: int) -> Callable:
+def learning_rate_factor(
+    config: ml_collections.ConfigDict, steps_per_epoch: int, begun: int = 0
+) -> Callable:
     """The factor on every learning rate as a function of the step.
 
-    A fraction of the epochs that is no whole number of them takes effect at the next epoch.
+    A fraction of the epochs that is no whole number of them takes effect at the next epoch. A run
+    that goes on from another one began at the step `begun`, and has all rates once more.
     """
     o = config.optimizer
     boundaries = {}
     for drop in o.drops:
-        step = math.ceil(drop * config.epochs) * steps_per_epoch
+        own = math.ceil(drop * (config.epochs - config.epochs_before))
+        step = begun + own * steps_per_epoch
         boundaries[step] = boundaries.get(step, 1.0) * o.drop_factor
     return optax.piecewise_constant_schedule(1.0, boundaries)
 
@@ -119,16 +123,19 @@ def init_state(config: ml_collections.ConfigDict, key: jax.Array, channels: int)
 
 
 def make_step(
-    config: ml_collections.ConfigDict, steps_per_epoch: int, loss_fn: Callable | None = None
+    config: ml_collections.ConfigDict,
+    steps_per_epoch: int,
+    loss_fn: Callable | None = None,
+    begun: int = 0,
 ) -> Callable:
     """The step of the game a config describes: `step(state, batch, key) -> (state, metrics)`.
 
     Static noise: the discriminator alone. Learned noise: `discriminator_steps` updates of the
     discriminator, then one of the generator (0: both on every step, each by its own gradient).
-    `loss_fn` replaces the config's.
+    `loss_fn` replaces the config's; `begun` is as of `learning_rate_factor`.
     """
     loss_fn = loss_fn or losses.config_loss(config)
-    factor_fn = learning_rate_factor(config, steps_per_epoch)
+    factor_fn = learning_rate_factor(config, steps_per_epoch, begun)
     d_optimizer, g_optimizer = discriminator_optimizer(config), generator_optimizer(config)
 
     def generator_loss(generator, params, batch_stats, batch, key):
@@ -189,6 +196,7 @@ def make_part(
     steps: int,
     mesh: jax.sharding.Mesh | None = None,
     several: bool = False,
+    begun: int = 0,
 ) -> Callable:
     """A part of an epoch as one compiled call.
 
@@ -197,6 +205,7 @@ def make_part(
       steps: how many an epoch makes.
       mesh: the devices that share each batch, as `devices.make_mesh` returns them; None is one.
       several: whether it is of several seeds at once.
+      begun: as of `learning_rate_factor`.
 
     Returns:
       `run(state, data, order, key, start, count) -> (state, sums, bad)`: the first `count` rows of
@@ -206,7 +215,8 @@ def make_part(
       which they share), order, key, sums and bad have a leading axis.
     """
     seeds_axis = 'seeds' if several else None
-    step = make_step(config, steps, losses.config_loss(config, seeds_axis) if several else None)
+    loss_fn = losses.config_loss(config, seeds_axis) if several else None
+    step = make_step(config, steps, loss_fn, begun)
 
     @jax.jit  # Traced once, though its shapes are asked for before it is used.
     def advance(state, data, indices, key):
@@ -253,6 +263,7 @@ def make_epoch(
     several: bool = False,
     on_host: bool = False,
     longest: int = 16,
+    begun: int = 0,
 ) -> Callable:
     """One epoch, by parts.
 
@@ -263,6 +274,7 @@ def make_epoch(
       several: whether it is of several seeds at once.
       on_host: whether the data stay on the host: what a part needs is sent before it.
       longest: the most steps of a part.
+      begun: as of `learning_rate_factor`.
 
     Returns:
       `epoch(state, data, order, key) -> (state, metrics)`. `data` is a batch of everything there
@@ -270,7 +282,7 @@ def make_epoch(
       host, are averages over the steps, and `metrics['bad']` is that of `make_part`. With a mesh
       state, data and key lie on it, the data spread.
     """
-    run = make_part(config, steps, mesh, several)
+    run = make_part(config, steps, mesh, several, begun)
     size = -(-steps // -(-steps // longest))
     spread = None if mesh is None else devices.spread(mesh)
 
