@@ -29,7 +29,8 @@ def _double(x):
     if _is_key(x):
         return x
     x = np.asarray(x)
-    return x.astype(np.float64) if jax.numpy.issubdtype(x.dtype, np.floating) else x
+    floating = jax.numpy.issubdtype(x.dtype, np.floating)
+    return x.astype(np.float64, copy=False) if floating else x
 
 
 def _run(closed, arguments):
@@ -180,7 +181,7 @@ _SIMPLE = {
 
 def _convert(x, new_dtype, **_):
     floating = jax.numpy.issubdtype(new_dtype, np.floating)
-    return x.astype(np.float64 if floating else new_dtype)
+    return x.astype(np.float64 if floating else new_dtype, copy=False)
 
 
 def _broadcast_in_dim(x, shape, broadcast_dimensions, **_):

@@ -67,8 +67,15 @@ def test_near_copies_are_of_one_group(caplog):
     assert not set(normal) & set(defective)
 
 
-@pytest.mark.parametrize('fields', [{'image_score': 'map', 'positions': 8}, {'sparse': False}])
-def test_a_head_sees_nothing_of_its_part(fields, tmp_path):
+@pytest.mark.parametrize(
+    ('fields', 'layers'),
+    [
+        ({'image_score': 'map', 'positions': 8}, [(4, 128), (2, 256)]),
+        # Of those that learn from whole images the one that compiles soonest.
+        ({'system': 'simplenet', 'simplenet.embedding': 96, 'simplenet.hidden': 16}, [(4, 96)]),
+    ],
+)
+def test_a_head_sees_nothing_of_its_part(fields, layers, tmp_path):
     """Whatever is made of a part's images is no number, and its head is finite."""
     config = tiny.config(tmp_path, **fields, **{'drawn.count': 13, 'product.angle': 'any'})
     config.turned_copies, config.epochs = 1, 2
@@ -77,18 +84,18 @@ def test_a_head_sees_nothing_of_its_part(fields, tmp_path):
         images=textured(6, np.random.default_rng(0))[:, :32, :32],
     )
     shown, rng = augment.Shown(config, split), np.random.default_rng(0)
-    features = [rng.normal(size=(len(shown), s, s, c)) for s, c in ((4, 128), (2, 256))]
+    features = [rng.normal(size=(len(shown), s, s, c)) for s, c in layers]
     part = np.array([1, 4])
     truth = {name: np.ones((len(shown), 8, 8, 1), np.float32) for name in ('mask', 'weight')}
     truth |= {'label': np.float32(shown.labels), 'known': np.ones(len(shown), np.float32)}
     heads = {}
     for poisoned in (False, True):
-        layers = [np.float32(x) for x in features]
+        given = [np.float32(x) for x in features]
         if poisoned:
-            for x in layers:
+            for x in given:
                 x[np.isin(shown.sources, part)] = np.nan
         job = loop.Job(config, tmp_path, None, None, [part, np.array([0, 2])])
-        contents = jax.device_put({'layers': tuple(layers)} | truth)
+        contents = jax.device_put({'layers': tuple(given)} | truth)
         heads[poisoned] = parts.train(job, 8, shown, contents, None, False)
     for a, b in zip(*(jax.tree.leaves(heads[p][0]) for p in (False, True)), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -40,11 +40,6 @@ def quick_masks(monkeypatch):
     monkeypatch.setattr(sparse_lib, '_SURPLUS', np.array([3.0, np.inf]))
 
 
-def quick_jit(function):
-    """A jit that compiles in half the time, since every function here runs only a few times."""
-    return jax.jit(function, compiler_options={'xla_backend_optimization_level': 1})
-
-
 def rule_state(config, channels):
     """A train state whose parameters follow the rule of the reference files."""
     variables = rule.network(systems.build_network(config), channels)
@@ -211,7 +206,7 @@ def config_loss(config):
 def compiled_step(kind, sparse=False, penalty=None):
     """The step of a game, compiled once for all tests."""
     config = game(kind, sparse, penalty)
-    return quick_jit(steps.make_step(config, PER_EPOCH, config_loss(config)))
+    return jax.jit(steps.make_step(config, PER_EPOCH, config_loss(config)))
 
 
 def test_generator_gradient_is_minus_the_discriminators_loss():
@@ -224,7 +219,7 @@ def test_generator_gradient_is_minus_the_discriminators_loss():
     loss_fn = config_loss(config)
     state, key = rule_state(config, 12).replace(step=jnp.int32(3)), jax.random.key(3)
 
-    @quick_jit
+    @jax.jit
     def gradients(generator):
         def loss_and_power(generator):
             args = (state.params, generator, state.batch_stats, BATCH, key)
@@ -254,8 +249,8 @@ def test_loss_follows_the_generator():
         args = (state.params, generator, state.batch_stats, BATCH, jax.random.key(3))
         return loss_fn(*args, stop_map_gradient=False)[0]
 
-    grad = quick_jit(jax.grad(loss))(state.generator)
-    size, value = np.linalg.norm(flat(grad)), quick_jit(loss)
+    grad = jax.jit(jax.grad(loss))(state.generator)
+    size, value = np.linalg.norm(flat(grad)), jax.jit(loss)
     there, back = (
         value(jax.tree.map(lambda p, g, h=h: p + h * g / size, state.generator, grad))
         for h in (0.02, -0.02)
@@ -295,7 +290,7 @@ def test_discriminator_gradient_is_its_own(kind):
     state, key = rule_state(config, 12), jax.random.key(0)
     players = state.params, state.generator, state.batch_stats, BATCH, key
 
-    @quick_jit
+    @jax.jit
     def gradients(params, generator):
         def loss(params, generator, **options):
             return loss_fn(params, generator, *players[2:], **options)[0]
@@ -393,7 +388,7 @@ def test_hinge_loss_by_hand():
     state = steps.init_state(config, jax.random.key(0), 99)
     embedding = rule.draw_input('embedding', (2, 3, 4, 6))
     arguments = {}, state.batch_stats, {'layers': (embedding,)}, jax.random.key(1)
-    loss, (terms, _) = quick_jit(losses.config_loss(config))(state.params, *arguments)
+    loss, (terms, _) = jax.jit(losses.config_loss(config))(state.params, *arguments)
     params = jax.device_get(state.params)
     x = embedding @ params['adaptor']['kernel'] + params['adaptor']['bias']
     parts = params['discriminator']
