@@ -113,6 +113,7 @@ def make_losses(config, masks, truth):
 @pytest.mark.parametrize(
     ('system', 'adaptor', 'adapt_cls_features', 'kind', 'unit', 'supervision'),
     [
+        ('supersimplenet', 'linear', False, 'static', 'absolute', 'none'),
         ('supersimplenet', 'linear', True, 'learned', 'feature_std', 'none'),
         ('supersimplenet', 'linear', False, 'static', 'feature_std', 'masks'),
         ('supersimplenet', 'conv', True, 'learned', 'absolute', 'masks'),
