@@ -454,7 +454,7 @@ def test_both_players_updates_shrink_after_the_drop(player, at):
 def test_an_epoch_shows_the_images_of_its_order(monkeypatch):
     """Steps that only record which images they were given, and when."""
 
-    def make_step(config, steps_per_epoch, loss_fn=None):
+    def make_step(config, steps_per_epoch, loss_fn, begun):
         def step(state, batch, key):
             (ids,) = batch['layers']
             return state.at[ids].add(1 + state.max()), {'loss': jax.random.uniform(key)}
