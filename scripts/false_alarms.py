@@ -108,7 +108,7 @@ def measure(folder: pathlib.Path, fields: list[str]) -> dict:
         test, model = scores.of('test'), predictor.open_run(folder / f'run-{place}')
         tested = {'normal': test.normal().tolist(), 'defects': test.score[test.label > 0].tolist()}
         if place == 'all':
-            found['out of part'] = tested | {'chosen on': scores.unseen().tolist()}
+            found['out of part'] = tested | {'chosen on': scores.unseen().score.tolist()}
         other = folder / 'all' / 'train' if place == 'all' else folder / 'kept'
         on = decide.score_folder(model, other, layouts.GOOD).normal().tolist()
         found['trained on' if place == 'all' else 'holdout'] = tested | {'chosen on': on}

@@ -2,11 +2,15 @@
 
 import json
 import runpy
+import shutil
+import subprocess
 
 import commands
 import numpy as np
 import pytest
 import tiny
+
+from ssn_jax import decision, run as run_lib
 
 SCRIPT = runpy.run_path(str(commands.ROOT / 'scripts' / 'false_alarms.py'))
 
@@ -47,6 +51,32 @@ def test_what_belongs_together_stays_together(tmp_path):
     rolls = [{n.split('_')[0] for n in names(folder) if 'roll' in n} for folder in folders]
     assert set.union(*rolls) == {f'train-good-roll{i}' for i in range(5)}
     assert sum(map(len, rolls)) == 5
+
+
+def test_what_is_measured_of_a_split(tmp_path, monkeypatch):
+    """Commands are replaced by a finished run with made-up out-of-part scores."""
+    run = tiny.fake_run(tmp_path)
+    tiny.finish(run)
+    made_up = np.float32(np.arange(5))
+    named = ['1'] * 5, [f'{i}.png' for i in range(5)], ['good'] * 5
+    train = decision.Scores(*named, np.zeros(5, int), made_up, made_up)
+    test = run_lib.read_scores(run).of('test')
+    (run / 'scores.csv').write_text((train + test).to_csv())
+    SCRIPT['link'](f'folder:{tmp_path}/data/nut', tmp_path / 'new', 0, None)
+
+    def trained(command):
+        shutil.copytree(run, command[-1])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, 'run', trained)
+    found = json.loads(json.dumps(SCRIPT['measure'](tmp_path / 'new', [])))
+    assert tuple(found) == ('out of part', 'trained on', 'holdout')
+    for scores in found.values():
+        assert scores['normal'] == test.normal().tolist()
+        assert scores['defects'] == test.score[test.label > 0].tolist()
+    assert found['out of part']['chosen on'] == made_up.tolist()
+    for way, place in (('trained on', 'all/train/good'), ('holdout', 'kept')):
+        assert len(found[way]['chosen on']) == len(names(tmp_path / 'new' / place))
 
 
 def test_table(tmp_path):

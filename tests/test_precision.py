@@ -190,8 +190,8 @@ def test_a_run_infers_in_what_it_decided_in(tmp_path, caplog):
 def test_scores_without_a_spread_are_not_compared(tmp_path):
     """Of one image, or of the same one, nothing says how much a change is."""
     model = predictor.open_run(tiny.fake_run(tmp_path), None, {'precision': 'auto'})
-    for images in (1, 3):
-        settled, tried = precision.settle(model, np.repeat(IMAGES[:1], images, 0))
+    for count in (1, 3):
+        settled, tried = precision.settle(model, np.repeat(IMAGES[:1], count, 0))
         assert settled.precision == 'float32' and tried['int8']['change'] is None
         json.dumps(tried, allow_nan=False)
 
