@@ -145,7 +145,7 @@ def transplant(
     if source.shape != image.shape:
         source = cv2.resize(source, image.shape[1::-1])
         shrunk = cv2.resize(mask.astype(np.float32), image.shape[1::-1])
-        mask = (shrunk >= min(0.5, shrunk.max())).astype(np.uint8)  # Not all zeros.
+        mask = (shrunk >= min(0.5, shrunk.max())).astype(np.uint8)  # A line stays one.
     near, far = _square(2 * unit(image)), _square(8 * unit(image))
     count, regions, _, centres = cv2.connectedComponentsWithStats(cv2.dilate(mask, near))
     region = rng.integers(1, count)

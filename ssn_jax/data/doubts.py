@@ -41,8 +41,7 @@ REASONS = {
     'other folder': 'not used, though it holds images: move them to train/good or test/DEFECT',
     'mask among images': (
         'not used, since it has the name, or lies in a folder, of a mask of another image: move '
-        'masks to '
-        'ground_truth/DEFECT'
+        'masks to ground_truth/DEFECT'
     ),
     'mask of no image': (
         'not used, since no image has its name: the mask of NAME.png is NAME_mask.png or NAME.png'
