@@ -7,14 +7,15 @@ are tested, with all defects, and the rest is trained on (configs/edge.py). Thre
 chosen for each rate: on out-of-part scores (the default), on the scores of the images that were
 trained on, and on a fifth of the images, kept aside by a training of its own (holdout). With
 --together '[^_]+' images whose names begin alike, such as those of a roll or a piece, are all
-tested or all trained on.
+tested or all trained on. With --official the set's own test split is tested instead.
 
 Every training is a command of its own in a folder of its own; the same command goes on with what is
 missing. table.md has the rates that were seen, pooled over sets and splits, with their 90 %
 intervals (Clopper and Pearson), and the share of defects that were found, set by set. Below, of the
 out-of-part thresholds, how far the false alarms of a split lie from what was promised: their mean
 square distance, where 1 is what the chance of which images were drawn alone makes (the number is
-then beta-binomial), and more is what the retrained head adds.
+then beta-binomial), and more is what the retrained head adds. Last, for each split, whether the
+drift test tells its normal test images, in the order of their names, from those trained on.
 """
 
 import json
@@ -26,7 +27,7 @@ import sys
 import numpy as np
 from scipy import stats
 
-from ssn_jax import decide, decision, files, predictor, run as run_lib, terminal
+from ssn_jax import decide, decision, drift, files, predictor, run as run_lib, terminal
 from ssn_jax.data import images, layouts
 from ssn_jax.errors import UserError
 
@@ -43,22 +44,27 @@ def main() -> None:
     parser.add_argument(
         '--together', metavar='PATTERN', help='how names that belong together begin'
     )
+    parser.add_argument('--official', action='store_true', help="the sets' own splits")
     parser.add_argument(
         '--fields', nargs='+', default=[], metavar='FIELD=VALUE', help='of all runs'
     )
     arguments = parser.parse_args()
+    if arguments.official and (arguments.splits > 1 or arguments.together):
+        parser.error('--official splits nothing anew: give it without --splits and --together.')
     for split in range(arguments.splits):
         for one in arguments.sets:
             folder = arguments.workdir / pathlib.Path(one).name / f'split-{split}'
             if not (folder / 'found.json').exists():
                 print(f'{one}, split {split}', flush=True)
-                link(one, folder, split, arguments.together)
+                link(one, folder, split, arguments.together, arguments.official)
                 files.write(folder / 'found.json', json.dumps(measure(folder, arguments.fields)))
                 files.write(arguments.workdir / 'table.md', table(arguments.workdir))
 
 
-def link(one: str, folder: pathlib.Path, seed: int, together: str | None) -> None:
-    """Lays out a new split as links: `all`, and `held`, of which a fifth lies in `kept`."""
+def link(
+    one: str, folder: pathlib.Path, seed: int, together: str | None, official: bool = False
+) -> None:
+    """Lays out a split as links: `all`, and `held`, of which a fifth lies in `kept`."""
     name, root = one.split(':', 1)
     root = pathlib.Path(root).resolve()
     listing = layouts.ksdd2(root) if name == 'ksdd2' else layouts.folder(root)
@@ -77,6 +83,9 @@ def link(one: str, folder: pathlib.Path, seed: int, together: str | None) -> Non
     flat = [record for group in order for record in group]
     sizes = np.cumsum([len(group) for group in order])
     tested = sizes[np.searchsorted(sizes, 0.3 * len(flat))]
+    if official:
+        flat.sort(key=lambda record: record.split != 'test')
+        sizes, tested = np.arange(len(flat) + 1), sum(record.split == 'test' for record in flat)
     held = sizes[np.searchsorted(sizes, tested + 0.2 * (len(flat) - tested))]
     for place, trained in (('all', flat[tested:]), ('held', flat[held:])):
         _link(trained, folder / place / 'train' / 'good')
@@ -139,6 +148,13 @@ def table(workdir: pathlib.Path) -> str:
     for rate in RATES:
         spread = np.mean([distance(x['chosen on'], x['normal'], rate) ** 2 for x in outcomes])
         lines.append(f'{100 * rate:g} %: {spread:.2f} of {len(outcomes)}')
+    lines.append('')
+    for name, splits in found.items():
+        for split in splits:
+            watch = drift.Watch(split['out of part']['chosen on'])
+            for score in split['out of part']['normal']:
+                watch.update(score)
+            lines.append(f'{name}: {watch}')
     return '\n'.join(lines) + '\n'
 
 

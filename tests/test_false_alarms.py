@@ -41,6 +41,20 @@ def test_a_set_is_split_anew(tmp_path):
     assert linked.resolve().parent == root / 'test' / 'spot'
 
 
+def test_the_official_split_stays(tmp_path):
+    tiny.write_data(tmp_path / 'data', train=20)
+    root = tmp_path / 'data' / 'nut'
+    SCRIPT['link'](f'folder:{root}', tmp_path / 'new', 0, None, True)
+    good = {split: names(root / split / 'good') for split in ('train', 'test')}
+    of = {place: tmp_path / 'new' / place for place in ('all', 'held')}
+    for folder in of.values():
+        assert names(folder / 'test' / 'good') == {f'test-good-{n}' for n in good['test']}
+    trained, fewer = (names(folder / 'train' / 'good') for folder in of.values())
+    assert trained == {f'train-good-{n}' for n in good['train']}
+    kept = names(tmp_path / 'new' / 'kept')
+    assert fewer | kept == trained and not fewer & kept and len(kept) == 4
+
+
 def test_what_belongs_together_stays_together(tmp_path):
     tiny.write_data(tmp_path / 'data', train=20)
     root = tmp_path / 'data' / 'nut'
@@ -86,7 +100,9 @@ def test_table(tmp_path):
     chosen_on = np.arange(99.0).tolist()
     scores = {'chosen on': chosen_on, 'normal': [*np.zeros(18), 94.5, 97.0], 'defects': [1.0, 99.0]}
     (folder / 'found.json').write_text(json.dumps(dict.fromkeys(SCRIPT['WAYS'], scores)))
-    row = SCRIPT['table'](tmp_path).splitlines()[2 + len(SCRIPT['WAYS'])]
+    lines = SCRIPT['table'](tmp_path).splitlines()
+    row = lines[2 + len(SCRIPT['WAYS'])]
+    assert lines[-1].startswith('nut: the scores of 16 images show a change. They have fallen')
     cells = [cell.strip() for cell in row.split('|')[1:-1]]
     assert cells[:2] == ['5 %', 'out of part'] and cells[3] == '10.0 / 50.0'
     assert cells[2] == '10.0 [1.8, 28.3] of 20'
