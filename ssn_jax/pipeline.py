@@ -290,6 +290,7 @@ def measure(job, state, log, heads, earlier: decision.Scores | None, material) -
     run_lib.write(workdir / 'scores.csv', all_scores.to_csv())
     run_lib.write(workdir / 'decision.json', json.dumps(chosen, indent=2) + '\n')
     run_lib.write(workdir / 'results.json', json.dumps(results, indent=2) + '\n')
+    parts.forget(workdir)
     return results
 
 

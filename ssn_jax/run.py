@@ -8,6 +8,7 @@
 | log.txt | what it said |
 | train.csv | the losses, a row an epoch |
 | checkpoints/ | what training goes on from |
+| heads/ | the same of the heads that never saw a part of the images, until there are scores |
 | model.safetensors | what inference needs: the backbone, and the network of the last checkpoint |
 | scores.csv | scores of training images by heads that never saw them, and of test images |
 | decision.json, results.json, figures/ | of the finished run |

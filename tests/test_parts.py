@@ -67,6 +67,17 @@ def test_near_copies_are_of_one_group(caplog):
     assert not set(normal) & set(defective)
 
 
+def material(config, layers):
+    """Six images as they are shown, and features (N, S, S, C) of them for each (S, C)."""
+    images = textured(6, np.random.default_rng(0))[:, :32, :32]
+    split = dataclasses.replace(make_split([0] * 6, size=(32, 32)), images=images)
+    shown, rng = augment.Shown(config, split), np.random.default_rng(0)
+    features = [np.float32(rng.normal(size=(len(shown), s, s, c))) for s, c in layers]
+    truth = {name: np.ones((len(shown), 8, 8, 1), np.float32) for name in ('mask', 'weight')}
+    truth |= {'label': np.float32(shown.labels), 'known': np.ones(len(shown), np.float32)}
+    return shown, {'layers': tuple(features)} | truth
+
+
 @pytest.mark.parametrize(
     ('fields', 'layers'),
     [
@@ -79,27 +90,56 @@ def test_a_head_sees_nothing_of_its_part(fields, layers, tmp_path):
     """Whatever is made of a part's images is no number, and its head is finite."""
     config = tiny.config(tmp_path, **fields, **{'drawn.count': 13, 'product.angle': 'any'})
     config.turned_copies, config.epochs = 1, 2
-    split = dataclasses.replace(
-        make_split([0] * 6, size=(32, 32)),
-        images=textured(6, np.random.default_rng(0))[:, :32, :32],
-    )
-    shown, rng = augment.Shown(config, split), np.random.default_rng(0)
-    features = [rng.normal(size=(len(shown), s, s, c)) for s, c in layers]
+    shown, contents = material(config, layers)
     part = np.array([1, 4])
-    truth = {name: np.ones((len(shown), 8, 8, 1), np.float32) for name in ('mask', 'weight')}
-    truth |= {'label': np.float32(shown.labels), 'known': np.ones(len(shown), np.float32)}
     heads = {}
     for poisoned in (False, True):
-        given = [np.float32(x) for x in features]
         if poisoned:
-            for x in given:
+            for x in contents['layers']:
                 x[np.isin(shown.sources, part)] = np.nan
-        job = loop.Job(config, tmp_path, None, None, [part, np.array([0, 2])])
-        contents = jax.device_put({'layers': tuple(given)} | truth)
-        heads[poisoned] = parts.train(job, 8, shown, contents, None, False)
+        job = loop.Job(config, tmp_path / f'{poisoned}', None, None, [part, np.array([0, 2])])
+        heads[poisoned] = parts.train(job, 8, shown, jax.device_put(contents), None, False)
     for a, b in zip(*(jax.tree.leaves(heads[p][0]) for p in (False, True)), strict=True):
         np.testing.assert_array_equal(a, b)
     assert not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(heads[True][1]))
+
+
+def test_a_stopped_training_of_heads_goes_on(tmp_path, monkeypatch):
+    """From the last checkpoint, or from what was saved when it was stopped, to the same heads."""
+    config = tiny.config(tmp_path, **{'image_score': 'map', 'positions': 8, 'drawn.count': 13})
+    config.epochs, config.checkpoint.every = 2, 2
+    shown, contents = material(config, [(4, 128), (2, 256)])
+    contents = jax.device_put(contents)
+    trained, make_epoch = [], parts.steps.make_epoch
+
+    def counted(*arguments):
+        run = make_epoch(*arguments)
+
+        def epoch(*arguments):
+            trained.append(1)
+            if len(trained) == stop:
+                raise KeyboardInterrupt
+            return run(*arguments)
+
+        return epoch
+
+    def train(name):
+        trained.clear()
+        job = loop.Job(config, tmp_path / name, None, None, [np.array([1, 4]), np.array([0, 2])])
+        return parts.train(job, 8, shown, contents, None, False)
+
+    monkeypatch.setattr(parts.steps, 'make_epoch', counted)
+    stop = 0
+    whole, epochs = train('whole'), len(trained)
+    stop = epochs - 1  # In the second head, one epoch before its end.
+    with pytest.raises(KeyboardInterrupt, match='the same command goes on with the threshold'):
+        train('stopped')
+    stop = 0
+    again = train('stopped')
+    assert len(trained) == 2 < epochs
+    jax.tree.map(np.testing.assert_array_equal, again, whole)
+    parts.forget(tmp_path / 'stopped')
+    assert not list((tmp_path / 'stopped').iterdir())
 
 
 def test_what_shown_images_are_made_from(tmp_path):

@@ -7,6 +7,8 @@ the one that is used.
 """
 
 import functools
+import pathlib
+import shutil
 
 from absl import logging
 import cv2
@@ -19,12 +21,14 @@ from sklearn import metrics
 from ssn_jax import devices, signals
 from ssn_jax.data import Split, augment, records, sampling
 from ssn_jax.models import backbones
-from ssn_jax.training import steps
+from ssn_jax.training import checkpoint, steps
 
 # Images that differ by less than so much of what is usual are of one piece.
 _NEAR = 0.1
 # They are compared at so many pixels a side.
 _SIDE = 64
+# Within the run's folder, until the scores are written.
+_HEADS = 'heads'
 
 
 def groups(config: ml_collections.ConfigDict, images: Split) -> np.ndarray:
@@ -110,6 +114,8 @@ def train(
 ) -> list[dict]:
     """Trains a head for each part, on everything but what was made of its images.
 
+    Each goes on from its own checkpoints in the run's folder, which `forget` removes.
+
     Args:
       job: the `loop.Job`, whose own head is trained.
       total: the steps that this one has taken.
@@ -143,18 +149,38 @@ def train(
     begun = devices.put(mesh, jax.jit(lambda key: steps.init_state(config, key, channels))(k_init))
     # One after the other: mapped over the heads, a CPU's products of matrices take longer.
     run_epoch, heads = steps.make_epoch(config, per_epoch, mesh, False, on_host), []
-    try:
+    for number, (one, following) in enumerate(zip(kept, orders, strict=True), 1):
+        where = job.folder / _HEADS / str(number)
+        manager = checkpoint.open_manager(where, keep=1, writes=True)
+        done, state = checkpoint.restore(manager, begun)
+        checkpoint.set_aside(manager, done)
+        saved = done
+
+        def train_epoch(epoch, state, one=one, following=following):
+            order = np.int32(one[following(epoch)][:per_epoch, columns])
+            key = devices.put(mesh, jax.random.fold_in(k_epochs, epoch))
+            return run_epoch(state, contents, order, key)[0]
+
         with signals.held() as wait:
-            for one, following in zip(kept, orders, strict=True):
-                state = begun
-                for epoch in range(config.epochs):
-                    order = np.int32(one[following(epoch)][:per_epoch, columns])
-                    key = devices.put(mesh, jax.random.fold_in(k_epochs, epoch))
-                    state, _ = wait(functools.partial(run_epoch, state, contents, order, key))
-                heads.append(devices.take_local(mesh, state).variables())
-    except KeyboardInterrupt as e:
-        raise type(e)(
-            f'the network is trained and saved in {job.folder}, the same command goes on with the '
-            'threshold.'
-        ) from None
+            try:
+                while done < config.epochs:
+                    state = wait(functools.partial(train_epoch, done, state))
+                    done += 1
+                    if done % config.checkpoint.every == 0 or done == config.epochs:
+                        checkpoint.save(manager, done, state)
+                        saved = done
+            except KeyboardInterrupt as e:
+                if saved < done and devices.is_alone():
+                    checkpoint.save(manager, done, state)
+                raise type(e)(
+                    f'the network is trained and saved in {job.folder}, the same command goes on '
+                    'with the threshold.'
+                ) from None
+        heads.append(devices.take_local(mesh, state).variables())
     return heads
+
+
+def forget(folder: pathlib.Path) -> None:
+    """Removes the heads' checkpoints: their scores are written."""
+    if devices.is_first():
+        shutil.rmtree(folder / _HEADS, ignore_errors=True)
