@@ -101,5 +101,6 @@ PHASES = {
     'features': (lambda w: (w / 'config.json').exists(), 1),
     'an epoch': (lambda w: len(rows(w)) >= 1, 0.2),
     'a checkpoint': (lambda w: list(w.glob('checkpoints/*.orbax-checkpoint-tmp*')), 0.02),
+    'heads': (lambda w: (w / 'heads').exists(), 0.3),
     'results': (lambda w: (w / 'figures').exists(), 0.02),
 }

@@ -35,7 +35,7 @@ def whole(job):
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_in_every_phase_ends_as_if_it_had_not_been(job, whole, tmp_path):
-    """SIGKILL in feature extraction, in an epoch, while checkpoint and results are written.
+    """SIGKILL in feature extraction, an epoch, a checkpoint, a head's training, and the results.
 
     `scripts/soak.py` does it at any moments, and more often.
     """
