@@ -1,9 +1,7 @@
-"""Programs are compiled once for all tests and for the commands that they start, and soon."""
+"""Programs are compiled once for all tests and the commands that they start, and kept."""
 
 from importlib import metadata
 import os
-import shutil
-import tempfile
 
 import pytest
 
@@ -17,12 +15,10 @@ if metadata.version('jaxlib') < '0.11':  # Later ones have no such flag.
 def pytest_configure(config):
     """Sets what JAX reads when it is imported; pytest-xdist's processes take it over."""
     if 'PYTEST_XDIST_WORKER' not in os.environ:
-        folder = tempfile.mkdtemp(prefix='compiled-')
-        config.add_cleanup(lambda: shutil.rmtree(folder))
         os.environ |= {
             'XLA_FLAGS': f'{QUICK} {os.environ.get("XLA_FLAGS", "")}',  # The caller's count.
-            'JAX_COMPILATION_CACHE_DIR': folder,
-            'JAX_COMPILATION_CACHE_MAX_SIZE': str(2**33),  # With a limit, files are locked.
+            'JAX_COMPILATION_CACHE_DIR': str(config.cache.mkdir('compiled')),
+            'JAX_COMPILATION_CACHE_MAX_SIZE': str(2**31),  # With a limit, files are locked.
             'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
         }
 
