@@ -566,8 +566,8 @@ def demo(argv: list[str]) -> None:
     ssn-jax demo
 
     Runs the two commands that anyone would run on images of their own, on drawn ball bearings: 150
-    good ones to learn from, a third of which is kept aside to choose the threshold on, and 100 to
-    inspect. Which of those are defective is looked at only to count, at the end.
+    good ones to learn from, and 100 to inspect. Which of those are defective is looked at only to
+    count, at the end.
     """
     parser = terminal.Parser('demo', demo.__doc__)
     default = pathlib.Path('runs/demo')
