@@ -64,6 +64,29 @@ def test_four_devices_give_the_losses_of_one(tmp_path):
     np.testing.assert_allclose(four, one, rtol=1e-5, atol=1e-9)
 
 
+FEW = """
+import pathlib
+import jax, numpy as np
+import test_parts, tiny
+from ssn_jax import devices
+from ssn_jax.training import loop, parts
+
+mesh = devices.make_mesh(4)
+config = tiny.config(pathlib.Path(), image_score='map', positions=8, batch_size=4)
+shown, contents = test_parts.material(config, [(4, 128), (2, 256)])
+contents = jax.tree.map(lambda x: devices.put_images(mesh, x), contents)
+job = loop.Job(config, pathlib.Path('run'), None, None, [np.array([0, 2, 4]), np.array([1, 3, 5])])
+one, other = (jax.tree.leaves(head) for head in parts.train(job, 2, shown, contents, mesh, False))
+assert all(np.isfinite(x).all() for x in one + other)
+assert any((x != y).any() for x, y in zip(one, other))
+"""
+
+
+@pytest.mark.slow
+def test_heads_learn_from_fewer_images_than_there_are_devices(tmp_path):
+    on_four_devices(FEW, tmp_path)
+
+
 LAYOUT = """
 import jax, numpy as np
 from absl import logging
