@@ -40,7 +40,8 @@ def kills(folder: pathlib.Path, arguments, deadline: float) -> str:
     while len(moments) < arguments.kills and time.time() < deadline:
         workdir = folder / 'run'
         command = job.start(workdir)
-        where = [None, *runs_again.PHASES][len(moments) % 5]
+        wheres = [None, *runs_again.PHASES]
+        where = wheres[len(moments) % len(wheres)]
         if where:
             reached, seconds = runs_again.PHASES[where]
             runs_again.wait_for(reached, workdir, command)
@@ -209,6 +210,7 @@ def main() -> int:
     for name in arguments.parts.split(','):
         began = time.time()
         with tempfile.TemporaryDirectory(prefix='soak-') as folder:
+            os.environ['JAX_COMPILATION_CACHE_DIR'] = f'{folder}/compiled'
             try:
                 found = PARTS[name](pathlib.Path(folder), arguments, deadline)
             except (AssertionError, subprocess.TimeoutExpired) as e:

@@ -13,6 +13,7 @@ import runpy
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 
 import numpy as np
@@ -32,6 +33,23 @@ _LIBRARIES = [
 SMALL = {(forward, '_IMAGES'): 1, (sparse, '_SURPLUS'): np.array([3.0, np.inf])}
 _server = multiprocessing.get_context('forkserver')
 _server.set_forkserver_preload(_LIBRARIES)
+
+
+def share_programs() -> None:
+    """Makes JAX's cache of compiled programs one for several processes.
+
+    By itself it writes a program so that another process can read half of it; or, with a limit of
+    size, under a lock, after a look at every file that is there.
+    """
+    from jax._src import lru_cache
+
+    def put(cache, key, value):
+        file = pathlib.Path(cache.path, f'{key}-cache')
+        draft = file.with_suffix(f'.{os.getpid()}-{threading.get_ident()}')
+        draft.write_bytes(value)
+        draft.replace(file)
+
+    lru_cache.LRUCache.put = put
 
 
 @dataclasses.dataclass
@@ -104,6 +122,7 @@ def _run(program, arguments, cwd, folder, environment):
     jax.config.update('jax_compilation_cache_dir', os.environ.get('JAX_COMPILATION_CACHE_DIR'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
     terminal.quieten_cache()
+    share_programs()
     for name, value in SMALL.items():
         setattr(*name, value)
     try:

@@ -2,6 +2,7 @@
 
 from importlib import metadata
 import os
+import shutil
 
 import pytest
 
@@ -10,17 +11,24 @@ import pytest
 QUICK = '--xla_backend_optimization_level=0'
 if metadata.version('jaxlib') < '0.11':  # Later ones have no such flag.
     QUICK += ' --xla_cpu_use_fusion_emitters=false'
+# Bytes of programs that are kept from one run of the tests to the next.
+KEPT = 2**31
 
 
 def pytest_configure(config):
     """Sets what JAX reads when it is imported; pytest-xdist's processes take it over."""
     if 'PYTEST_XDIST_WORKER' not in os.environ:
+        folder = config.cache.mkdir('compiled')
+        if sum(path.stat().st_size for path in folder.iterdir()) > KEPT:
+            shutil.rmtree(folder)
         os.environ |= {
             'XLA_FLAGS': f'{QUICK} {os.environ.get("XLA_FLAGS", "")}',  # The caller's count.
-            'JAX_COMPILATION_CACHE_DIR': str(config.cache.mkdir('compiled')),
-            'JAX_COMPILATION_CACHE_MAX_SIZE': str(2**31),  # With a limit, files are locked.
-            'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
+            'JAX_COMPILATION_CACHE_DIR': str(folder),
+            'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
         }
+    import commands
+
+    commands.share_programs()
 
 
 @pytest.fixture

@@ -42,7 +42,6 @@ class Job:
             'main',
             *(f'--{name}={value}' for name, value in arguments.items()),
             cwd=self.folder,
-            JAX_COMPILATION_CACHE_DIR=str(self.folder / 'compiled'),
         )
 
     def finish(self, workdir, *flags):

@@ -280,7 +280,6 @@ def test_images_without_content_and_a_test_split_of_one_class(job, tmp_path):
     other = commands.start(
         *('evaluate', '--workdir', workdir, data, '--config.data.category=bolt'),
         cwd=tmp_path,
-        JAX_COMPILATION_CACHE_DIR=str(job.folder / 'compiled'),
     )
     assert other.end() == 0, other.err[-3000:]
     for name in metrics.METRICS:
