@@ -192,6 +192,12 @@ FIELDS = {
         lambda value: len(value) == 2 and (tuple(value) == (0, 0) or 0 <= value[0] < value[1]),
         'it is two numbers of positions, the second larger than the first, or (0, 0)',
     ),
+    'hard_normal': Field(
+        0.0,
+        'Of image_score=map: weight of the strongest positions of normal images, all others having '
+        'one of 1.',
+        *_AMOUNT,
+    ),
     'map_loss': Field(
         'l1_focal',
         'Of image_score=map: l1_focal (published) or cross_entropy.',
@@ -453,6 +459,11 @@ def _together(config: ml_collections.ConfigDict) -> Iterator[tuple[bool, str, st
         not any(config.surroundings) or of_map,
         'surroundings',
         'they are for --config.image_score=map',
+    )
+    yield (
+        config.hard_normal == 0 or of_map,
+        'hard_normal',
+        'above 0 is for --config.image_score=map',
     )
     yield (
         config.product.place == 'any' or of_map,

@@ -106,13 +106,15 @@ def test_positions_of_padded_images_are_their_own():
     assert histogram[4 * 12 + 3] > 0.45 * 3600
     every = positions._sample(jax.random.key(0), batch, 0, 0.0)
     np.testing.assert_array_equal(every.weight, own.ravel())
-    # Of images with real defects too.
-    batch['real'] = np.ones(4, np.float32)
+    # The strongest are too.
     places = []
+
+    def judge(rows, where, grid):
+        return rows[..., 0]
+
     for seed in range(8):
         key = jax.random.key(seed)
-        *_, found = positions._strongest(key, batch, lambda rows, where, grid: rows[..., 0])
-        places.append(found)
+        places.append(positions._strongest(key, batch, np.ones(4), 5, judge)[-1])
     assert set(np.concatenate(places)) <= set(np.flatnonzero(own[0]))
 
 
@@ -121,15 +123,18 @@ def test_shares_of_noise_and_defects():
     kind = jnp.array([0.0, 0, 1, 1, 2, 2, 2, 2])
     taught = jnp.array([True, True, True, False, True, True, True, True])
     expected = [0.5, 0.5, 0.5, 0, 0.125, 0.125, 0.125, 0.125]
-    np.testing.assert_array_equal(positions._shares(kind, taught, 0.5), expected)
+    np.testing.assert_array_equal(positions._shares(kind, taught, 0.5, 0.1), expected)
     # Of one kind of anomaly alone, it has all.
-    only = positions._shares(kind, taught * (kind != 1), 0.5)
+    only = positions._shares(kind, taught * (kind != 1), 0.5, 0.1)
     np.testing.assert_array_equal(only, [0.5, 0.5, 0, 0, 0.25, 0.25, 0.25, 0.25])
-    assert not np.isnan(positions._shares(kind, taught * False, 0.5)).any()
+    assert not np.isnan(positions._shares(kind, taught * False, 0.5, 0.1)).any()
     # What is misplaced has its own weight, whatever else there is.
     kind = kind.at[4:6].set(3)
     expected = [0.5, 0.5, 0.5, 0, 0.25, 0.25, 0.25, 0.25]
-    np.testing.assert_array_equal(positions._shares(kind, taught, 0.5), expected)
+    np.testing.assert_array_equal(positions._shares(kind, taught, 0.5, 0.1), expected)
+    # The strongest of normal images too.
+    kind, expected = kind.at[1].set(positions._HARD), np.float32([1, 0.1, *expected[2:]])
+    np.testing.assert_array_equal(positions._shares(kind, taught, 0.5, 0.1), expected)
 
 
 @pytest.mark.parametrize('kind', ['l1_focal', 'cross_entropy'])
@@ -224,18 +229,18 @@ def test_without_a_head_the_map_alone_is_learned():
     assert scores is None
 
 
-def test_the_strongest_positions_of_real_defects():
-    """Those that are judged highest, of images with a real defect; others do not count."""
+def test_the_strongest_positions():
+    """Those that are judged highest, of images that are asked; others do not count."""
     layers, grid = make_layers(4), (8, 12)
-    batch = {'layers': layers, 'real': jnp.array([0.0, 1, 1, 0])}
+    batch, asked = {'layers': layers}, jnp.array([0.0, 1, 1, 0])
     grids = np.asarray(upscale_pool(layers)).reshape(4, -1, sum(CHANNELS))
 
     def judge(rows, places, size):
         assert size == grid and rows.shape[:2] == places.shape
         return rows[..., 0]
 
-    rows, kind, weight, places = positions._strongest(jax.random.key(0), batch, judge)
-    assert (kind == positions._STRONGEST).all() and (weight == 1).all()
+    rows, kind, weight, places = positions._strongest(jax.random.key(0), batch, asked, 5, judge)
+    assert (kind == 5).all() and (weight == 1).all()
     images = set()
     for part in np.split(np.arange(len(weight)), 2):
         found = np.asarray(places)[part]
@@ -246,5 +251,33 @@ def test_the_strongest_positions_of_real_defects():
         assert grids[image][found, 0].max() == grids[image][:, 0].max()
         assert grids[image][found, 0].min() >= np.sort(grids[image][:, 0])[-8]
     assert images == {1, 2}
-    batch['real'] = jnp.zeros(4)
-    assert (positions._strongest(jax.random.key(0), batch, judge)[2] == 0).all()
+    *_, weight, _ = positions._strongest(jax.random.key(0), batch, jnp.zeros(4), 5, judge)
+    assert (weight == 0).all()
+
+
+def test_what_is_hard_is_learned():
+    """A normal position that looks like a defect, rare among those drawn at random, is learned.
+
+    It is one of 96, and has the features of the defects but for one channel.
+    """
+    layers = make_layers(8)
+    fine = np.array(layers[0])
+    fine[4:, 1, 2], fine[:4, 1, 2] = 4, 4
+    fine[:4, 1, 2, 0] = -1
+    coarse = np.zeros_like(layers[1])
+    mask = np.zeros((8, 8, 12, 1), np.float32)
+    mask[4:, 2:4, 4:6] = 1
+    truth = {'label': np.float32([0] * 4 + [1] * 4), 'mask': mask, 'weight': np.ones_like(mask)}
+    batch = {'layers': (fine, coarse), 'known': truth['label']} | truth
+    found = {}
+    for hard in (0.0, 1.0):
+        config = make_config(hard_normal=hard, positions=4, map_loss='cross_entropy')
+        config.batch_size, config.epochs = 8, 60
+        state = steps.init_state(config, jax.random.key(0), sum(CHANNELS))
+        step = jax.jit(steps.make_step(config, 1))
+        for i in range(60):
+            state, _ = step(state, batch, jax.random.fold_in(jax.random.key(1), i))
+        network = systems.build_network(config)
+        logits, _ = network.apply(state.variables(), upscale_pool((fine[:4], coarse[:4])))
+        found[hard] = float(np.asarray(logits).reshape(4, -1).max(1).mean())
+    assert found[1.0] < found[0.0] - 0.5, found

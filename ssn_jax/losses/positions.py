@@ -18,11 +18,12 @@ from ssn_jax import config as config_lib, synthesis
 from ssn_jax.losses import terms as loss_terms
 from ssn_jax.models.grid import feature_grid, sample_features
 
-# What a position teaches: that it is normal, or which kind of anomaly it is.
-_NORMAL, _DRAWN, _NOISE, _MISPLACED, _REAL, _STRONGEST = range(6)
-# Of images with real defects: how many a step asks, at how many positions, and how many of these it
-# believes.
-_ASKED, _AT, _BELIEVED = 2, 1024, 8
+# What a position teaches: that it is normal, which kind of anomaly it is, or, of the strongest of a
+# normal image, again that it is normal.
+_NORMAL, _DRAWN, _NOISE, _MISPLACED, _REAL, _STRONGEST, _HARD = range(7)
+# Of images whose strongest positions teach: how many a step asks, at how many positions, and how
+# many of these are the strongest.
+_ASKED, _AT, _STRONG = 2, 1024, 8
 
 
 def make_map_loss(
@@ -36,7 +37,8 @@ def make_map_loss(
     anywhere; a defective image's are of its defect, weighted as its mask is (one whose mask is
     unknown gives none), and with `config.surroundings` the rest of the batch gives as many more
     beside its defects, which are normal. Of some images with real defects the strongest positions
-    come besides. Normal and anomalous positions count alike, and of these all kinds alike.
+    come besides, and with `config.hard_normal` those of some normal images. Normal and anomalous
+    positions count alike, and of these all kinds alike.
 
     Args:
       config: the run's config.
@@ -56,13 +58,16 @@ def make_map_loss(
 
         k_places, k_noise = jax.random.split(key)
         sampled = _sample(k_places, batch, config.positions, config_lib.product_share(config))
-        if 'real' in batch:
-            judge = functools.partial(_judge, network, params, batch_stats)
-            found = _strongest(jax.random.fold_in(key, 3), batch, judge)
+        judge = functools.partial(_judge, network, params, batch_stats)
+        asked = {_STRONGEST: batch['real']} if 'real' in batch else {}
+        if config.hard_normal:
+            asked[_HARD] = 1 - batch.get('label', jnp.zeros(len(batch['layers'][0])))
+        for stream, (kind, of) in enumerate(asked.items(), 3):
+            found = _strongest(jax.random.fold_in(key, stream), batch, of, kind, judge)
             joined = (jnp.concatenate(x) for x in zip(sampled[:4], found, strict=True))
             sampled = _Sample(*joined, sampled.first)
         adapted, of_adaptor = apply(sampled.features, 'adapt')
-        noisy = sampled.weight[: sampled.first : 2] * (sampled.kind[: sampled.first : 2] == 0)
+        noisy = sampled.weight[: sampled.first : 2] * (sampled.kind[: sampled.first : 2] == _NORMAL)
         clean = adapted[: sampled.first : 2]
         noise = noise_fn(generator, clean, k_noise) * noisy[:, None]
         [scale] = synthesis.noise_scales(config.noise.unit, adapted)
@@ -89,8 +94,8 @@ def make_map_loss(
         logits, of_head = apply(seen, 'segment', **options)
         logits = logits[:, 0]
 
-        target = kind > _NORMAL
-        share = weight * _shares(kind, weight > 0, config.misplaced)
+        target = (kind > _NORMAL) & (kind < _HARD)
+        share = weight * _shares(kind, weight > 0, config.misplaced, config.hard_normal)
         if config.map_loss == 'cross_entropy':
             # Beyond a margin the truncated L1 is content; this one goes on telling apart.
             terms = {
@@ -110,18 +115,19 @@ def make_map_loss(
     return loss_fn
 
 
-def _shares(kind, taught, misplaced):
+def _shares(kind, taught, misplaced, hard):
     """Each position's share (K,): 1 of the normal ones, 1 of the anomalous ones together.
 
     Of these drawn defects, noise, masks of real ones and their strongest positions share alike, as
     far as there are any: noise is endless, defects are few, and what there is less of would be
-    drowned. What is misplaced has its own weight besides.
+    drowned. What is misplaced, and the strongest positions of normal images, have their own weights
+    besides.
     """
-    counts = jnp.stack([(taught * (kind == k)).sum() for k in range(6)])
+    counts = jnp.stack([(taught * (kind == k)).sum() for k in range(7)])
     alike = jnp.array([_DRAWN, _NOISE, _REAL, _STRONGEST])
     alike = 1.0 / jnp.maximum((counts[alike] > 0).sum(), 1)
-    weights = [jnp.ones(()), alike, alike, jnp.asarray(misplaced, jnp.float32), alike, alike]
-    weights = jnp.stack(weights)
+    weights = [1, alike, alike, misplaced, alike, alike, hard]
+    weights = jnp.stack([jnp.asarray(x, jnp.float32) for x in weights])
     return taught * (weights / jnp.maximum(counts, 1))[kind.astype(jnp.int32)]
 
 
@@ -196,29 +202,39 @@ def _draw_places(key, chances, count):
     return jnp.minimum(places, chances.shape[1] - 1)
 
 
-def _strongest(key, batch, judge):
-    """The strongest positions of some images with a real defect, as of `_Sample`.
+def _strongest(key, batch, of, kind, judge):
+    """The strongest positions of some images, as of `_Sample`.
 
-    Multiple-instance learning, as Sultani, Chen and Shah ("Real-world anomaly detection in
-    surveillance videos", CVPR 2018) do it with a bag's strongest instances: some position of such
-    an image is defective, and the ones that look most like it now are taught to be, whether its
-    mask is known or not.
+    Those of images with a real defect: multiple-instance learning, as Sultani, Chen and Shah
+    ("Real-world anomaly detection in surveillance videos", CVPR 2018) do it with a bag's strongest
+    instances: some position of such an image is defective, and the ones that look most like it now
+    are taught to be, whether its mask is known or not. Those of normal images: hard examples, as
+    Shrivastava, Gupta and Girshick ("Training region-based object detectors with online hard
+    example mining", CVPR 2016) choose them: an image's score is its map's maximum, and what is
+    normal but looks least like it is seldom among positions drawn at random.
+
+    Args:
+      key: of what is random.
+      batch: of the step.
+      of: (N,), 1 of the images that may be asked, else 0.
+      kind: what their strongest positions teach.
+      judge: from features, positions and grid to logits.
     """
-    layers, real = batch['layers'], batch['real']
+    layers = batch['layers']
     k_images, k_places = jax.random.split(key)
-    images = jnp.argsort(-real * jax.random.uniform(k_images, real.shape, minval=0.5))[:_ASKED]
+    images = jnp.argsort(-of * jax.random.uniform(k_images, of.shape, minval=0.5))[:_ASKED]
     height, width = feature_grid(layers)
     if 'own' in batch:
-        own = batch['own'].reshape(len(real), -1)
+        own = batch['own'].reshape(len(of), -1)
         places = _draw_places(k_places, own[images], _AT)
     else:
         places = jax.random.randint(k_places, (len(images), _AT), 0, height * width)
     rows = sample_features(layers, places, images)
-    _, best = jax.lax.top_k(judge(rows, places, (height, width)), _BELIEVED)
+    _, best = jax.lax.top_k(judge(rows, places, (height, width)), _STRONG)
     rows = jnp.take_along_axis(rows, best[..., None], 1).reshape(-1, rows.shape[-1])
-    weight = jnp.broadcast_to(real[images, None], best.shape).ravel()
+    weight = jnp.broadcast_to(of[images, None], best.shape).ravel()
     places = jnp.take_along_axis(places, best, 1).ravel()
-    return rows, jnp.full_like(weight, _STRONGEST), weight, places
+    return rows, jnp.full_like(weight, kind), weight, places
 
 
 def _judge(network, params, batch_stats, rows, places, grid):
