@@ -56,6 +56,7 @@ ROWS = {
     'edge, at the same place': ('edge', {'product.place': 'same'}),
     'edge, place without misplaced features': ('edge', {'misplaced': 0.0}),
     'edge, positions anywhere': ('edge', {'product_share': 0.0}),
+    'edge, no hard normal positions': ('edge', {'hard_normal': 0.0}),
     'edge, the published loss': ('edge', {'map_loss': 'l1_focal'}),
     'edge, no average of weights': ('edge', {'optimizer.average': 0.0}),
     'edge, layers 2 and 3': ('edge', {'features.layers': '(2,3)'}),
