@@ -29,7 +29,7 @@ def get_config():
     config.map_loss = 'cross_entropy'
     config.features.layers = (1, 2, 3)
     config.features.dtype = 'bfloat16'
-    config.drawn.count = 2500
+    config.drawn.count = -1
     config.noise.unit = 'feature_std'
     config.noise.std = 0.5
     # What is drawn has sharp edges and is defective all over.

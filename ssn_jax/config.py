@@ -271,8 +271,9 @@ FIELDS = {
     ),
     'drawn.count': Field(
         0,
-        'Images with a defect drawn into them; normal ones, turned ones too, take turns.',
-        *_whole(0, 10**6),
+        'Images with a defect drawn into them; normal ones, turned ones too, take turns. '
+        '-1: 2,500, or 7,500 with product.angle=any.',
+        *_whole(-1, 10**6),
     ),
     'drawn.seed': Field(
         0, 'Where defects are drawn and how they look; and how copies are turned.', *_SEED
@@ -430,7 +431,7 @@ def _together(config: ml_collections.ConfigDict) -> Iterator[tuple[bool, str, st
         f'{with_system} {" or ".join(map(str, layers))}',
     )
     kinds = {'supersimplenet': ('none', 'labels', 'masks'), 'gap_cam': ('none', 'labels')}
-    kinds = kinds.get(system, ('none',)) + ('auto',) * (config.drawn.count > 0)
+    kinds = kinds.get(system, ('none',)) + ('auto',) * (config.drawn.count != 0)
     yield supervision.kind in kinds, 'supervision.kind', f'{with_system} {" or ".join(kinds)}'
     noises = ('static',) if system == 'simplenet' else ('static', 'learned')
     yield config.noise.kind in noises, 'noise.kind', f'{with_system} {" or ".join(noises)}'
@@ -476,9 +477,9 @@ def _together(config: ml_collections.ConfigDict) -> Iterator[tuple[bool, str, st
         'drawn defects are for --config.system=supersimplenet',
     )
     yield (
-        config.drawn.count > 0 or config.epochs > 0,
+        config.drawn.count != 0 or config.epochs > 0,
         'epochs',
-        'it must be at least 1; 0, to be found, is for --config.drawn.count above 0',
+        'it must be at least 1; 0, to be found, is for --config.drawn.count other than 0',
     )
     yield (
         config.seeds <= 2**32 - config.seed,

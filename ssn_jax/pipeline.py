@@ -76,7 +76,7 @@ def train_and_evaluate(
         normal = splits.own_images(material.split, normal)
         found |= product.find(config, normal, material.backbone)
         config = config_lib.with_found(config, found)
-        found |= loop.find_epochs(config, material.split)
+        found |= loop.find_length(config, material.split)
         config = config_lib.with_found(config, found)
 
     devices.wait_for_all('workdir checked')  # Before the first one writes there.

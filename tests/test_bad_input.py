@@ -185,7 +185,7 @@ CASES = {
         ('--config.turned_copies=-1', 'a number from 0 to 100'),
         ('--config.product.angle=some', 'one of same, any, auto'),
         ('--config.product.place=same', 'another than any is for --config.image_score=map'),
-        ('--config.epochs=0', 'for --config.drawn.count above 0'),
+        ('--config.epochs=0', 'for --config.drawn.count other than 0'),
         ('--config.seed=-1', '--config.seed=-1'),
         ('--config.seeds=0', '--config.seeds=0'),
         ('--config.resize=(32,32)', '--config.resize=(32, 32)'),

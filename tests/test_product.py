@@ -4,10 +4,11 @@ import cv2
 import numpy as np
 import pytest
 import rule
+from test_supervision import make_split
 
-from ssn_jax.config import default_config
+from ssn_jax.config import default_config, load
 from ssn_jax.data import augment
-from ssn_jax.training import product
+from ssn_jax.training import loop, product
 
 
 def thing(rng):
@@ -78,3 +79,19 @@ def test_only_what_is_asked_is_looked_for():
     assert product.find(config, images[:2], rule.backbone('resnet18')) == {
         'product.surface': 'object'
     }
+
+
+@pytest.mark.parametrize(('angle', 'drawn', 'steps'), [('same', 2500, 1500), ('any', 7500, 6000)])
+def test_how_much_is_drawn_and_for_how_long(angle, drawn, steps):
+    """By the product's angle; what is given stays."""
+    config = load('auto')
+    config.product.update(angle=angle, place='any', surface='object')
+    split = make_split([0] * 5)
+    found = loop.find_length(config, split)
+    per_epoch = 2 * drawn // config.batch_size
+    assert found == {'drawn.count': drawn, 'epochs': round(steps / per_epoch)}
+    assert config.drawn.count == -1 and config.epochs == 0
+    config.drawn.count, config.epochs = 640, 0
+    assert loop.find_length(config, split) == {'epochs': round(steps / (2 * 640 // 64))}
+    config.epochs = 7
+    assert loop.find_length(config, split) == {}

@@ -56,7 +56,7 @@ def config_of(name, folder, data='data'):
     config.epochs, config.batch_size, config.image_size = 1, 8, SIZE
     config.backbone.update(name='resnet18', weights=str(folder / 'w.safetensors'))
     config.data.update(name='ksdd2', root=str(folder / data), cache=str(folder / 'cache'))
-    config.drawn.count = min(config.drawn.count, 24)
+    config.drawn.count = 24 if config.drawn.count else 0
     # What it is for the others, they share with these.
     config.decision.parts = 2 if name in ('mod3', 'simplenet') else 0
     config.resize = (72, 56)

@@ -22,8 +22,9 @@ from ssn_jax.fused import fold
 from ssn_jax.models import backbones
 from ssn_jax.training import checkpoint, features, parts, steps
 
-# How many steps drawn defects are learnt in, by the product's angle: there are more images of it
-# where that may be any.
+# How many drawn defects are learnt, and in how many steps, by the product's angle: there are more
+# images of it where that may be any.
+_DRAWN = {'same': 2500, 'any': 7500}
 _STEPS = {'same': 1500, 'any': 6000}
 
 
@@ -236,15 +237,17 @@ def naming_nans(config) -> Iterator[None]:
         raise UserError(f'{str(e).splitlines()[0]} ({where})') from None
 
 
-def find_epochs(config, split) -> dict[str, int]:
-    """The field epochs, where it is to be found (0): for `_STEPS` steps; else nothing."""
-    if config.epochs:
-        return {}
-    shown = augment.Shown(config, split)
-    per_epoch = len(sampling.image_order(config, shown.labels, shown.real)(0))
-    epochs = max(1, round(_STEPS[config.product.angle] / per_epoch))
-    logging.info('Found: --config.epochs=%d, of %d steps each', epochs, per_epoch)
-    return {'epochs': epochs}
+def find_length(config, split) -> dict[str, int]:
+    """The fields drawn.count and epochs, where they are to be found (-1 and 0), by the product."""
+    found, config = {}, config.copy_and_resolve_references()
+    if config.drawn.count < 0:
+        config.drawn.count = found['drawn.count'] = _DRAWN[config.product.angle]
+    if not config.epochs:
+        shown = augment.Shown(config, split)
+        per_epoch = len(sampling.image_order(config, shown.labels, shown.real)(0))
+        found['epochs'] = max(1, round(_STEPS[config.product.angle] / per_epoch))
+        logging.info('Found: --config.epochs=%d, of %d steps each', found['epochs'], per_epoch)
+    return found
 
 
 def describe_bad(bad: dict[str, int]) -> tuple[int, str] | None:
