@@ -53,7 +53,11 @@ def main() -> None:
         parser.error('--official splits nothing anew: give it without --splits and --together.')
     for split in range(arguments.splits):
         for one in arguments.sets:
-            folder = arguments.workdir / pathlib.Path(one).name / f'split-{split}'
+            folder = (
+                arguments.workdir
+                / pathlib.Path(one).name
+                / ('official' if arguments.official else f'split-{split}')
+            )
             if not (folder / 'found.json').exists():
                 print(f'{one}, split {split}', flush=True)
                 link(one, folder, split, arguments.together, arguments.official)
@@ -127,7 +131,7 @@ def measure(folder: pathlib.Path, fields: list[str]) -> dict:
 def table(workdir: pathlib.Path) -> str:
     """What there is, in Markdown."""
     found = {}
-    for path in sorted(workdir.glob('*/split-*/found.json')):
+    for path in sorted(workdir.glob('*/*/found.json')):
         found.setdefault(path.parent.parent.name, []).append(json.loads(path.read_text()))
     lines = [f'| asked | threshold chosen on | FPR seen | {" | ".join(found)} |']
     lines += ['|---|---|---' + '|---' * len(found) + '|']

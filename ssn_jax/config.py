@@ -194,8 +194,8 @@ FIELDS = {
     ),
     'hard_normal': Field(
         0.0,
-        'Of image_score=map: weight of the strongest positions of normal images, all others having '
-        'one of 1.',
+        'Of image_score=map: what the strongest positions of normal images weigh together; all '
+        'other normal ones together weigh 1.',
         *_AMOUNT,
     ),
     'map_loss': Field(

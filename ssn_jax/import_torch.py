@@ -67,6 +67,8 @@ def fit_config(
             f'this project ({known}).'
         )
     config.backbone.name = widths[shape[0]]
+    if config.supervision.kind == 'auto':
+        config.supervision.kind = 'none'
     if any(name.startswith('discriminator.seg.') for name in tensors):
         config.system = 'supersimplenet'
     else:
@@ -78,6 +80,7 @@ def fit_config(
     config.epochs = config.epochs or config_lib.FIELDS['epochs'].default
     config.map_loss, config.product_share, config.optimizer.average = 'l1_focal', 0.0, 0.0
     config.noise.kind, config.product.place = 'static', 'any'
+    config.surroundings, config.hard_normal, config.drawn.count = (0, 0), 0.0, 0
     first = tensors.get(f'{_GENERATOR}model.0.weight')
     if first is not None and first.ndim == 4:
         config.noise.kind = 'learned'

@@ -31,6 +31,7 @@ _LIBRARIES = [
 # Smaller programs, which compute the same: one image at a time instead of four beside each other,
 # and two programs of the sparse loss, for two numbers of noisy positions, instead of four.
 SMALL = {(forward, '_IMAGES'): 1, (sparse, '_SURPLUS'): np.array([3.0, np.inf])}
+_CACHE = 'JAX_COMPILATION_CACHE_DIR'
 _server = multiprocessing.get_context('forkserver')
 _server.set_forkserver_preload(_LIBRARIES)
 
@@ -93,6 +94,8 @@ def start(program: str, *arguments, cwd: pathlib.Path, **environment: str | None
     for name in ('out', 'err'):
         pathlib.Path(folder.name, name).touch()
     environment = {'JAX_PLATFORMS': 'cpu', 'OMP_NUM_THREADS': '1'} | environment
+    # The server has the environment of its own start.
+    environment.setdefault(_CACHE, os.environ.get(_CACHE))
     if 'XLA_FLAGS' in environment:
         environment['XLA_FLAGS'] += f' {os.environ.get("XLA_FLAGS", "")}'
     words = [str(a) for a in arguments]
@@ -119,7 +122,7 @@ def _run(program, arguments, cwd, folder, environment):
     from ssn_jax import terminal
 
     jax.config.update('jax_platforms', 'cpu')
-    jax.config.update('jax_compilation_cache_dir', os.environ.get('JAX_COMPILATION_CACHE_DIR'))
+    jax.config.update('jax_compilation_cache_dir', os.environ.get(_CACHE))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
     terminal.quieten_cache()
     share_programs()

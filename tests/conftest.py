@@ -1,8 +1,11 @@
 """Programs are compiled once for all tests and the commands that they start, and kept."""
 
+import contextlib
 from importlib import metadata
 import os
+import pathlib
 import shutil
+import zlib
 
 import pytest
 
@@ -18,9 +21,12 @@ KEPT = 2**31
 def pytest_configure(config):
     """Sets what JAX reads when it is imported; pytest-xdist's processes take it over."""
     if 'PYTEST_XDIST_WORKER' not in os.environ:
-        folder = config.cache.mkdir('compiled')
-        if sum(path.stat().st_size for path in folder.iterdir()) > KEPT:
-            shutil.rmtree(folder)
+        # A program is of the processor that it was compiled on.
+        cpu = pathlib.Path('/proc/cpuinfo').read_bytes().partition(b'flags')[2].partition(b'\n')[0]
+        folder = config.cache.mkdir(f'compiled-{zlib.crc32(cpu):08x}')
+        with contextlib.suppress(FileNotFoundError):  # Other tests may be running here.
+            if sum(path.stat().st_size for path in folder.iterdir()) > KEPT:
+                shutil.rmtree(folder, ignore_errors=True)
         os.environ |= {
             'XLA_FLAGS': f'{QUICK} {os.environ.get("XLA_FLAGS", "")}',  # The caller's count.
             'JAX_COMPILATION_CACHE_DIR': str(folder),

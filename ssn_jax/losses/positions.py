@@ -37,8 +37,8 @@ def make_map_loss(
     anywhere; a defective image's are of its defect, weighted as its mask is (one whose mask is
     unknown gives none), and with `config.surroundings` the rest of the batch gives as many more
     beside its defects, which are normal. Of some images with real defects the strongest positions
-    come besides, and with `config.hard_normal` those of some normal images. Normal and anomalous
-    positions count alike, and of these all kinds alike.
+    come besides. Normal and anomalous positions count alike, and of these all kinds alike. With
+    `config.hard_normal` the strongest positions of some normal images have that weight besides.
 
     Args:
       config: the run's config.
@@ -210,8 +210,8 @@ def _strongest(key, batch, of, kind, judge):
     instances: some position of such an image is defective, and the ones that look most like it now
     are taught to be, whether its mask is known or not. Those of normal images: hard examples, as
     Shrivastava, Gupta and Girshick ("Training region-based object detectors with online hard
-    example mining", CVPR 2016) choose them: an image's score is its map's maximum, and what is
-    normal but looks least like it is seldom among positions drawn at random.
+    example mining", CVPR 2016) choose them: an image's score is its map's maximum, and the places
+    that look least normal are seldom among positions drawn at random.
 
     Args:
       key: of what is random.

@@ -242,6 +242,7 @@ def find_length(config, split) -> dict[str, int]:
     found, config = {}, config.copy_and_resolve_references()
     if config.drawn.count < 0:
         config.drawn.count = found['drawn.count'] = _DRAWN[config.product.angle]
+        logging.info('Found: --config.drawn.count=%d', config.drawn.count)
     if not config.epochs:
         shown = augment.Shown(config, split)
         per_epoch = len(sampling.image_order(config, shown.labels, shown.real)(0))

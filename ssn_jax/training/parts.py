@@ -20,6 +20,7 @@ from sklearn import metrics
 
 from ssn_jax import devices, signals
 from ssn_jax.data import Split, augment, records, sampling
+from ssn_jax.errors import UserError
 from ssn_jax.models import backbones
 from ssn_jax.training import checkpoint, steps
 
@@ -149,34 +150,39 @@ def train(
     begun = devices.put(mesh, jax.jit(lambda key: steps.init_state(config, key, channels))(k_init))
     # One after the other: mapped over the heads, a CPU's products of matrices take longer.
     run_epoch, heads = steps.make_epoch(config, per_epoch, mesh, False, on_host), []
-    for number, (one, following) in enumerate(zip(kept, orders, strict=True), 1):
-        where = job.folder / _HEADS / str(number)
-        manager = checkpoint.open_manager(where, keep=1, writes=True)
-        done, state = checkpoint.restore(manager, begun)
-        checkpoint.set_aside(manager, done)
-        saved = done
-
-        def train_epoch(epoch, state, one=one, following=following):
-            order = np.int32(one[following(epoch)][:per_epoch, columns])
-            key = devices.put(mesh, jax.random.fold_in(k_epochs, epoch))
-            return run_epoch(state, contents, order, key)[0]
-
+    done = saved = 0
+    try:
         with signals.held() as wait:
-            try:
+            for number, (one, following) in enumerate(zip(kept, orders, strict=True), 1):
+                where = job.folder / _HEADS / str(number)
+                manager = checkpoint.open_manager(where, keep=2, writes=True)
+                done, state = checkpoint.restore(manager, begun)
+                checkpoint.set_aside(manager, done)
+                saved = done
+
+                def train_epoch(epoch, state, one=one, following=following):
+                    order = np.int32(one[following(epoch)][:per_epoch, columns])
+                    key = devices.put(mesh, jax.random.fold_in(k_epochs, epoch))
+                    return run_epoch(state, contents, order, key)[0]
+
                 while done < config.epochs:
                     state = wait(functools.partial(train_epoch, done, state))
                     done += 1
                     if done % config.checkpoint.every == 0 or done == config.epochs:
                         checkpoint.save(manager, done, state)
                         saved = done
-            except KeyboardInterrupt as e:
-                if saved < done and devices.is_alone():
-                    checkpoint.save(manager, done, state)
-                raise type(e)(
-                    f'the network is trained and saved in {job.folder}, the same command goes on '
-                    'with the threshold.'
-                ) from None
-        heads.append(devices.take_local(mesh, state).variables())
+                heads.append(devices.take_local(mesh, state).variables())
+    except KeyboardInterrupt as e:
+        problem = ''
+        try:
+            if saved < done and devices.is_alone():  # Several processes can only write together.
+                checkpoint.save(manager, done, state)
+        except UserError as error:
+            problem = f'error: {error} '
+        raise type(e)(
+            f'{problem}the network is trained and saved in {job.folder}, the same command goes on '
+            'with the threshold.'
+        ) from None
     return heads
 
 
