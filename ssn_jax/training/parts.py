@@ -2,7 +2,7 @@
 
 Features are shared with the head that is used, which is trained on all of them. A part's head takes
 as many steps, or its logits would lie on another scale, but each with a share of the positions (or
-of the batch, where positions are not chosen), so that all of them together cost about as much as
+of the batch, where positions are not chosen), so that all of them together cost little more than
 the one that is used.
 """
 
