@@ -155,7 +155,7 @@ def train(
         with signals.held() as wait:
             for number, (one, following) in enumerate(zip(kept, orders, strict=True), 1):
                 where = job.folder / _HEADS / str(number)
-                manager = checkpoint.open_manager(where, keep=2, writes=True)
+                manager = checkpoint.open_manager(where, keep=1, writes=True)
                 done, state = checkpoint.restore(manager, begun)
                 checkpoint.set_aside(manager, done)
                 saved = done
