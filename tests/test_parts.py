@@ -104,8 +104,8 @@ def test_a_head_sees_nothing_of_its_part(fields, layers, tmp_path):
     assert not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(heads[True][1]))
 
 
-@pytest.mark.parametrize(('every', 'left'), [(2, 1), (3, 1), (99, 1)])
-def test_a_stopped_training_of_heads_goes_on(every, left, tmp_path, monkeypatch):
+@pytest.mark.parametrize('every', [2, 3, 99])
+def test_a_stopped_training_of_heads_goes_on(every, tmp_path, monkeypatch):
     """From the last checkpoint, or from what was saved when it was stopped, to the same heads."""
     config = tiny.config(tmp_path, **{'image_score': 'map', 'positions': 8, 'drawn.count': 13})
     config.epochs, config.checkpoint.every = 2, every
@@ -137,7 +137,7 @@ def test_a_stopped_training_of_heads_goes_on(every, left, tmp_path, monkeypatch)
         train('stopped')
     stop = 0
     again = train('stopped')
-    assert len(trained) == left < epochs / 2
+    assert len(trained) == 1 < epochs / 2
     jax.tree.map(np.testing.assert_array_equal, again, whole)
     parts.forget(tmp_path / 'stopped')
     assert not list((tmp_path / 'stopped').iterdir())

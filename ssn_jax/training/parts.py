@@ -157,7 +157,6 @@ def train(
                 where = job.folder / _HEADS / str(number)
                 manager = checkpoint.open_manager(where, keep=1, writes=True)
                 done, state = checkpoint.restore(manager, begun)
-                checkpoint.set_aside(manager, done)
                 saved = done
 
                 def train_epoch(epoch, state, one=one, following=following):
