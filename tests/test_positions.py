@@ -114,7 +114,7 @@ def test_positions_of_padded_images_are_their_own():
 
     for seed in range(8):
         key = jax.random.key(seed)
-        places.append(positions._strongest(key, batch, np.ones(4), 5, judge)[-1])
+        places.append(positions._strongest(key, batch, np.ones(4), 5, judge, 1024)[-1])
     assert set(np.concatenate(places)) <= set(np.flatnonzero(own[0]))
 
 
@@ -239,7 +239,9 @@ def test_the_strongest_positions():
         assert size == grid and rows.shape[:2] == places.shape
         return rows[..., 0]
 
-    rows, kind, weight, places = positions._strongest(jax.random.key(0), batch, asked, 5, judge)
+    rows, kind, weight, places = positions._strongest(
+        jax.random.key(0), batch, asked, 5, judge, 1024
+    )
     assert (kind == 5).all() and (weight == 1).all()
     images = set()
     for part in np.split(np.arange(len(weight)), 2):
@@ -251,7 +253,7 @@ def test_the_strongest_positions():
         assert grids[image][found, 0].max() == grids[image][:, 0].max()
         assert grids[image][found, 0].min() >= np.sort(grids[image][:, 0])[-8]
     assert images == {1, 2}
-    *_, weight, _ = positions._strongest(jax.random.key(0), batch, jnp.zeros(4), 5, judge)
+    *_, weight, _ = positions._strongest(jax.random.key(0), batch, jnp.zeros(4), 5, judge, 1024)
     assert (weight == 0).all()
 
 

@@ -21,9 +21,10 @@ from ssn_jax.models.grid import feature_grid, sample_features
 # What a position teaches: that it is normal, which kind of anomaly it is, or, of the strongest of a
 # normal image, again that it is normal.
 _NORMAL, _DRAWN, _NOISE, _MISPLACED, _REAL, _STRONGEST, _HARD = range(7)
-# Of images whose strongest positions teach: how many a step asks, at how many positions, and how
-# many of these are the strongest.
-_ASKED, _AT, _STRONG = 2, 1024, 8
+# Of images whose strongest positions teach: how many a step asks, at how many positions for each
+# of `config.positions`, and which share of these are the strongest. Where all positions are taught,
+# at as many as for 32.
+_ASKED, _AT, _STRONG = 2, 32, 1 / 128
 
 
 def make_map_loss(
@@ -59,11 +60,12 @@ def make_map_loss(
         k_places, k_noise = jax.random.split(key)
         sampled = _sample(k_places, batch, config.positions, config_lib.product_share(config))
         judge = functools.partial(_judge, network, params, batch_stats)
+        asked_at = _AT * (config.positions or 32)
         asked = {_STRONGEST: batch['real']} if 'real' in batch else {}
         if config.hard_normal:
             asked[_HARD] = 1 - batch.get('label', jnp.zeros(len(batch['layers'][0])))
         for stream, (kind, of) in enumerate(asked.items(), 3):
-            found = _strongest(jax.random.fold_in(key, stream), batch, of, kind, judge)
+            found = _strongest(jax.random.fold_in(key, stream), batch, of, kind, judge, asked_at)
             joined = (jnp.concatenate(x) for x in zip(sampled[:4], found, strict=True))
             sampled = _Sample(*joined, sampled.first)
         adapted, of_adaptor = apply(sampled.features, 'adapt')
@@ -202,7 +204,7 @@ def _draw_places(key, chances, count):
     return jnp.minimum(places, chances.shape[1] - 1)
 
 
-def _strongest(key, batch, of, kind, judge):
+def _strongest(key, batch, of, kind, judge, count):
     """The strongest positions of some images, as of `_Sample`.
 
     Those of images with a real defect: multiple-instance learning, as Sultani, Chen and Shah
@@ -219,6 +221,7 @@ def _strongest(key, batch, of, kind, judge):
       of: (N,), 1 of the images that may be asked, else 0.
       kind: what their strongest positions teach.
       judge: from features, positions and grid to logits.
+      count: at how many positions an image is asked.
     """
     layers = batch['layers']
     k_images, k_places = jax.random.split(key)
@@ -226,11 +229,12 @@ def _strongest(key, batch, of, kind, judge):
     height, width = feature_grid(layers)
     if 'own' in batch:
         own = batch['own'].reshape(len(of), -1)
-        places = _draw_places(k_places, own[images], _AT)
+        places = _draw_places(k_places, own[images], count)
     else:
-        places = jax.random.randint(k_places, (len(images), _AT), 0, height * width)
+        places = jax.random.randint(k_places, (len(images), count), 0, height * width)
     rows = sample_features(layers, places, images)
-    _, best = jax.lax.top_k(judge(rows, places, (height, width)), _STRONG)
+    strong = max(1, round(_STRONG * count))
+    _, best = jax.lax.top_k(judge(rows, places, (height, width)), strong)
     rows = jnp.take_along_axis(rows, best[..., None], 1).reshape(-1, rows.shape[-1])
     weight = jnp.broadcast_to(of[images, None], best.shape).ravel()
     places = jnp.take_along_axis(places, best, 1).ravel()
