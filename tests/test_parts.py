@@ -1,6 +1,7 @@
 """Heads that never saw a part of the images: which, what they learn from, what comes of it."""
 
 import dataclasses
+import shutil
 
 import cv2
 import jax
@@ -12,6 +13,7 @@ import tiny
 
 from ssn_jax import data, decision, pipeline, run as run_lib
 from ssn_jax.data import augment
+from ssn_jax.errors import UserError
 from ssn_jax.training import loop, parts
 
 
@@ -139,6 +141,14 @@ def test_a_stopped_training_of_heads_goes_on(every, tmp_path, monkeypatch):
     again = train('stopped')
     assert len(trained) == 1 < epochs / 2
     jax.tree.map(np.testing.assert_array_equal, again, whole)
+    [damaged] = (tmp_path / 'stopped' / 'heads' / '1' / 'checkpoints').iterdir()
+    for file in damaged.rglob('*'):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(UserError, match=f'{damaged} cannot be restored .*delete it to begin anew'):
+        train('stopped')
+    shutil.rmtree(damaged)
+    jax.tree.map(np.testing.assert_array_equal, train('stopped'), whole)
     parts.forget(tmp_path / 'stopped')
     assert not list((tmp_path / 'stopped').iterdir())
 
