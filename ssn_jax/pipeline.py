@@ -437,7 +437,7 @@ def draw_figures(job, results, material, maps, scores, log, maxima) -> None:
         # Two of a kind stand one on the other.
         normal = [image for image in normal if image.shape == normal[0].shape]
         what = f'{title} · defects that were drawn into normal images'
-        real = augment.real_defects(material.split)
+        _, real = augment.real_defects(material.split)
         figures.drawn_defects(
             folder / 'drawn.png', normal, config.product, what, config.drawn.seed, real
         )

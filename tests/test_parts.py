@@ -106,6 +106,31 @@ def test_a_head_sees_nothing_of_its_part(fields, layers, tmp_path):
     assert not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(heads[True][1]))
 
 
+@pytest.mark.parametrize('angle', ['same', 'any'])
+def test_what_a_head_is_shown_has_nothing_of_its_part(angle, tmp_path):
+    """Neither copies of its images, nor pieces that were pasted from them, defects or not."""
+    config = tiny.config(tmp_path, **{'drawn.count': 60, 'product.angle': angle})
+    config.product.place, config.turned_copies = 'same', 1
+    images = textured(8, np.random.default_rng(0))
+    split = make_split([0] * 5 + [1] * 3, size=images.shape[1:3])
+    split = dataclasses.replace(split, images=images, has_mask=np.ones(8, bool))
+    split.masks[5:, 20:40, 20:30] = 1
+    part = np.array([1, 6])
+    others = images.copy()
+    others[part] = 255 - textured(2, np.random.default_rng(1))
+    before, after = (
+        augment.Shown(config, dataclasses.replace(split, images=x)) for x in (images, others)
+    )
+    kept = parts.without(before, part)
+    same = [all(map(np.array_equal, before[i], after[i])) for i in range(len(before))]
+    assert all(same[i] for i in kept)
+    # What was excluded shows something of the part, if only of a few levels.
+    excluded = np.setdiff1d(np.arange(len(before)), kept)
+    assert np.mean([same[i] for i in excluded]) < 0.1
+    pasted = [i for i in excluded if before.sources[i] not in part]
+    assert {*before.donors[pasted]} == {1, 6}
+
+
 @pytest.mark.parametrize('every', [2, 3, 99])
 def test_a_stopped_training_of_heads_goes_on(every, tmp_path, monkeypatch):
     """From the last checkpoint, or from what was saved when it was stopped, to the same heads."""

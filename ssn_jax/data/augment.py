@@ -6,6 +6,7 @@ from its index alone, and is not kept.
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+import functools
 
 import cv2
 import ml_collections
@@ -29,6 +30,7 @@ class Shown:
       masked: whether any mask is more than empty.
       real: bool (N,); whether its defect is a real one.
       sources: int32 (N,), the training images that they were made from.
+      donors: int32 (N,), the training images that a piece of was pasted into them, or -1.
     """
 
     def __init__(self, config: ml_collections.ConfigDict, split: Split):
@@ -41,11 +43,12 @@ class Shown:
         upright = config.drawn.count and config.product.angle == 'same'
         self._flips = 1 if upright and config.product.surface == 'object' else len(_FLIPS)
         flipped = self._flips * len(self._defective)
+        self._first_drawn = self._plain + flipped
         drawn = self._drawn.count if self._plain else 0
         self.labels = np.repeat(np.int32([0, 1]), [self._plain, flipped + drawn])
         known = np.tile(split.has_mask[self._defective], self._flips)
         self.has_mask = np.concatenate([np.ones(self._plain, bool), known, np.ones(drawn, bool)])
-        self._real = real_defects(split)
+        self._cut, self._real = real_defects(split)
         self.masked = bool(drawn or split.masks.any())
         self.real = np.repeat([False, True, False], [self._plain, flipped, drawn])
         plain = np.concatenate([self._normal, np.repeat(self._normal, self._turned)])
@@ -56,6 +59,17 @@ class Shown:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @functools.cached_property
+    def donors(self) -> np.ndarray:
+        found = np.full(len(self), -1, np.int32)
+        seed, count = self._drawn.seed, len(self._real)
+        for index in range(len(self) - self._first_drawn):
+            _, kind, pasted, _ = defects.choose(self._plain, index, seed, self._product, count)
+            if pasted >= 0:
+                of = self._cut if kind == defects.REAL else self.sources
+                found[self._first_drawn + index] = of[pasted]
+        return found
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -86,20 +100,14 @@ class Shown:
         if rest < 0:
             image = self._normal_or_turned(index)
             return image, np.zeros(image.shape[:2], np.uint8)
-        if rest < self._flips * len(self._defective):
+        if index < self._first_drawn:
             flip, member = divmod(rest, len(self._defective))
             part, source = self.inside(index), self._defective[member]
             pair = self._split.images[source][part], self._split.masks[source][part]
             return tuple(x[_FLIPS[flip]] for x in pair)
-        rest -= self._flips * len(self._defective)
-        return defects.draw(
-            self._normal_or_turned,
-            self._plain,
-            rest,
-            self._drawn.seed,
-            self._product,
-            self._real,
-        )
+        rest, seed = index - self._first_drawn, self._drawn.seed
+        below = self._normal_or_turned
+        return defects.draw(below, self._plain, rest, seed, self._product, self._real)
 
     def _normal_or_turned(self, index):
         rest = index - len(self._normal)
@@ -129,11 +137,12 @@ class Shown:
                 yield slice(start, start + len(images)), np.stack(images), np.stack(masks)
 
 
-def real_defects(split: Split) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The defective images (h, w, 3) whose mask (h, w) is known, and that; without any margin."""
+def real_defects(split: Split) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+    """Which images are defective with a known mask; of each (h, w, 3) and its mask, no margin."""
     known = np.flatnonzero((split.labels > 0) & split.masks.any((1, 2)))
     parts = [split.inside[i] if split.inside else np.s_[:, :] for i in known]
-    return [(split.images[i][p], split.masks[i][p]) for i, p in zip(known, parts, strict=True)]
+    pairs = zip(known, parts, strict=True)
+    return known, [(split.images[i][part], split.masks[i][part]) for i, part in pairs]
 
 
 def turn(image: np.ndarray, angle: float) -> np.ndarray:

@@ -21,8 +21,8 @@ _VISIBLE = 10
 _LEAST, _TRIES = 15.0, 20
 # What is around a defect that it can change: a smear's half width, and the mask's closing.
 _MARGIN = 8.0
-# Of so many drawn defects one is a real one, if there are any with a mask.
-_TRANSPLANTED = 4
+# Of so many drawn defects one is a real one, if there are any with a mask; its kind is REAL.
+_TRANSPLANTED, REAL = 4, 'real'
 
 
 class Kind(NamedTuple):
@@ -30,10 +30,10 @@ class Kind(NamedTuple):
 
     Attributes:
       draw: `(image, product, other, place, area, rng) -> window, drawn`: the image uint8 RGB
-        (H, W, 3); where the product is, bool (H, W); another image of its shape; row and column;
-        pixels; the source of every choice. It draws into a window of the image, given as two
-        slices, and returns it with what it then shows, float32 (h, w, 3). Nothing changes at the
-        window's edges.
+        (H, W, 3); where the product is, bool (H, W); another image of its shape, if it `pastes`;
+        row and column; pixels; the source of every choice. It draws into a window of the image,
+        given as two slices, and returns it with what it then shows, float32 (h, w, 3). Nothing
+        changes at the window's edges.
       share: how often it is drawn, beside the others' shares.
       areas: least and largest; log-uniform between the two. In `unit`s squared: of 65,536.
       only: what it is for, if not for all: an 'object', a 'texture', products of the same 'place'
@@ -45,6 +45,34 @@ class Kind(NamedTuple):
     share: int
     areas: tuple[float, float]
     only: tuple[str, ...] = ()
+    pastes: bool = False
+
+
+def choose(
+    count: int, index: int, seed: int, product: Mapping[str, str], real: int = 0
+) -> tuple[int, str, int, np.random.Generator]:
+    """What a drawn image is made of: the normal images take turns.
+
+    Args:
+      count: of the normal images.
+      index: of the drawn one.
+      seed: everything follows from it, and from the index, alone.
+      product: `config.product`.
+      real: number of real defects; one in `_TRANSPLANTED` drawn ones is one of theirs.
+
+    Returns:
+      The normal image that it is drawn into; the kind, a name in `KINDS`, or REAL; the normal
+      image, or of REAL the real defect, that a piece is pasted of, or -1; the source of all that
+      is still to be chosen.
+    """
+    copy, image = divmod(index, count)
+    rng = np.random.default_rng([seed, DRAW, image, copy])
+    if real and rng.random() < 1 / _TRANSPLANTED:
+        return image, REAL, int(rng.integers(real)), rng
+    shares = kinds_of(product)
+    kind = str(rng.choice(list(shares), p=np.array(list(shares.values())) / sum(shares.values())))
+    other = int(rng.integers(count))
+    return image, kind, other if KINDS[kind].pastes else -1, rng
 
 
 def draw(
@@ -55,27 +83,23 @@ def draw(
     product: Mapping[str, str],
     real: Sequence[tuple[np.ndarray, np.ndarray]] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws a defect into one of the normal images, which take turns.
+    """Draws a defect into a normal image.
 
     Args:
       image_of: from an index to a normal image, uint8 RGB (H, W, 3), which may differ in size.
-      count: of these images.
-      index: of the drawn one.
-      seed: place and looks follow from it, and from the index, alone.
-      product: `config.product`.
-      real: defective images, and their masks, uint8 of zeros and ones, not all zeros. One in
-        `_TRANSPLANTED` drawn defects is one of theirs.
+      count: as of `choose`, as are the three that follow.
+      index: likewise.
+      seed: likewise.
+      product: likewise.
+      real: defective images, and their masks, uint8 of zeros and ones, not all zeros.
 
     Returns:
       The image, and the defect's mask, uint8 (H, W) of zeros and ones.
     """
-    copy, image = divmod(index, count)
-    rng = np.random.default_rng([seed, DRAW, image, copy])
-    if len(real) and rng.random() < 1 / _TRANSPLANTED:
-        return transplant(image_of(image), *real[rng.integers(len(real))], product, rng)
-    shares = kinds_of(product)
-    kind = rng.choice(list(shares), p=np.array(list(shares.values())) / sum(shares.values()))
-    return draw_one(image_of(image), image_of(rng.integers(count)), kind, rng)
+    image, kind, pasted, rng = choose(count, index, seed, product, len(real))
+    if kind == REAL:
+        return transplant(image_of(image), *real[pasted], product, rng)
+    return draw_one(image_of(image), image_of(pasted) if pasted >= 0 else None, kind, rng)
 
 
 def kinds_of(product: Mapping[str, str]) -> dict[str, int]:
@@ -85,13 +109,13 @@ def kinds_of(product: Mapping[str, str]) -> dict[str, int]:
 
 
 def draw_one(
-    image: np.ndarray, other: np.ndarray, kind: str, rng: np.random.Generator
+    image: np.ndarray, other: np.ndarray | None, kind: str, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws a defect into a copy of an image.
 
     Args:
       image: uint8 RGB (H, W, 3).
-      other: another image; one of another shape is resized to this one's.
+      other: of a kind that pastes, another image; one of another shape is resized to this one's.
       kind: a name in `KINDS`.
       rng: source of every choice.
 
@@ -100,7 +124,7 @@ def draw_one(
     """
     draw_kind, areas = KINDS[kind].draw, KINDS[kind].areas
     product, square = foreground(image), unit(image) ** 2
-    if other.shape != image.shape:
+    if other is not None and other.shape != image.shape:
         other = cv2.resize(other, image.shape[1::-1])
     places = np.flatnonzero(product)
     close = _square(2 * unit(image))
@@ -317,7 +341,6 @@ def _filled(image, window, hidden, rng):
 
 def _paste(image, product, other, place, area, rng):
     """A piece of another image, turned (Li et al., "CutPaste", CVPR 2021)."""
-    del product
     height, width = image.shape[:2]
     turn = cv2.getRotationMatrix2D((width / 2, height / 2), rng.uniform(0, 360), 1)
     other = cv2.warpAffine(other, turn, (width, height), borderMode=cv2.BORDER_REFLECT)
@@ -331,21 +354,18 @@ def _paste(image, product, other, place, area, rng):
 
 def _double(image, product, other, place, area, rng):
     """What the image shows not far from there, once more."""
-    del product, other
     window, opacity = _blob(image, place, area, rng)
     return _mix(image, window, opacity, _shifted(image, window, _step(area, rng)))
 
 
 def _remove(image, product, other, place, area, rng):
     """A part is missing: what is around goes on."""
-    del product, other
     window, opacity = _blob(image, place, area, rng)
     return _mix(image, window, opacity, _filled(image, window, opacity, rng))
 
 
 def _move(image, product, other, place, area, rng):
     """A part is missing, and lies beside its place."""
-    del product, other
     window, opacity = _blob(image, place, area, rng)
     _, drawn = _mix(image, window, opacity, _filled(image, window, opacity, rng))
     shift = _step(area, rng).round().astype(int)
@@ -360,7 +380,6 @@ def _move(image, product, other, place, area, rng):
 
 def _turn(image, product, other, place, area, rng):
     """A part is turned."""
-    del product, other
     window, opacity = _blob(image, place, area, rng, aspects=1.5)
     along, across = _around(place, window, rng.uniform(0.3, 2 * np.pi - 0.3))
     x, y = along + np.float32(place[1]), across + np.float32(place[0])
@@ -370,7 +389,6 @@ def _turn(image, product, other, place, area, rng):
 
 def _tone(image, product, other, place, area, rng):
     """Darker or brighter, with less or more contrast."""
-    del product, other
     window, opacity = _blob(image, place, area, rng)
     below = image[window].astype(np.float32)
     mean = (opacity * below).sum((0, 1)) / max(opacity.sum(), 1e-6)
@@ -380,7 +398,6 @@ def _tone(image, product, other, place, area, rng):
 
 def _stain(image, product, other, place, area, rng):
     """A stain with a soft edge, coloured where the image is."""
-    del product, other
     window, opacity = _blob(image, place, area, rng, soft=rng.uniform(1, 12))
     below = image[window].astype(np.float32)
     tint = rng.uniform(0.2, 0.9, 3)
@@ -392,7 +409,6 @@ def _stain(image, product, other, place, area, rng):
 
 def _smear(image, product, other, place, area, rng):
     """Blurred along a line."""
-    del product, other
     size = 2 * max(1, round(rng.uniform(2, 6.5) * unit(image))) + 1
     half, angle = size // 2, rng.uniform(0, np.pi)
     along = np.linspace(-half, half, 4 * size)
@@ -407,7 +423,6 @@ def _smear(image, product, other, place, area, rng):
 
 def _blur(image, product, other, place, area, rng):
     """Blurred on all sides."""
-    del product, other
     window, opacity = _blob(image, place, area, rng, soft=3)
     below = image[window].astype(np.float32)
     blurred = cv2.GaussianBlur(below, (0, 0), rng.uniform(1, 4) * unit(image))
@@ -416,7 +431,6 @@ def _blur(image, product, other, place, area, rng):
 
 def _warp(image, product, other, place, area, rng):
     """Pushed, twisted, or drawn together."""
-    del product, other
     reach = max(np.sqrt(area) * rng.uniform(0.8, 1.5), 6 * unit(image))
     window = _window(image, place - 2 * reach, place + 2 * reach)  # e^-16 is left there.
     right, down = _around(place, window, 0.0)
@@ -454,7 +468,6 @@ def _line(image, points, widths, rng):
 
 def _scratch(image, product, other, place, area, rng):
     """A thin line that wanders, darker or brighter."""
-    del other
     step, bend = rng.uniform(2, 5) * unit(image), rng.uniform(0.05, 0.5)
     angle = rng.uniform(0, 2 * np.pi)
     angles = angle + np.cumsum(bend * rng.normal(size=max(2, int(np.sqrt(area) * 4 / step))))
@@ -467,7 +480,6 @@ def _scratch(image, product, other, place, area, rng):
 
 def _thread(image, product, other, place, area, rng):
     """A line along or across the texture's own direction: added, or hidden by what lies beside."""
-    del product, other
     width = rng.uniform(1, 4) * unit(image)
     angle = _direction(image) + rng.choice([0, np.pi / 2]) + 0.02 * rng.normal()
     way = np.array([np.sin(angle), np.cos(angle)])
@@ -491,7 +503,6 @@ def _direction(image):
 
 def _break(image, product, other, place, area, rng):
     """A piece of the edge is missing, half the time of what sticks out."""
-    del other
     product = product.astype(np.uint8)
     outlines, _ = cv2.findContours(product, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     if rng.random() < 0.5:
@@ -529,8 +540,8 @@ def _bright(image, behind, window, overall):
 
 
 KINDS = {
-    'paste': Kind(_paste, 4, (20.0, 500.0)),
-    'swap': Kind(_paste, 4, (500.0, 26000.0), ('place',)),
+    'paste': Kind(_paste, 4, (20.0, 500.0), pastes=True),
+    'swap': Kind(_paste, 4, (500.0, 26000.0), ('place',), pastes=True),
     'double': Kind(_double, 2, (50.0, 5000.0), ('place',)),
     'move': Kind(_move, 2, (50.0, 5000.0), ('place',)),
     'turn': Kind(_turn, 3, (100.0, 26000.0), ('angle',)),

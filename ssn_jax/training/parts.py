@@ -135,7 +135,7 @@ def train(
     else:
         config.batch_size = max(config.batch_size // number, 2)
 
-    kept = [np.flatnonzero(~np.isin(shown.sources, part)) for part in job.parts]
+    kept = [without(shown, part) for part in job.parts]
     orders = [sampling.image_order(config, shown.labels[one], shown.real[one]) for one in kept]
     # Parts differ in size: what one has more of waits for the next epoch.
     per_epoch, batch = (min(n) for n in zip(*(order(0).shape for order in orders), strict=True))
@@ -183,6 +183,12 @@ def train(
             'with the threshold.'
         ) from None
     return heads
+
+
+def without(shown: augment.Shown, part: np.ndarray) -> np.ndarray:
+    """Which of the images that are shown have nothing of a part's training images."""
+    made_of = np.stack([shown.sources, shown.donors])
+    return np.flatnonzero(~np.isin(made_of, part).any(0))
 
 
 def forget(folder: pathlib.Path) -> None:
