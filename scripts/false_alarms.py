@@ -142,7 +142,8 @@ def table(workdir: pathlib.Path) -> str:
                 rates = [_rates(split[way], rate) for split in splits]
                 alarms, normal, missed, defects = np.sum(rates, 0)
                 false, images_of = false + alarms, images_of + normal
-                cells.append(f'{100 * alarms / normal:.1f} / {100 - 100 * missed / defects:.1f}')
+                hit = f'{100 - 100 * missed / defects:.1f}' if defects else '–'
+                cells.append(f'{100 * alarms / normal:.1f} / {hit}')
             low, high = decision.binomial(int(false), int(images_of))
             seen = f'{100 * false / images_of:.1f} [{100 * low:.1f}, {100 * high:.1f}]'
             seen += f' of {images_of:.0f}'

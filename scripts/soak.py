@@ -193,7 +193,7 @@ PARTS = {f.__name__: f for f in (kills, signals, fuzz, predictions, together)}
 
 def main() -> int:
     """Parses the command line, runs the parts and says what they found; the exit status."""
-    parser = terminal.Parser(__doc__)
+    parser = terminal.Parser('soak', __doc__)
     parser.add_argument('--parts', default=','.join(PARTS), help='some of %(default)s')
     parser.add_argument('--minutes', type=float, default=60, help='at most so long (%(default)s)')
     parser.add_argument('--kills', type=int, default=30)

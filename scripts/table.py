@@ -38,6 +38,7 @@ from ssn_jax.data import layouts, splits
 from ssn_jax.errors import UserError
 from ssn_jax.fused import fold
 from ssn_jax.models import grid as grid_lib, systems, weights
+from ssn_jax.report import markup, page
 from ssn_jax.training import features, product
 
 # Of each row its config, and what differs from it.
@@ -230,22 +231,24 @@ def table(arguments: argparse.Namespace) -> str:
             runs = [json.loads(file.read_text()) for file in places if file.exists()]
             if not runs:
                 continue
-            values = [[100 * run['metrics'][name] for run in runs] for name in metrics.METRICS]
-            means.append([statistics.mean(x) for x in values])
-            cells = [_with_deviation(x) for x in values]
+            values = [[run['metrics'][name] for run in runs] for name in metrics.METRICS]
+            means.append(values)
+            cells = [page.mean_and_spread(x, 100) for x in values]
             cells.append(f'{statistics.mean(run["minutes"] for run in runs):.1f}')
             ms = [run['ms'] for run in runs if 'ms' in run]
             cells.append(f'{statistics.median(ms):.1f}' if ms else '–')
             lines.append(f'| {row} | {pathlib.Path(one).name} | {" | ".join(cells)} |')
         if len(means) == len(arguments.sets):
-            mean = ' | '.join(f'{statistics.mean(x):.1f}' for x in zip(*means, strict=True))
-            lines.append(f'| {row} | mean | {mean} | | |')
+            cells = [_mean_of_means(x) for x in zip(*means, strict=True)]
+            lines.append(f'| {row} | mean | {" | ".join(cells)} | | |')
     return '\n'.join(lines) + '\n'
 
 
-def _with_deviation(values):
-    mean = f'{statistics.mean(values):.1f}'
-    return mean if len(values) == 1 else f'{mean} ± {statistics.stdev(values):.1f}'
+def _mean_of_means(values):
+    """Over sets, of a metric's values of each seed; none where a set has none."""
+    if any(None in x for x in values):
+        return markup.NOTHING
+    return f'{100 * statistics.mean(map(statistics.mean, values)):.1f}'
 
 
 if __name__ == '__main__':

@@ -18,9 +18,6 @@ from ssn_jax.data.layouts import GOOD, Record
 from ssn_jax.errors import UserError
 from ssn_jax.report import figures, overlays
 
-# Of a config's data those that say where images are.
-FIELDS = ('name', 'root', 'category', 'normal', 'normal_dir', 'normal_test_dir', 'defect_dir')
-FIELDS += ('mask_dir',)
 CONFIG = 'auto'  # What the folder is read for.
 _AT_ONCE = 64
 _SHOWN, _SIDE = 48, 240  # Of the contact sheet: images, and pixels of each.
@@ -86,7 +83,7 @@ def choose_layout(config: ml_collections.ConfigDict) -> None:
     if config.name == 'synthetic':
         raise UserError('--config.data.name=synthetic has no folder to check: its code draws it')
     if config.name == 'mvtec_ad' and not config.category and root.is_dir():
-        categories = [path.name for path in root.iterdir() if path.is_dir()]
+        categories = [path.name for path in root.glob('[!.]*') if path.is_dir()]
         config.category = categories[0] if len(categories) == 1 else ''
 
 
@@ -168,18 +165,18 @@ def _read(
             yield from pool.map(read, found[start : start + _AT_ONCE])
 
 
-def report(config: ml_collections.ConfigDict, found: Found) -> str:
+def report(run: ml_collections.ConfigDict, found: Found) -> str:
     """What `check` prints of what it has found: table, doubts, and the command to train with."""
     lines = [table(found.images), '']
     lines += [
-        f'{doubt.file}: {doubt.reason}' for doubt in found.doubts if doubt not in found.errors
+        f'{doubt.file}: {doubt.reason}' for doubt in found.doubts if doubt.kind != 'unreadable'
     ]
     if not found.doubts:
         lines.append('Nothing is doubtful.')
     if not any(image.split == 'test' for image in found.images):
         lines.append('There are no test images: a training chooses its threshold all the same.')
     first = 'Once the errors are mended, train' if found.errors else 'Train'
-    return '\n'.join([*lines, '', f'{first} with', f'  {command(config, found.image_size)}'])
+    return '\n'.join([*lines, '', f'{first} with', f'  {command(run, found.image_size)}'])
 
 
 def table(found: Sequence[Image]) -> str:
@@ -205,16 +202,19 @@ def _counted(values: Sequence[str], shown: int = 3) -> str:
     return ', '.join([f'{value} ({n})' for value, n in counts[:shown]] + more)
 
 
-def command(config: ml_collections.ConfigDict, image_size: tuple[int, int] | None = None) -> str:
-    """The command that trains on a data set."""
+def command(run: ml_collections.ConfigDict, image_size: tuple[int, int] | None = None) -> str:
+    """The command that trains on a data set as it was read, at `image_size` if that is given."""
+    config, usual = run.data, config_lib.load(CONFIG)
     name = records.layout_of(config)
     flags = [f'--config.data.name={name}', f'--config.data.root={config.root}']
     flags += [f'--config.data.category={config.category}'] * (name == 'mvtec_ad')
-    for field in FIELDS[3:]:
-        if config[field] != config_lib.FIELDS[f'data.{field}'].default:
+    # In the order of the fields; those above are of every command.
+    more = [field.removeprefix('data.') for field in config_lib.FIELDS if field.startswith('data.')]
+    for field in more[3:]:
+        if config[field] != usual.data[field]:
             flags.append(f'--config.data.{field}={config[field]}')
-    if image_size:
-        flags.append('--config.image_size=({},{})'.format(*image_size))
+    if image_size or run.image_size != usual.image_size:
+        flags.append('--config.image_size=({},{})'.format(*(image_size or run.image_size)))
     workdir = f'runs/{records.category_of(config)}'
     return shlex.join(['ssn-jax', 'train', '--config', CONFIG, *flags, '--workdir', workdir])
 

@@ -108,8 +108,7 @@ def sweep(argv: list[str]) -> None:
     name = 'sweep'
     flags.DEFINE_multi_string(name, [], 'FIELD=VALUE,VALUE,...: a config field and its values.')
 
-    def run(rest):
-        del rest
+    def run():
         from ssn_jax import sweep as sweep_lib
 
         return sweep_lib.main(flags.FLAGS)
@@ -134,8 +133,7 @@ def import_torch(argv: list[str]) -> None:
     flags.DEFINE_integer('step', 0, 'Batches that it was trained for, if that is known.')
     flags.DEFINE_bool('evaluate', False, 'Measure it and choose its threshold at once.')
 
-    def run(rest):
-        del rest
+    def run():
         from ssn_jax import import_torch as import_lib
 
         import_lib.main(flags.FLAGS)
@@ -314,7 +312,8 @@ def evaluate(argv: list[str]) -> None:
     if arguments.output:
         files.check_output(arguments.output, '--output')
     terminal.log_to_stderr(arguments.quiet)
-    from ssn_jax import data, decision, evaluate as evaluate_lib, run as run_lib
+    from ssn_jax import data, decision, evaluate as evaluate_lib, metrics, run as run_lib
+    from ssn_jax.data import splits
     from ssn_jax.report import text
 
     model = _open(arguments, overrides)
@@ -343,7 +342,7 @@ def evaluate(argv: list[str]) -> None:
     table = io.StringIO()
     rows = csv.writer(table, lineterminator='\n')
     rows.writerow(['file', 'defect', 'label', 'score', 'p_value', 'map_maximum', 'decision'])
-    rare = [''] * len(scores)
+    rare, maxima = [''] * len(scores), metrics.maximum(maps, splits.valid(test))
     if model.normal.size:
         rare = [f'{p:.6f}' for p in decision.p_values(scores, model.normal)]
     for i, score in enumerate(scores):
@@ -351,7 +350,7 @@ def evaluate(argv: list[str]) -> None:
         called = ''
         if model.threshold is not None:
             called = decision.CLASSES[int(score >= model.threshold)]
-        rows.writerow([*known, rare[i], maps[i].max(), called])
+        rows.writerow([*known, rare[i], maxima[i], called])
     files.write_output(arguments.output, table.getvalue(), '--output')
     if not arguments.quiet:
         print(f'The scores of the images are in {arguments.output}.')
@@ -495,7 +494,7 @@ def check(argv: list[str]) -> int:
     if arguments.json:
         print(json.dumps(found.to_dict(), indent=2))
     else:
-        print(check_lib.report(config.data, found))
+        print(check_lib.report(config, found))
     for error in found.errors.values():
         print(f'error: {error}', file=sys.stderr)
     return int(bool(found.errors))

@@ -387,7 +387,7 @@ def built_in() -> dict[str, pathlib.Path]:
 def find(name: str) -> str:
     """The path of a config that --config names: by its path, or by its name in the package."""
     path = pathlib.Path(name).expanduser()
-    return str(path if path.exists() else built_in().get(name, path))
+    return str(path if path.is_file() else built_in().get(name, path))
 
 
 def load(name: str) -> ml_collections.ConfigDict:

@@ -92,7 +92,7 @@ def score_folder(model: predictor.Predictor, folder: pathlib.Path, defect: str) 
         score, maps = model.logits(model.fit(image)[None])
         named.append(path.relative_to(folder.parent).as_posix())
         scores.append(score[0])
-        maxima.append(maps.max())
+        maxima.append(maps[0][predictor.View(model.config, image.shape[:2]).inside].max())
     if not named:
         raise UserError(f'{folder} holds no image that can be read: name a folder of images.')
     of, label = len(named), int(defect != layouts.GOOD)

@@ -109,29 +109,22 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def share_images(predict: Callable) -> Callable:
-    """`predict(*variables, images)` with each process predicting its share of the images.
+def share_images(predict: Callable, images: np.ndarray) -> tuple[np.ndarray, ...]:
+    """`predict(images)`, each process predicting its share and getting what all of them found.
 
     Args:
-      predict: from variables and images (N, ...) to a tuple of host arrays (N, ...).
-
-    Returns:
-      The same function; every process gets what all of them found.
+      predict: from images (N, ...) to a tuple of host arrays (N, ...).
+      images: all of them, in every process.
     """
     processes = jax.process_count()
     if processes == 1:
-        return predict
-
-    def predict_all(*arguments):
-        *variables, images = arguments
-        share = -(-len(images) // processes)
-        mine = images[jax.process_index() * share :][:share]
-        padded = np.zeros((share, *images.shape[1:]), images.dtype)
-        padded[: len(mine)] = mine
-        found = multihost_utils.process_allgather(predict(*variables, padded))
-        return tuple(x.reshape(-1, *x.shape[2:])[: len(images)] for x in found)
-
-    return predict_all
+        return predict(images)
+    share = -(-len(images) // processes)
+    mine = images[jax.process_index() * share :][:share]
+    padded = np.zeros((share, *images.shape[1:]), images.dtype)
+    padded[: len(mine)] = mine
+    found = multihost_utils.process_allgather(predict(padded))
+    return tuple(x.reshape(-1, *x.shape[2:])[: len(images)] for x in found)
 
 
 def make_mesh(batch_size: int) -> jax.sharding.Mesh | None:

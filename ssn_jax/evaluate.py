@@ -19,7 +19,7 @@ def predict(model: Predictor, images: np.ndarray) -> tuple[np.ndarray, np.ndarra
     """
     if not len(images):  # A split may be empty.
         return np.zeros(0, np.float32), np.zeros(images.shape[:3], np.float32)
-    return devices.share_images(model.logits)(images)
+    return devices.share_images(model.logits, images)
 
 
 def scores_of(model: Predictor, split: Split, part: str) -> decision.Scores:

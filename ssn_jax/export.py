@@ -160,7 +160,7 @@ def to_openvino(model: Predictor) -> tuple[bytes, bytes]:
       UserError: the package openvino is missing.
     """
     try:
-        openvino = engine.import_openvino()
+        openvino = engine.import_quietly('openvino')
     except ImportError:
         raise UserError("--format openvino needs openvino: pip install 'ssn_jax[cpu]'.") from None
     exact = model.config.precision != 'int8'

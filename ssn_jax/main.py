@@ -49,9 +49,8 @@ _OWN = ('config', 'workdir', 'quiet', 'tensorboard')
 _OF_TRAINING = ('extend', 'old_root', 'distributed', 'coordinator', 'num_processes', 'process_id')
 
 
-def run(argv: list[str]) -> None:
+def run() -> None:
     """Runs the main job for parsed flags."""
-    del argv
     # After the flags, so that a wrong one is told at once.
     from ssn_jax import devices, extend, pipeline, run as run_lib
     from ssn_jax.report import text
@@ -92,7 +91,7 @@ def cli(
     Args:
       argv: what follows the command; None: the process's.
       about: what --help begins with.
-      run_fn: is called with what is no flag.
+      run_fn: what runs.
       interrupted: what is said after a signal.
       flags_of: the names of flags that are the command's own.
     """
@@ -102,10 +101,10 @@ def cli(
         return
     terminal.set_up_log()
 
-    def run_checked(rest):
+    def run_checked(_):
         if flags_of and _EXTEND.value is not None:
             raise UserError('--extend is for ssn-jax train alone.')
-        return run_fn(rest)
+        return run_fn()
 
     terminal.guard(lambda: app.run(run_checked, argv=argv, flags_parser=_parse), interrupted)
 

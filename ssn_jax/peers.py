@@ -81,7 +81,7 @@ DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 def _convert(name):
     example = torch.zeros(1, 3, 256, 256)
     with torch.inference_mode():
-        graph = engine.import_openvino().convert_model(build(name), example_input=example)
+        graph = engine.import_quietly('openvino').convert_model(build(name), example_input=example)
     graph.reshape(list(example.shape))
     return graph
 
@@ -103,7 +103,7 @@ def _compile_torch(name, precision, images):
 
 def _compile_openvino(name, precision, images):
     options = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': _HINTS[precision]}
-    compiled = engine.import_openvino().compile_model(_convert(name), 'CPU', options)
+    compiled = engine.import_quietly('openvino').compile_model(_convert(name), 'CPU', options)
     request, single = compiled.create_infer_request(), np.split(_normalise(images), len(images))
 
     def call():  # Image by image, as ours.

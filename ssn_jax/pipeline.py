@@ -83,18 +83,23 @@ def train_and_evaluate(
     network = systems.build_network(config)
     with contextlib.ExitStack() as running:
         jobs, known = [], []
+        groups = functools.cache(lambda: parts.groups(config, material.split))
         for one, folder in asked:
             begun = run_lib.begin(one, found, folder, material.origin, material.backbone, said)
             running.enter_context(begun)
             if masked := supervision.masked_files(material.split):
                 run_lib.write(folder / 'masked_images.json', json.dumps(masked, indent=2) + '\n')
             open_log = functools.partial(run_lib.open_log, folder, events=events)
-            keep = functools.partial(keep_model, folder, material.backbone)
+
+            def keep(epoch, variables, folder=folder):
+                run_lib.write_model(folder, run_lib.Model(material.backbone, variables, epoch))
+
             one = config_lib.with_found(one, found)
             known.append(known_scores(one, folder))
             # What was trained elsewhere cannot be trained again without a part.
             done = known[-1] is not None or (folder / 'imported.json').exists()
-            wanted = [] if done else parts.split(one, material.split, material.groups)
+            parted = one.decision.parts and not done
+            wanted = parts.split(one, material.split, groups()) if parted else []
             jobs.append(loop.Job(one, folder, open_log, keep, wanted))
         logging.info('Backbone %s, weights: %s', config.backbone.name, material.origin.weights)
         trained = loop.train(jobs, material.split, network, material.backbone, quiet)
@@ -116,14 +121,12 @@ class Material:
     Attributes:
       dataset: as `data.load` returns it.
       split: the training images with what the runs may know of them.
-      groups: of these, int (N,): which show the same.
       backbone: the frozen variables.
       origin: what data and backbone are told by.
     """
 
     dataset: data.Dataset
     split: data.Split
-    groups: np.ndarray
     backbone: dict
     origin: run_lib.Origin
 
@@ -159,7 +162,7 @@ def gather(config: ml_collections.ConfigDict, folders: list[pathlib.Path]) -> Ma
     origin = run_lib.Origin(*made_from)
     for folder in folders:
         run_lib.check_origin(folder, origin)
-    return Material(dataset, split, parts.groups(config, split), backbone, origin)
+    return Material(dataset, split, backbone, origin)
 
 
 def find_backbone(config: ml_collections.ConfigDict, folders: list[pathlib.Path]) -> dict:
@@ -192,11 +195,6 @@ def load_backbone(
             model = run_lib.read_model(folder, verified=False)
             return model.backbone, run_lib.weights_origin(folder)
     return weights.load_backbone(config.backbone.name, named, allow_random=embedded)
-
-
-def keep_model(folder: pathlib.Path, backbone: dict, epoch: int, network: dict) -> None:
-    """Writes what inference needs of a run after an epoch."""
-    run_lib.write_model(folder, run_lib.Model(backbone, network, epoch))
 
 
 def known_scores(config: ml_collections.ConfigDict, folder: pathlib.Path) -> decision.Scores | None:
@@ -264,7 +262,7 @@ def measure(job, state, log, heads, earlier: decision.Scores | None, material) -
         'train_masks': len(supervision.masked_files(split)),
         'test_images': len(dataset.test.labels),
         'doubts': doubts.count(dataset.doubts),
-        'parameters': sum(count(v['params']) for v in (backbone, network)),
+        'parameters': sum(x.size for x in jax.tree.leaves((backbone['params'], network['params']))),
         'train_seconds': round(sum(seconds), 1) if seconds else None,
         'loss_grew': loss_grew(history),
         # The first epoch after a start compiles: the median leaves it out.
@@ -361,7 +359,8 @@ def judge(config, model, base, known: decision.Scores, normal, test: data.Split)
     values, reasons = evaluate.evaluate(scores, maps, test)
     if model.precision != base.precision and len(normal):
         moved = (model.logits(normal)[0] - base.logits(normal)[0]).mean(dtype=np.float32)
-        known = dataclasses.replace(known, score=known.score + moved)
+        maxima = known.map_maximum + moved * (config.image_score == 'map')
+        known = dataclasses.replace(known, score=known.score + moved, map_maximum=maxima)
     chosen = decision.decide(config, known) | {'precision': model.precision}
     maxima = metrics.maximum(maps, splits.valid(test))
     all_scores = known + evaluate.as_scores(test, scores, maxima, 'test')
@@ -378,11 +377,6 @@ def loss_grew(history: dict[str, list[float]]) -> bool | None:
             'The loss grew from %.4g to %.4g: the training may have diverged.', first, last
         )
     return last > 2 * first
-
-
-def count(params: dict) -> int:
-    """The number of scalars in a tree of parameters."""
-    return sum(x.size for x in jax.tree.leaves(params))
 
 
 def draw_figures(job, results, material, maps, scores, log, maxima) -> None:

@@ -262,7 +262,7 @@ def _about(model, source, overlays, maps):
     has_model = run_lib.has_model(model.workdir)
     return {
         'input': str(source.resolve()),
-        'run': model.workdir.name,
+        'run': model.workdir.resolve().name,
         'model': run_lib.model_digest(model.workdir) if has_model else None,
         'epoch': model.epoch,
         'precision': model.precision,
@@ -415,7 +415,7 @@ def _row(output, pictures, name, image, model, result):
             reasons.append(f'{path} cannot be written ({e.strerror})')
     called = decision.CLASSES[int(result.defective)]
     p_value = '' if result.p_value is None else f'{result.p_value:.6f}'
-    by_what = f'{model.threshold:.6g}', model.workdir.name, __version__
+    by_what = f'{model.threshold:.6g}', model.workdir.resolve().name, __version__
     return [name, f'{result.score:.6g}', p_value, called, *regions[0][:4], *by_what], '; '.join(
         reasons
     )

@@ -175,7 +175,6 @@ def make_noise(config: ml_collections.ConfigDict) -> Callable:
     settings = config.noise
 
     def static(generator, adapted, key):
-        del generator
         return static_noise(key, adapted.shape, settings.std)
 
     def learned(generator, adapted, key):

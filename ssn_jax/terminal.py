@@ -27,7 +27,7 @@ if sys.platform == 'win32':  # Every command comes by here before it imports wha
 # What the machine can refuse at any time, whatever the code does.
 _REFUSALS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
-    *(errno.EMFILE, errno.ENFILE),
+    *(errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG),
 )
 
 

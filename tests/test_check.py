@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+import shlex
 import shutil
 
 import cv2
@@ -121,10 +122,11 @@ def test_what_cannot_be_read(root, capsys, tmp_path):  # noqa: F811
     assert len(found) == 7
     status, out, err = check(capsys, root)
     assert status == 1 and [line[:7] for line in err.splitlines()] == ['error: '] * 2
-    assert 'Once the errors are mended, train with' in out
+    assert 'Once the errors are mended, train with' in out and 'does not decode' not in out
 
 
 def test_layouts_are_told_by_looking(root, capsys, tmp_path):  # noqa: F811
+    (root.parent / '.hidden').mkdir()
     _, out, _ = check(capsys, root.parent)
     assert '--config.data.name=mvtec_ad' in out and '--config.data.category=root' in out
     assert 'root/train/good/0.png' in as_json(capsys, root.parent)[1]
@@ -151,6 +153,10 @@ def test_layouts_are_told_by_looking(root, capsys, tmp_path):  # noqa: F811
         f'--config.data.name=folder --config.data.root={root} --config.data.normal_dir=train/good '
         '--config.data.defect_dir=test/scratch --workdir runs/root'
     )
+    # What it was read with, it is trained with.
+    flags = '--config.data.range=4095', '--config.data.masks=nearest', '--config.image_size=(32,48)'
+    _, out, _ = check(capsys, root, *flags)
+    assert set(flags) <= set(shlex.split(out.splitlines()[-1]))
 
 
 def test_without_test_images(root, capsys):  # noqa: F811

@@ -92,7 +92,9 @@ def test_known_defects_weigh_as_much_as_is_said(workdir, tmp_path):
     assert often['threshold'] == pytest.approx(min(r.score for r in model(spots)), rel=1e-4)
 
 
-def test_predictions_say_how_rare_they_are_and_by_what_they_were_judged(workdir, tmp_path):
+def test_predictions_say_how_rare_they_are_and_by_what_they_were_judged(
+    workdir, tmp_path, monkeypatch
+):
     images = str(data_of(workdir, 'good'))
     command = f'--workdir {workdir} --input {images} --output {tmp_path}/out --fpr 0.5 --quiet'
     cli.predict(command.split())
@@ -103,6 +105,10 @@ def test_predictions_say_how_rare_they_are_and_by_what_they_were_judged(workdir,
         expected = decision.p_values(np.float32(row['score']), normal)
         assert float(row['p_value']) == pytest.approx(float(expected), abs=0.011)
         assert row['run'] == 'run' and 0.5 < float(row['threshold']) < 0.52
+    monkeypatch.chdir(workdir)
+    cli.predict(f'--workdir . --input {images} --output {tmp_path}/again --quiet'.split())
+    with (tmp_path / 'again/predictions.csv').open(newline='') as file:
+        assert {row['run'] for row in csv.DictReader(file)} == {'run'}
 
 
 def test_a_change_of_the_scores_is_told_once_by_the_image_that_shows_it(

@@ -306,7 +306,7 @@ def test_added_images_follow_from_their_content_and_not_their_place(tmp_path):
         add(tmp_path / 'one' / kind, kind, 3, 4 + i)
     config = tiny.config(tmp_path)
     config.decision.group = 3
-    config.data.added = f'{tmp_path}/one/good,{tmp_path}/one/weave'
+    config.data.added = f'{tmp_path}/one/good,{tmp_path}/one/weave,'
     dataset = data.load(config.data, config.image_size)
     assert len(dataset.train.files) == 12 and len(dataset.test.files) == 6
     groups = parts.groups(config, dataset.train)

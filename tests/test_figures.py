@@ -175,15 +175,3 @@ def test_no_global_state_is_touched(tmp_path):
     figures.pr_curve(tmp_path / 'pr.png', data['maps'], data['masks'], 'mod2')
     assert dict(matplotlib.rcParams) == before
     assert not pyplot.get_fignums()
-
-
-def test_overlays_of_real_images(tmp_path):
-    root = os.environ.get('SSN_JAX_DATA')
-    if not root:
-        pytest.skip('SSN_JAX_DATA does not name the folder that holds mvtec_ad/')
-    files = sorted((pathlib.Path(root) / 'mvtec_ad/screw/test').glob('*/*.png'))[::16]
-    read = [cv2.resize(cv2.imread(str(file)), (256, 256)) for file in files]
-    names = [f'{file.parent.name}/{file.name}' for file in files]
-    data = split(len(files), (256, 256)) | {'images': np.array(read)[..., ::-1], 'names': names}
-    figures.overlays(tmp_path / 'overlays.png', **data, title='mod2 · screw')
-    check(tmp_path / 'overlays.png')

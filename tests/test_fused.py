@@ -14,7 +14,7 @@ import rule
 from ssn_jax import config as config_lib
 from ssn_jax.errors import UserError
 from ssn_jax.fused import engine, fold, forward, graph
-from ssn_jax.models import backbones, grid as grid_lib
+from ssn_jax.models import backbones
 from ssn_jax.models.systems import GapCam, SimpleNet, SuperSimpleNet
 
 SIMPLENET = SimpleNet(embedding=96, hidden=64)  # Of whole rows of patches.
@@ -198,7 +198,7 @@ from absl import logging as absl_logging
 from ssn_jax.fused import engine
 absl_logging.use_absl_handler()
 before = list(logging.root.handlers)
-engine.import_openvino().Core()
+engine.import_quietly('openvino').Core()
 assert logging.root.handlers == before and before
 assert not [name for name in sys.modules if name.startswith('openvino_telemetry')]
 """
@@ -230,13 +230,3 @@ def test_engines_that_are_not_there_are_told(monkeypatch):
 def test_a_network_that_openvino_cannot_compile_is_told():
     with pytest.raises(UserError, match=r'OpenVINO .* cannot compile.*engine=xla, in float32'):
         engine.OpenVino(b'no model', (64, 64))
-
-
-def test_convolve_is_a_convolution_of_the_grid():
-    layers = (rule.draw_input('l2', (2, 4, 5, 3)), rule.draw_input('l3', (2, 2, 3, 4)))
-    kernel = rule.draw_input('kernel', (5, 5, 7, 6))
-    expected = grid_lib.upscale_pool(layers)
-    expected = jax.lax.conv_general_dilated(
-        expected, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
-    )
-    rule.check_close(grid_lib.convolve(layers, kernel), expected, 25 * 7 * 40)

@@ -271,6 +271,7 @@ def test_folders_named_one_by_one(root, tmp_path):
         ({'normal_dir': 'nowhere'}, 'nowhere: no such folder; check --config.data.normal_dir'),
         ({'normal_dir': 'empty'}, 'empty: holds no images; check --config.data.normal_dir'),
         ({'defect_dir': 'test'}, '--config.data.normal_dir is missing beside --config.data.def'),
+        ({'mask_dir': 'nowhere'}, 'nowhere: no such folder; check --config.data.mask_dir'),
         ({'normal_dir': 'train/good', 'mask_dir': 'no'}, 'no: no such folder; check --config.data'),
     ],
 )

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import tiny
 
-from ssn_jax import main, metrics, pipeline, run as run_lib
+from ssn_jax import config as config_lib, main, metrics, pipeline, run as run_lib
 from ssn_jax.data import synthetic
 from ssn_jax.errors import UserError
 from ssn_jax.models import weights
@@ -84,6 +84,15 @@ def test_help_needs_no_config(tmp_path):
     done = fresh('--help', cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, '')
     assert '--config configs/mod2.py' in done.stdout and '--workdir' in done.stdout
+
+
+def test_a_folder_is_not_taken_for_a_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'edge').mkdir()
+    assert Path(config_lib.find('edge')).name == 'edge.py'
+    (tmp_path / 'edge').rmdir()
+    (tmp_path / 'edge').write_text('')
+    assert config_lib.find('edge') == 'edge'
 
 
 # --- What the machine refuses; tests/test_bad_input.py has what is wrong with the input -----------

@@ -4,17 +4,15 @@ import json
 import math
 import os
 import pathlib
-import runpy
 import shutil
 
 import pytest
 
-from ssn_jax import metrics, pipeline
+from ssn_jax import config as config_lib, metrics, pipeline
 
 pytestmark = pytest.mark.usefixtures('small_programs')
 
 COUNT = 8
-CONFIG = pathlib.Path(__file__).parents[1] / 'configs' / 'mod2.py'
 
 
 def folder(variable: str) -> pathlib.Path:
@@ -46,7 +44,7 @@ def test_mod2_on_a_real_subset(tmp_path):
     category = 'screw'
     data, weights = folder('SSN_JAX_DATA'), folder('SSN_JAX_WEIGHTS')
     copy_subset(data / 'mvtec_ad' / category, tmp_path / 'data' / category)
-    config = runpy.run_path(str(CONFIG))['get_config']()
+    config = config_lib.load('mod2')
     config.epochs, config.batch_size, config.image_size = 1, COUNT, (64, 64)
     config.decision.parts = 0
     config.data.root, config.data.cache = str(tmp_path / 'data'), str(tmp_path / 'cache')

@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import pathlib
-import runpy
 import shutil
 import statistics
 import subprocess
@@ -19,13 +18,12 @@ from ssn_jax import config as config_lib, metrics, run as run_lib
 from ssn_jax.errors import UserError
 from ssn_jax.report import figures, markup, page as page_lib, published
 
-ROOT = pathlib.Path(__file__).parents[1]
 BROWSERS = ('chromium-headless-shell', 'chromium', 'chromium-browser', 'google-chrome')
 
 
 def write_run(folder, name='mod1_a', seed=0, auroc=0.6, config=None, embedded=False, **results):
     """A finished run's folder with made-up results; returns it."""
-    config = config or runpy.run_path(str(ROOT / 'configs' / f'{name}.py'))['get_config']()
+    config = config or config_lib.load(name)
     config.seed = seed
     (folder / 'figures').mkdir(parents=True)
     (folder / 'config.json').write_text(config_lib.to_json(config))
@@ -186,7 +184,7 @@ def test_some_seeds_without_a_value_are_told():
     ],
 )
 def test_what_is_published_beside_a_run(name, change, results, expected):
-    config = runpy.run_path(str(ROOT / 'configs' / f'{name}.py'))['get_config']()
+    config = config_lib.load(name)
     config.update_from_flattened_dict(change)
     facts = {'data': config.data.name, 'category': config.data.category, 'train_masks': 0}
     found = published.find(config, facts | {'backbone': config.backbone.name} | results)

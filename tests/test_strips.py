@@ -1,10 +1,9 @@
 """Strips of 200x5000 pixels and shorter ones, padded and squashed, through the whole main job."""
 
+import csv
 import json
 import pathlib
-import runpy
 
-import commands
 import cv2
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from sklearn import metrics as sklearn_metrics
 from test_metrics import brute_aupro
 import tiny
 
-from ssn_jax import cli, pipeline, predictor
+from ssn_jax import cli, config as config_lib, decide, pipeline, predictor
 from ssn_jax.data import images, masks as mask_lib
 
 pytestmark = [pytest.mark.usefixtures('small_programs'), pytest.mark.slow]
@@ -43,7 +42,7 @@ def train(folder: pathlib.Path, fit: str, labelled: bool) -> dict:
     """The results of the recommended recipe, made tiny; `labelled`: with the defects of train."""
     write_strips(folder / 'data')
     tiny.write_weights(folder / 'w.safetensors')
-    config = runpy.run_path(str(commands.ROOT / 'configs/auto.py'))['get_config']()
+    config = config_lib.load('auto')
     config.update(epochs=2, batch_size=4, image_size=SIZE, fit=fit)
     config.backbone.weights = str(folder / 'w.safetensors')
     config.data.update(name='folder', root=str(folder / 'data'), cache=str(folder / 'cache'))
@@ -88,8 +87,15 @@ def test_strips(fit, labelled, tmp_path, capsys):
     measured = {name: results['metrics'][name] for name in expected}
     assert measured == pytest.approx(expected, abs=1e-4)
 
-    cli.evaluate(['--workdir', str(tmp_path / 'run'), '--quiet'])
+    table = tmp_path / 'scores.csv'
+    cli.evaluate(['--workdir', str(tmp_path / 'run'), '--quiet', '--output', str(table)])
     assert f'{results["metrics"]["AUPRO"]:.17g}'[:12] in capsys.readouterr().out
+    with table.open(newline='') as file:
+        rows = list(csv.DictReader(file))
+    highest = [float(row['map_maximum']) for row in rows]
+    assert highest == pytest.approx([float(row['score']) for row in rows])
+    again = decide.score_folder(model, tmp_path / 'data/test', 'spot')
+    assert again.map_maximum == pytest.approx(again.score)
     output = tmp_path / 'out'
     arguments = '--workdir', tmp_path / 'run', '--input', tmp_path / 'data/test'
     arguments += '--output', output, '--maps', 'npy', '--quiet'

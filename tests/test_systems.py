@@ -2,8 +2,6 @@
 
 import functools
 import json
-import pathlib
-import runpy
 import shutil
 
 import cv2
@@ -20,7 +18,6 @@ from ssn_jax.training import checkpoint, steps
 
 pytestmark = pytest.mark.usefixtures('small_programs')
 
-CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 SIZE = (64, 48)
 
 
@@ -52,7 +49,7 @@ def folder(tmp_path_factory):
 
 def config_of(name, folder, data='data'):
     """A config of configs/, made tiny."""
-    config = runpy.run_path(str(CONFIGS / f'{name}.py'))['get_config']()
+    config = config_lib.load(name)
     config.epochs, config.batch_size, config.image_size = 1, 8, SIZE
     config.backbone.update(name='resnet18', weights=str(folder / 'w.safetensors'))
     config.data.update(name='ksdd2', root=str(folder / data), cache=str(folder / 'cache'))

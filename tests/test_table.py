@@ -58,6 +58,12 @@ def test_a_row_is_the_mean_of_its_seeds(tmp_path):
     lines = SCRIPT['table'](asked).splitlines()
     assert lines[2] == '| edge | nut |' + ' 60.0 ± 14.1 |' * 7 + ' 2.5 | 8.0 |'
     assert lines[3] == '| edge | mean |' + ' 60.0 |' * 7 + ' | |'
+    # A set without masks has no AUPRO.
+    for seed in range(2):
+        file = SCRIPT['row_file'](tmp_path, 'edge', 'folder:x/nut', seed)
+        file.write_text(json.dumps(values | {'metrics': values['metrics'] | {'AUPRO': None}}))
+    lines = SCRIPT['table'](asked).splitlines()
+    assert lines[2].count('–') == lines[3].count('–') == 1
 
 
 def test_a_few_defects_are_moved_to_training(tmp_path):
@@ -70,6 +76,15 @@ def test_a_few_defects_are_moved_to_training(tmp_path):
     [moved] = [r for r in found if r.split == 'train' and r.defect != layouts.GOOD]
     assert moved.image.resolve() == min(r.image for r in before if r.defect == 'spot')
     assert moved.mask is not None
+
+
+@pytest.mark.parametrize('name', ['false_alarms', 'soak', 'table'])
+def test_scripts_have_help(name, monkeypatch, capsys):
+    path = commands.ROOT / 'scripts' / f'{name}.py'
+    monkeypatch.setattr(sys, 'argv', [str(path), '--help'])
+    with pytest.raises(SystemExit, match='0'):
+        runpy.run_path(str(path))['main']()
+    assert 'usage: ' in capsys.readouterr().out
 
 
 def test_every_row_is_a_config():

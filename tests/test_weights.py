@@ -138,11 +138,6 @@ def test_another_architecture(load, state_dict):
     assert 'not expected: layer1.0.bn3' in text
 
 
-def test_unknown_backbone(load, state_dict):
-    text = message(load, state_dict, 'resnet1')
-    assert 'efficientnet_lite0, resnet18, wide_resnet50_2' in text
-
-
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """EfficientNet-Lite0's package, copied to where it can be damaged: its weights file."""

@@ -316,18 +316,22 @@ def fit(
     image_size: tuple[int, int],
     resize_to: tuple[int, int] = (0, 0),
     how: str = 'squash',
+    resize: Callable = resize,
+    ground=GREY,
 ) -> np.ndarray:
     """Resizes an image (H, W, 3) and cuts `image_size` out of its middle, or pads it to that.
 
     Args:
-      image: of any size.
+      image: of any size; or a mask (H, W).
       image_size: (height, width) of what is returned.
       resize_to: (height, width) before cutting; zeros: `image_size`, and nothing is cut.
-      how: 'pad' keeps the aspect ratio, with grey around; 'squash' does not.
+      how: 'pad' keeps the aspect ratio, with `ground` around; 'squash' does not.
+      resize: from an image and a (height, width) to that of this size.
+      ground: the values of a pixel.
     """
     if how == 'pad':
         part = inside(image.shape[:2], image_size)
-        return pad(resize(image, _shape(part)), part, image_size, GREY)
+        return pad(resize(image, _shape(part)), part, image_size, ground)
     whole = resize_to if any(resize_to) else image_size
     return centre(resize(image, whole), image_size)
 
@@ -340,11 +344,7 @@ def fit_mask(
     resize: Callable = resize_mask,
 ) -> np.ndarray:
     """A mask (H, W) as `fit` makes its image, resized by `resize`."""
-    if how == 'pad':
-        part = inside(mask.shape, image_size)
-        return pad(resize(mask, _shape(part)), part, image_size)
-    whole = resize_to if any(resize_to) else image_size
-    return centre(resize(mask, whole), image_size)
+    return fit(mask, image_size, resize_to, how, resize, 0)
 
 
 def _shape(part):

@@ -129,6 +129,8 @@ def folder(
       UserError: a part of the layout is missing, or two files claim the same name.
     """
     _folders(root)
+    if mask_dir and not mask_dir.is_dir():
+        raise UserError(f'{mask_dir}: no such folder; check --config.data.mask_dir')
     return _by_defect(root, root, normal, need, mask_dir or _mask_folder(root))
 
 

@@ -205,7 +205,7 @@ def find(config: ConfigDict, need: str = 'train') -> _Source:
         )
     listing = layouts.Listing(list(found.records), list(found.doubts))
     normal = config.get('normal', layouts.NORMAL).split(',')
-    for number, name in enumerate(config.added.split(','), 1):
+    for number, name in enumerate(filter(None, config.added.split(',')), 1):
         _add(listing, layouts.added(Path(name).expanduser(), normal), name, number)
     return _real(found.name, found.category, Path(config.root).expanduser(), listing)
 

@@ -70,14 +70,9 @@ def import_quietly(package: str):
         py_logging.root.handlers[:] = handlers
 
 
-def import_openvino():
-    """The package openvino, by `import_quietly`."""
-    return import_quietly('openvino')
-
-
 def has_bfloat16() -> bool:
     """Whether this processor computes in bfloat16."""
-    core = import_openvino().Core()
+    core = import_quietly('openvino').Core()
     return 'BF16' in core.get_property('CPU', 'OPTIMIZATION_CAPABILITIES')
 
 
@@ -88,7 +83,7 @@ def read(path: pathlib.Path):
       UserError: one of them is missing or damaged.
     """
     try:
-        return import_openvino().Core().read_model(path)
+        return import_quietly('openvino').Core().read_model(path)
     except RuntimeError as e:
         raise UserError(
             f'{path} or {path.with_suffix(".bin").name} beside it cannot be read '
@@ -105,7 +100,7 @@ def serialise(model) -> tuple[bytes, bytes]:
     """An OpenVINO model as the contents of its .xml and .bin."""
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / 'model.xml'
-        import_openvino().save_model(model, path, compress_to_fp16=False)
+        import_quietly('openvino').save_model(model, path, compress_to_fp16=False)
         return path.read_bytes(), path.with_suffix('.bin').read_bytes()
 
 
@@ -127,7 +122,7 @@ class OpenVino:
         Raises:
           UserError: it cannot be compiled.
         """
-        openvino = import_openvino()
+        openvino = import_quietly('openvino')
         core = openvino.Core()
         precision = precision if precision != 'bfloat16' or has_bfloat16() else 'float32'
         version = openvino.__version__.split('-')[0]

@@ -139,7 +139,6 @@ class GapCam(_OnFeatureGrid):
         stop_map_gradient: bool = False,
     ) -> tuple[jax.Array, jax.Array]:
         """As of SuperSimpleNet; the frozen features are not read, and the map feeds nothing."""
-        del features, stop_map_gradient
         return self.cls_head(adapted, train)
 
 

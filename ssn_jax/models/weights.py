@@ -301,13 +301,8 @@ def load_backbone(name: str, weights: str, allow_random: bool) -> tuple[dict, st
       The variables (params, batch_stats) and one line that says where they come from.
 
     Raises:
-      UserError: there is no such backbone or file, or the file does not hold its weights.
+      UserError: there is no such file, or the file does not hold its weights.
     """
-    if name not in backbones.BACKBONES:
-        raise UserError(
-            f'unknown backbone {name!r}: --config.backbone.name takes '
-            f'{", ".join(sorted(backbones.BACKBONES))}.'
-        )
     origin = weights
     if not weights:
         try:

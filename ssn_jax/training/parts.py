@@ -16,7 +16,8 @@ import jax
 import ml_collections
 import numpy as np
 from scipy.sparse import csgraph
-from sklearn import metrics
+from scipy.spatial import distance
+from sklearn import neighbors
 
 from ssn_jax import devices, signals
 from ssn_jax.data import Split, augment, records, sampling
@@ -26,8 +27,8 @@ from ssn_jax.training import checkpoint, steps
 
 # Images that differ by less than so much of what is usual are of one piece.
 _NEAR = 0.1
-# They are compared at so many pixels a side.
-_SIDE = 64
+# They are compared at so many pixels a side; what is usual, so many tell.
+_SIDE, _COMPARED = 64, 500
 # Within the run's folder, until the scores are written.
 _HEADS = 'heads'
 
@@ -54,11 +55,15 @@ def groups(config: ml_collections.ConfigDict, images: Split) -> np.ndarray:
         return found
     # Small, brightness and contrast taken away: what is left is what the picture shows.
     small = np.stack([_small(image) for image in images.images])
-    distances = metrics.pairwise_distances(small)
-    usual = np.median(distances[~np.eye(count, dtype=bool)]) if count > 1 else 0.0
-    number, found = csgraph.connected_components(distances <= _NEAR * usual)
+    some = small[np.unique(np.linspace(0, count - 1, _COMPARED).astype(int))]
+    usual = np.median(distance.pdist(some)) if count > 1 else 0.0
+    number, found = csgraph.connected_components(
+        neighbors.radius_neighbors_graph(small, _NEAR * usual)
+    )
     if number < count:
-        first, second = np.argwhere(np.triu(found[:, None] == found, 1))[0]
+        _, firsts = np.unique(found, return_index=True)
+        second = np.setdiff1d(np.arange(count), firsts)[0]
+        first = firsts[found[second]]
         logging.info(
             '%d training images look like others, such as %s like %s: they count as of one piece',
             *(count - number, images.files[second], images.files[first]),
