@@ -60,7 +60,7 @@ ROWS = {
     'edge, no hard normal positions': ('edge', {'hard_normal': 0.0}),
     'edge, the published loss': ('edge', {'map_loss': 'l1_focal'}),
     'edge, no average of weights': ('edge', {'optimizer.average': 0.0}),
-    'edge, layers 2 and 3': ('edge', {'features.layers': '(2,3)'}),
+    'edge, with layer1': ('edge', {'features.layers': '(1,2,3)'}),
 }
 _KNOWN = {
     'no defects': {'supervision.kind': 'none'},
