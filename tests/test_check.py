@@ -154,7 +154,10 @@ def test_layouts_are_told_by_looking(root, capsys, tmp_path):  # noqa: F811
         '--config.data.defect_dir=test/scratch --workdir runs/root'
     )
     # What it was read with, it is trained with.
-    flags = '--config.data.range=4095', '--config.data.masks=nearest', '--config.image_size=(32,48)'
+    flags = (
+        *('--config.data.range=4095.0', '--config.data.masks=nearest'),
+        '--config.image_size=(32,32)',
+    )
     _, out, _ = check(capsys, root, *flags)
     assert set(flags) <= set(shlex.split(out.splitlines()[-1]))
 
