@@ -4,8 +4,8 @@
 
 What depends on the product is found from its normal images (`ssn_jax/training/product.py`): where
 it lies at any angle, turned copies are normal too; where it lies at the same place in every image,
-the map knows places, and what is normal elsewhere is an anomaly. Scenario A's network with layer1
-and without a classification head. An epoch is all drawn defects and as many normal images. Half of
+the map knows places, and what is normal elsewhere is an anomaly. Scenario A's network without a
+classification head. An epoch is all drawn defects and as many normal images. Half of
 the anomalies' weight is that of drawn defects (`ssn_jax/data/defects.py`), the other half that of
 noise of 0.5 standard deviations a channel. Features beside a drawn defect are changed by it, and
 are taught to be normal: the map ends where the defect does. The positions of normal images that
@@ -28,7 +28,6 @@ def get_config():
     config.surroundings = (2, 6)
     config.hard_normal = 0.1
     config.map_loss = 'cross_entropy'
-    config.features.layers = (1, 2, 3)
     config.features.dtype = 'bfloat16'
     config.drawn.count = -1
     config.noise.unit = 'feature_std'

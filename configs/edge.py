@@ -12,5 +12,4 @@ def get_config():
     config = load('auto')
     config.name = 'edge'
     config.backbone.name = 'efficientnet_lite0'
-    config.features.layers = (2, 3)
     return config
