@@ -5,12 +5,11 @@
 What depends on the product is found from its normal images (`ssn_jax/training/product.py`): where
 it lies at any angle, turned copies are normal too; where it lies at the same place in every image,
 the map knows places, and what is normal elsewhere is an anomaly. Scenario A's network without a
-classification head. An epoch is all drawn defects and as many normal images. Half of
-the anomalies' weight is that of drawn defects (`ssn_jax/data/defects.py`), the other half that of
-noise of 0.5 standard deviations a channel. Features beside a drawn defect are changed by it, and
-are taught to be normal: the map ends where the defect does. The positions of normal images that
-look least normal are taught to be so too: an image's score is its map's maximum. docs/results.md
-has what it reaches.
+classification head. An epoch is all drawn defects and as many normal images. Half of the anomalies'
+weight is that of drawn defects (`ssn_jax/data/defects.py`), the other half that of noise of 0.5
+standard deviations a channel. Features beside a drawn defect are changed by it, and are taught to
+be normal: the map ends where the defect does. The positions of normal images that look least normal
+are taught to be so too: an image's score is its map's maximum. docs/results.md has what it reaches.
 """
 
 from ssn_jax.config import default_config
