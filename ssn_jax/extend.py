@@ -67,7 +67,7 @@ def config_of(
     config = config_lib.with_found(run_lib.with_white(own), given)
     config.epochs, config.epochs_before = own.epochs + more, own.epochs
     config.data.root = old_root or own.data.root
-    config.data.added = ','.join(filter(None, [config.data.added, new]))
+    config.data.added = ','.join(filter(None, [*config.data.added.split(','), new]))
     # The run's own weights, which its folder holds.
     config.backbone.weights = ''
     config.extend = str(run)

@@ -83,7 +83,6 @@ def train_and_evaluate(
     network = systems.build_network(config)
     with contextlib.ExitStack() as running:
         jobs, known = [], []
-        groups = functools.cache(lambda: parts.groups(config, material.split))
         for one, folder in asked:
             begun = run_lib.begin(one, found, folder, material.origin, material.backbone, said)
             running.enter_context(begun)
@@ -99,7 +98,7 @@ def train_and_evaluate(
             # What was trained elsewhere cannot be trained again without a part.
             done = known[-1] is not None or (folder / 'imported.json').exists()
             parted = one.decision.parts and not done
-            wanted = parts.split(one, material.split, groups()) if parted else []
+            wanted = parts.split(one, material.split, material.groups) if parted else []
             jobs.append(loop.Job(one, folder, open_log, keep, wanted))
         logging.info('Backbone %s, weights: %s', config.backbone.name, material.origin.weights)
         trained = loop.train(jobs, material.split, network, material.backbone, quiet)
@@ -121,12 +120,14 @@ class Material:
     Attributes:
       dataset: as `data.load` returns it.
       split: the training images with what the runs may know of them.
+      groups: of these, int (N,): which show the same; None if nobody asks.
       backbone: the frozen variables.
       origin: what data and backbone are told by.
     """
 
     dataset: data.Dataset
     split: data.Split
+    groups: np.ndarray | None
     backbone: dict
     origin: run_lib.Origin
 
@@ -162,7 +163,8 @@ def gather(config: ml_collections.ConfigDict, folders: list[pathlib.Path]) -> Ma
     origin = run_lib.Origin(*made_from)
     for folder in folders:
         run_lib.check_origin(folder, origin)
-    return Material(dataset, split, backbone, origin)
+    groups = parts.groups(config, split) if config.decision.parts else None
+    return Material(dataset, split, groups, backbone, origin)
 
 
 def find_backbone(config: ml_collections.ConfigDict, folders: list[pathlib.Path]) -> dict:

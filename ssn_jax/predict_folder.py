@@ -257,12 +257,17 @@ class _Table:
             raise
 
 
+def _name_of(model):
+    """The name of a run's folder, also of '.'."""
+    return os.path.basename(os.path.abspath(model.workdir))
+
+
 def _about(model, source, overlays, maps):
     """What a folder's predictions share."""
     has_model = run_lib.has_model(model.workdir)
     return {
         'input': str(source.resolve()),
-        'run': model.workdir.resolve().name,
+        'run': _name_of(model),
         'model': run_lib.model_digest(model.workdir) if has_model else None,
         'epoch': model.epoch,
         'precision': model.precision,
@@ -415,7 +420,7 @@ def _row(output, pictures, name, image, model, result):
             reasons.append(f'{path} cannot be written ({e.strerror})')
     called = decision.CLASSES[int(result.defective)]
     p_value = '' if result.p_value is None else f'{result.p_value:.6f}'
-    by_what = f'{model.threshold:.6g}', model.workdir.resolve().name, __version__
+    by_what = f'{model.threshold:.6g}', _name_of(model), __version__
     return [name, f'{result.score:.6g}', p_value, called, *regions[0][:4], *by_what], '; '.join(
         reasons
     )

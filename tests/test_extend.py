@@ -136,7 +136,7 @@ def test_an_extended_run_is_extended_and_everything_has_moved(extended, folder, 
     for name in ('data', 'new'):
         shutil.copytree(folder / name, tmp_path / name)
     add(tmp_path / 'newer/train', 'OK', 3, 7, tmp_path / 'newer/ground_truth')
-    given = {'data.root': str(tmp_path / 'newer'), 'data.added': str(tmp_path / 'new'), 'epochs': 1}
+    given = {'data.root': str(tmp_path / 'newer'), 'data.added': f'{tmp_path}/new,', 'epochs': 1}
     config = extend.config_of(extended[0], given, str(tmp_path / 'data'))
     assert config.epochs == 2 + EPOCHS
     found = pipeline.train_and_evaluate(config, tmp_path / 'twice', quiet=True)

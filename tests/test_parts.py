@@ -61,6 +61,9 @@ def test_near_copies_are_of_one_group(caplog):
         groups = parts.groups(config, split)
     assert groups[2] == groups[7] and len(np.unique(groups)) == 8
     assert f'{split.files[7]} like {split.files[2]}' in caplog.text
+    # What is usual may be no distance at all.
+    images[1:8] = images[0]
+    assert len(np.unique(parts.groups(config, dataclasses.replace(split, images=images)))) == 2
     config.decision.group = 4
     split = make_split([0, 1] * 5)
     groups = parts.groups(config, split)
@@ -174,6 +177,7 @@ def test_a_stopped_training_of_heads_goes_on(every, tmp_path, monkeypatch):
         train('stopped')
     shutil.rmtree(damaged)
     jax.tree.map(np.testing.assert_array_equal, train('stopped'), whole)
+    assert len(trained) == epochs / 2  # The other head is kept.
     parts.forget(tmp_path / 'stopped')
     assert not list((tmp_path / 'stopped').iterdir())
 

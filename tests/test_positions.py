@@ -253,8 +253,27 @@ def test_the_strongest_positions():
         assert grids[image][found, 0].max() == grids[image][:, 0].max()
         assert grids[image][found, 0].min() >= np.sort(grids[image][:, 0])[-8]
     assert images == {1, 2}
+    for count, strong in {256: 2, 160: 1, 8: 1}.items():
+        *_, weight, _ = positions._strongest(jax.random.key(0), batch, asked, 5, judge, count)
+        assert len(weight) == 2 * strong
     *_, weight, _ = positions._strongest(jax.random.key(0), batch, jnp.zeros(4), 5, judge, 1024)
     assert (weight == 0).all()
+
+
+def test_who_is_taught_fewer_positions_asks_fewer(monkeypatch):
+    asked, strongest = set(), positions._strongest
+    monkeypatch.setattr(
+        positions, '_strongest', lambda *given: asked.add(given[-1]) or strongest(*given)
+    )
+    mask = np.ones((8, 8, 12, 1), np.float32)
+    truth = {'label': np.float32([0] * 4 + [1] * 4), 'mask': mask, 'weight': mask}
+    batch = {'layers': make_layers(8), 'known': truth['label']} | truth
+    for positions_, expected in {32: 1024, 8: 256, 0: 1024}.items():
+        config = make_config(hard_normal=0.1, positions=positions_, map_loss='cross_entropy')
+        state = steps.init_state(config, jax.random.key(0), sum(CHANNELS))
+        jax.eval_shape(steps.make_step(config, 1), state, batch, jax.random.key(1))
+        assert asked == {expected}
+        asked.clear()
 
 
 def test_what_is_hard_is_learned():

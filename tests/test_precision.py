@@ -4,17 +4,20 @@ import importlib.util
 import io
 import json
 import shutil
+import types
 import zipfile
 
 import jax
 import numpy as np
 import onnxruntime
 import pytest
+from test_supervision import make_split
 import tiny
 
 from ssn_jax import (
     cli,
     config as config_lib,
+    evaluate,
     export,
     pipeline,
     precision,
@@ -253,3 +256,23 @@ def test_what_infers_changes_no_training(tmp_path):
     config.precision = 'bfloat16'
     with pytest.raises(UserError, match='different: precision'):
         run_lib.check_workdir(config, workdir)
+
+
+@pytest.mark.parametrize('image_score', ['map', 'head'])
+def test_what_was_scored_in_another_precision_is_moved(image_score):
+    """Scores by the mean difference, and maxima of maps where they are the scores."""
+    split, config = make_split([0, 1, 0, 1]), config_lib.default_config()
+    config.image_score = image_score
+
+    def model(precision, moved):
+        def logits(images):
+            return images[:, 0, 0, 0] + moved, images[..., 0] + moved
+
+        return types.SimpleNamespace(precision=precision, logits=logits)
+
+    models = model('int8', np.float32(0.5)), model('float32', np.float32(0))
+    known = evaluate.as_scores(split, np.zeros(4, np.float32), np.ones(4, np.float32), '1')
+    judged = pipeline.judge(config, *models, known, split.images[:2], split)
+    train = judged.all_scores.of('train')
+    assert train.score.tolist() == [0.5] * 4
+    assert train.map_maximum.tolist() == [1.5 if image_score == 'map' else 1.0] * 4

@@ -27,8 +27,9 @@ from ssn_jax.training import checkpoint, steps
 
 # Images that differ by less than so much of what is usual are of one piece.
 _NEAR = 0.1
-# They are compared at so many pixels a side; what is usual, so many tell.
-_SIDE, _COMPARED = 64, 500
+# They are compared at so many pixels a side; what is usual, so many tell. Distances of the same
+# pixels are computed to be below the last.
+_SIDE, _COMPARED, _ROUNDING = 64, 500, 0.01
 # Within the run's folder, until the scores are written.
 _HEADS = 'heads'
 
@@ -57,9 +58,8 @@ def groups(config: ml_collections.ConfigDict, images: Split) -> np.ndarray:
     small = np.stack([_small(image) for image in images.images])
     some = small[np.unique(np.linspace(0, count - 1, _COMPARED).astype(int))]
     usual = np.median(distance.pdist(some)) if count > 1 else 0.0
-    number, found = csgraph.connected_components(
-        neighbors.radius_neighbors_graph(small, _NEAR * usual)
-    )
+    near = neighbors.radius_neighbors_graph(small, max(_NEAR * usual, _ROUNDING))
+    number, found = csgraph.connected_components(near)
     if number < count:
         _, firsts = np.unique(found, return_index=True)
         second = np.setdiff1d(np.arange(count), firsts)[0]
