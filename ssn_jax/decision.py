@@ -24,7 +24,7 @@ CLASSES = ('normal', 'defective')
 CONFIDENCE = 0.9
 # How many times as far as by chance alone the rate that is seen of the head that is used varies
 # around that of the parts' heads, in variance, at some rates (docs/decision.md, "What it holds").
-_OF_PARTS = (0.05, 0.1, 0.2), (1.0, 2.4, 3.5)
+_OF_PARTS = (0.05, 0.1, 0.2), (1.8, 2.7, 3.5)
 # The share of normal images that have the middle of the colours anywhere.
 COLOURED = 0.05
 
@@ -141,8 +141,7 @@ def by_rate(normal: np.ndarray, fpr: float, of_parts: bool = False) -> dict:
     Args:
       normal: scores (n,) of normal images by networks that never saw them.
       fpr: the rate, in 0..1.
-      of_parts: whether these networks are not the one that is used: at rates above 0.05 the
-        interval is wider then.
+      of_parts: whether these networks are not the one that is used: the interval is wider then.
 
     Returns:
       threshold (a logit, as the scores), probability (its sigmoid), method, fpr (of these images)
