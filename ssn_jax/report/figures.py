@@ -81,10 +81,8 @@ def _grid(
         yield figure, axes
 
 
-def _outline(image: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+def _outline(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """An image with its mask's outline; one that is small is enlarged, so that the line is fine."""
-    if mask is None:
-        return image
     side = math.sqrt(mask.size)
     factor = max(1, round(400 / side))
     image = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_NEAREST)
@@ -133,11 +131,7 @@ def drawn_defects(
             else:
                 drawn.append(_outline(*defects.draw_one(image, other, kind, rng)))
         cells.append((np.concatenate(drawn), kind, 'black'))
-    columns = -(-len(cells) // 2)
-    cells += [(None, '', 'black')] * (2 * columns - len(cells))
-    rows = [cells[:columns], cells[columns:]]
-    with _grid(path, title, [' '] * columns, rows, 1):
-        pass
+    contact_sheet(path, cells, title, columns=-(-len(cells) // 2))
 
 
 def contact_sheet(
@@ -181,13 +175,12 @@ def pick_best_worst(scores: np.ndarray, labels: np.ndarray, k: int) -> tuple[lis
 def overlays(
     path: Path,
     images: np.ndarray,
-    masks: np.ndarray | None,
+    masks: np.ndarray,
     maps: np.ndarray,
     scores: np.ndarray,
     labels: np.ndarray,
     names: Sequence[str],
     title: str,
-    k: int = 3,
     evidence: bool = False,
 ) -> None:
     """Draws the best and the worst images of a test split: image, mask, map.
@@ -195,17 +188,16 @@ def overlays(
     Args:
         path: file to write.
         images: (N, H, W, 3) uint8, RGB; all of the split.
-        masks: (N, H, W) non-zero where defective, or None if there are none.
+        masks: (N, H, W) non-zero where defective.
         maps: (N, H, W) anomaly probability, 0..1; all share one colour scale, which spans those
             that are shown.
         scores: (N,) anomaly probability of the images, 0..1.
         labels: (N,) non-zero for a defective image.
         names: N file names, for the captions.
         title: what is seen: system, category, whether embedded data.
-        k: images of each class on either side.
         evidence: `maps` is what `decision.evidence` says, and colours span 0..1.
     """
-    best, worst = pick_best_worst(scores, labels, k)
+    best, worst = pick_best_worst(scores, labels, 3)
     sides = {'best': best, 'worst': worst} if worst else {'best': best}
     shown = best + worst
     tinted, scale = _tint(images[shown], maps[shown], evidence)
@@ -215,8 +207,7 @@ def overlays(
             return [(None, '', MUTED)] * 4
         kind, colour = ('defective', DEFECTIVE) if labels[i] else ('normal', NORMAL)
         text = f'{names[i]} · {kind} · {scores[i]:.3f}'
-        outlined = _outline(images[i], None if masks is None else masks[i])
-        pictures = images[i], outlined, tinted[shown.index(i)], None
+        pictures = images[i], _outline(images[i], masks[i]), tinted[shown.index(i)], None
         return list(zip(pictures, ('', text, '', ''), [colour] * 4, strict=True))
 
     headings = [text for name in sides for text in (f'{name}: image', 'mask', 'map', '')]
@@ -231,11 +222,11 @@ def overlays(
 def compare_maps(
     path: Path,
     images: np.ndarray,
-    masks: np.ndarray | None,
+    masks: np.ndarray,
     systems: Mapping[str, np.ndarray],
     names: Sequence[str],
     title: str,
-    notes: Mapping[str, Sequence[str]] | None = None,
+    notes: Mapping[str, Sequence[str]],
     evidence: bool = False,
 ) -> None:
     """Draws several systems' maps of the same images side by side, one image a row.
@@ -245,11 +236,10 @@ def compare_maps(
     are as in `overlays`, and all are drawn; by a system's name, `systems` holds its maps (N, H, W),
     0..1, and `notes` N texts to go below them.
     """
-    outlined = map(_outline, images, [None] * len(images) if masks is None else masks)
-    columns, scales = [zip(outlined, map(str, names), strict=True)], []
+    columns, scales = [zip(map(_outline, images, masks), names, strict=True)], []
     for system, maps in systems.items():
         tinted, scale = _tint(images, maps, evidence)
-        columns.append(zip(tinted, notes[system] if notes else [''] * len(images), strict=True))
+        columns.append(zip(tinted, notes[system], strict=True))
         scales.append(scale)
     rows = [[(*panel, 'black') for panel in row] for row in zip(*columns, strict=True)]
     with _grid(path, title, ['image and mask', *systems], rows, span=1) as (figure, axes):

@@ -44,14 +44,14 @@ def summary(workdir: pathlib.Path) -> str:
     return f'Everything is in {workdir}: {", ".join(there)}.'
 
 
-def metric_lines(values: dict, undefined: dict, digits: int = 2) -> list[str]:
+def metric_lines(values: dict, undefined: dict) -> list[str]:
     """A line for each metric, in percent, or why it is undefined; one if all are, alike."""
     if len(undefined) == len(metrics.METRICS) and len(set(undefined.values())) == 1:
         return [f'  nothing is measured: {next(iter(undefined.values()))}']
     shown = {name: undefined.get(name) for name in metrics.METRICS}
     for name, value in values.items():
         if value is not None:
-            shown[name] = f'{100 * value:{digits + 4}.{digits}f} %'
+            shown[name] = f'{100 * value:6.2f} %'
     return [f'  {name:12s} {text}' for name, text in shown.items()]
 
 
