@@ -114,15 +114,6 @@ def read_scores(path: pathlib.Path) -> np.ndarray:
     return np.array([[float(row['score']), float(row['map_maximum'])] for row in rows])
 
 
-def timed(document) -> list[dict]:
-    """The rows of what `ssn-jax benchmark --json` printed, each with a name and milliseconds."""
-    if isinstance(document, dict):
-        if {'name', 'ms'} <= document.keys():
-            return [document]
-        document = list(document.values())
-    return [row for part in document for row in timed(part)] if isinstance(document, list) else []
-
-
 def lines(found: dict) -> list[str]:
     """The summary for people."""
     text = [', '.join(f'{name} {value}' for name, value in found['machine'].items()), '']
@@ -132,8 +123,9 @@ def lines(found: dict) -> list[str]:
             text.append(f'{name}: {document.removeprefix(f"{name}: ")}')
             continue
         text.append(f'{name}:')
-        for row in timed(document):
-            text.append('  ' + ', '.join(f'{key} {value}' for key, value in row.items()))
+        for row in document['rows']:
+            if 'ms' in row:
+                text.append('  ' + ', '.join(f'{key} {value}' for key, value in row.items()))
     for name, run in found['runs'].items():
         text += ['', f'{name} ({run["backbone"]}, embedded data)' if run['embedded'] else name]
         text[-1] += f', {run["epochs"]} epochs in {run["train_seconds"]} s, '

@@ -150,7 +150,7 @@ def test_metrics_that_are_printed_again(tmp_path):
     assert gpu.evaluated_again(tmp_path / 'none', metrics) is None
 
 
-def test_rows_of_a_benchmark():
-    row = {'name': 'auto', 'engine': 'xla', 'precision': 'float32', 'batch': 1, 'ms': 2.5}
-    assert gpu.timed({'device': 'x', 'rows': [row, {'name': 'no time'}]}) == [row]
-    assert gpu.timed([row]) == [row]
+def test_what_a_benchmark_measured_is_listed():
+    rows = [{'name': 'auto', 'ms': 2.5}, {'name': 'other', 'failed': 'no such operation'}]
+    found = {'machine': {}, 'latency': {'rows': rows}, 'against': 'skipped', 'runs': {}}
+    assert gpu.lines(found)[2:] == ['latency:', '  name auto, ms 2.5', 'against: skipped']
