@@ -27,7 +27,7 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yields a draft beside `path`, which becomes `path` when the block ends without an error.
 
     So no reader meets half a file, and a failure leaves what was there before. A missing folder
-    is made. What a killed process leaves is told by `is_draft`.
+    is made. What a killed process leaves is told by `is_draft`. The draft may be made a folder.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,10 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         yield draft
         os.replace(draft, path)
     finally:
-        draft.unlink(missing_ok=True)
+        if draft.is_dir():
+            shutil.rmtree(draft, ignore_errors=True)
+        else:
+            draft.unlink(missing_ok=True)
 
 
 def is_draft(path: pathlib.Path) -> bool:

@@ -1,10 +1,8 @@
 """Makes a run of a checkpoint of the published PyTorch SuperSimpleNet."""
 
 import json
-import os
 import pathlib
 import re
-import shutil
 
 from absl import flags, logging
 import jax
@@ -167,16 +165,14 @@ def import_checkpoint(
     about = {'checkpoint': str(path), 'sha256': files.digest(path)}
     about |= {'backbone': weights.digest(backbone), 'weights': origin}
 
-    drafted = workdir.with_name(f'.{workdir.name}.{os.getpid()}.importing')
-    shutil.rmtree(drafted, ignore_errors=True)
     try:
-        drafted.mkdir(parents=True)
-        (drafted / 'config.json').write_text(config_lib.to_json(config))
-        (drafted / 'imported.json').write_text(json.dumps(about, indent=2) + '\n')
-        run_lib.write_model(drafted, run_lib.Model(backbone, state.variables(), config.epochs))
-        with checkpoint.open_manager(drafted, config.checkpoint.keep) as manager:
-            checkpoint.save(manager, config.epochs, state)
-        drafted.replace(workdir)
+        with files.replacing(workdir) as drafted:
+            drafted.mkdir()
+            (drafted / 'config.json').write_text(config_lib.to_json(config))
+            (drafted / 'imported.json').write_text(json.dumps(about, indent=2) + '\n')
+            run_lib.write_model(drafted, run_lib.Model(backbone, state.variables(), config.epochs))
+            with checkpoint.open_manager(drafted, config.checkpoint.keep) as manager:
+                checkpoint.save(manager, config.epochs, state)
     except OSError as e:
         raise UserError(
             f'{workdir} cannot be written ({e.strerror}): choose another --workdir.'
@@ -184,8 +180,6 @@ def import_checkpoint(
     except UserError as e:  # Of a part that cannot be written, by its name in the draft.
         reason = str(e).replace(str(drafted), str(workdir)).partition(': ')[0]
         raise UserError(f'{reason}: nothing was imported.') from None
-    finally:
-        shutil.rmtree(drafted, ignore_errors=True)
     return config
 
 

@@ -7,7 +7,6 @@ ways of writing the same blocks.
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -16,7 +15,7 @@ import statistics
 from absl import logging
 import cv2
 
-from ssn_jax import config as config_lib, decision, metrics, run as run_lib
+from ssn_jax import config as config_lib, decision, files, metrics, run as run_lib
 from ssn_jax.errors import UserError
 from ssn_jax.report import figures, markup, published
 
@@ -474,19 +473,16 @@ def write_report(
     distinct = {workdir.resolve(): workdir for workdir in reversed(single)}
     rows = make_rows([run_lib.read_run(workdir) for workdir in distinct.values()])
     measured = read_benchmark(benchmark) if benchmark else None
-    draft = output.absolute().with_name(f'.{output.absolute().name}.{os.getpid()}.draft')
     try:
-        shutil.rmtree(draft, ignore_errors=True)
-        (draft / 'figures').mkdir(parents=True)
-        blocks = make_blocks(draft / 'figures', rows, measured)
-        (draft / 'report.md').write_text(markup.markdown(blocks, 'figures'), encoding='utf-8')
-        (draft / 'report.html').write_text(markup.html(blocks, draft / 'figures'), encoding='utf-8')
-        if output.exists():
-            shutil.rmtree(output)
-        draft.replace(output)
+        with files.replacing(output.absolute()) as draft:
+            folder = draft / 'figures'
+            folder.mkdir(parents=True)
+            blocks = make_blocks(folder, rows, measured)
+            files.write(draft / 'report.md', markup.markdown(blocks, folder.name))
+            files.write(draft / 'report.html', markup.html(blocks, folder))
+            if output.exists():
+                shutil.rmtree(output)
     except OSError as e:
         raise UserError(
             f'{output} cannot be written ({e.strerror}): choose another --output.'
         ) from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
