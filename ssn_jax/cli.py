@@ -33,7 +33,8 @@ def main(command: str | None = None) -> None:
 def _run(command, argv):
     if command in ('-h', '--help'):
         width = max(map(len, COMMANDS))
-        lines = [f'  {name:{width}s}  {_first_line(f)}' for name, f in COMMANDS.items()]
+        firsts = {name: f.__doc__.splitlines()[0] for name, f in COMMANDS.items()}
+        lines = [f'  {name:{width}s}  {first}' for name, first in firsts.items()]
         print('ssn-jax COMMAND [--help] [...]', '', *lines, sep='\n')
         return
     if command == '--version':
@@ -42,10 +43,6 @@ def _run(command, argv):
     if command not in COMMANDS:
         raise UserError(f'no command {command!r}: there are {", ".join(COMMANDS)}.')
     sys.exit(COMMANDS[command](argv) or 0)
-
-
-def _first_line(function):
-    return function.__doc__.splitlines()[0]
 
 
 def _open(
@@ -157,43 +154,25 @@ def predict(argv: list[str]) -> int:
     """
     parser = terminal.Parser('predict', predict.__doc__)
     terminal.add_run_arguments(parser, _ON_EVALUATION)
-    parser.add_argument('--input', type=terminal.path, required=True, metavar='FILE_OR_FOLDER')
-    parser.add_argument('--output', type=terminal.path, required=True, metavar='DIR')
-    parser.add_argument(
-        '--threshold',
-        type=_above_0_below_1('probability'),
-        metavar='PROBABILITY',
-        help="defective from this score on, instead of the run's own threshold",
+    add, rate = parser.add_argument, _above_0_below_1('rate')
+    add('--input', type=terminal.path, required=True, metavar='FILE_OR_FOLDER')
+    add('--output', type=terminal.path, required=True, metavar='DIR')
+    probability = _above_0_below_1('probability')
+    about = "defective from this score on, instead of the run's own threshold"
+    add('--threshold', type=probability, metavar='PROBABILITY', help=about)
+    about = "of false alarms, to choose the threshold for, instead of the run's own"
+    add('--fpr', type=rate, metavar='RATE', help=about)
+    about = 'a larger image is refused before it is decoded (%(default)s)'
+    add('--max_pixels', type=int, default=2**27, help=about)
+    add('--no_overlays', action='store_true', help='draw no overlays')
+    about = (
+        'say once if the scores, in the order of file names, differ from those of the '
+        "run's normal images; RATE of false alarms (%(const)s)"
     )
-    parser.add_argument(
-        '--fpr',
-        type=_above_0_below_1('rate'),
-        metavar='RATE',
-        help="of false alarms, to choose the threshold for, instead of the run's own",
-    )
-    parser.add_argument(
-        '--max_pixels',
-        type=int,
-        default=2**27,
-        help='a larger image is refused before it is decoded (%(default)s)',
-    )
-    parser.add_argument('--no_overlays', action='store_true', help='draw no overlays')
-    parser.add_argument(
-        *('--watch-drift', '--watch_drift'),
-        type=_above_0_below_1('rate'),
-        nargs='?',
-        const=0.01,
-        metavar='RATE',
-        help='say once if the scores, in the order of file names, differ from those of the '
-        "run's normal images; RATE of false alarms (%(const)s)",
-    )
-    parser.add_argument(
-        '--maps',
-        nargs='?',
-        const='png',
-        choices=('png', 'npy'),
-        help='write maps too, as PNG of 16 bits (the default) or .npy, and masks of the regions',
-    )
+    names = '--watch-drift', '--watch_drift'
+    add(*names, type=rate, nargs='?', const=0.01, metavar='RATE', help=about)
+    about = 'write maps too, as PNG of 16 bits (the default) or .npy, and masks of the regions'
+    add('--maps', nargs='?', const='png', choices=('png', 'npy'), help=about)
     arguments, overrides = terminal.parse(parser, argv)
     if arguments.max_pixels < 1:
         raise UserError(f'--max_pixels={arguments.max_pixels} cannot be used: at least 1.')
@@ -208,13 +187,15 @@ def predict(argv: list[str]) -> int:
     terminal.use_compilation_cache()
     model = _open(arguments, overrides, arguments.threshold, arguments.fpr)
     watch = model.watch_drift(arguments.watch_drift) if arguments.watch_drift else None
+    hidden = arguments.quiet or not sys.stderr.isatty()  # A bar is for a terminal.
+    bar = functools.partial(tqdm.tqdm, desc='image', unit='image', smoothing=0.05, disable=hidden)
     done, failed = predict_folder.predict(
         model,
         arguments.input,
         arguments.output,
         arguments.max_pixels,
         not arguments.no_overlays,
-        functools.partial(_progress, tqdm.tqdm, arguments.quiet),
+        bar,
         watch,
         arguments.maps,
     )
@@ -246,11 +227,6 @@ def _above_0_below_1(what: str) -> Callable[[str], float]:
         return value
 
     return read
-
-
-def _progress(bar, quiet, paths, total):
-    disable = quiet or not sys.stderr.isatty()  # A bar is for a terminal.
-    return bar(paths, 'image', total=total, unit='image', disable=disable, smoothing=0.05)
 
 
 def decide(argv: list[str]) -> None:
@@ -396,13 +372,10 @@ def report(argv: list[str]) -> None:
     Runs that differ in their seed alone become one row. Beside them stand the published results.
     """
     parser = terminal.Parser('report', report.__doc__)
-    parser.add_argument('runs', nargs='+', type=terminal.path, help="the runs' folders")
-    parser.add_argument(
-        '--output', type=terminal.path, required=True, metavar='DIR', help='a folder to write'
-    )
-    parser.add_argument(
-        '--benchmark', type=terminal.path, metavar='FILE', help='output of benchmark --json'
-    )
+    add, about = parser.add_argument, 'a folder to write'
+    add('runs', nargs='+', type=terminal.path, help="the runs' folders")
+    add('--output', type=terminal.path, required=True, metavar='DIR', help=about)
+    add('--benchmark', type=terminal.path, metavar='FILE', help='output of benchmark --json')
     arguments = parser.parse_args(argv)
     terminal.log_to_stderr()
     from ssn_jax.report import page
@@ -423,14 +396,11 @@ def compare(argv: list[str]) -> None:
     run's decision.
     """
     parser = terminal.Parser('compare', compare.__doc__)
-    parser.add_argument('runs', nargs='+', type=terminal.path, help="the runs' folders")
-    parser.add_argument(
-        '--output', type=terminal.path, required=True, metavar='FILE', help='a .png to write'
-    )
-    parser.add_argument('--count', type=int, default=6, help='images to show')
-    parser.add_argument(
-        '--select', choices=('spread', 'failures'), default='spread', help='which images to show'
-    )
+    add, which = parser.add_argument, ('spread', 'failures')
+    add('runs', nargs='+', type=terminal.path, help="the runs' folders")
+    add('--output', type=terminal.path, required=True, metavar='FILE', help='a .png to write')
+    add('--count', type=int, default=6, help='images to show')
+    add('--select', choices=which, default='spread', help='which images to show')
     arguments = parser.parse_args(argv)
     if arguments.output.suffix != '.png':
         raise UserError(f'--output={arguments.output} cannot be used: it ends in .png.')

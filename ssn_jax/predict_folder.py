@@ -154,7 +154,7 @@ def _predict(model, source, output, max_pixels, overlays, progress, watch, maps)
         [_MAPS[maps], _mask] if maps else []
     )
     load = functools.partial(_load, model=model, max_pixels=max_pixels, whole=overlays)
-    paths, judged, done, failed = iter(progress(missing(), total)), [], 0, 0
+    paths, judged, done, failed = iter(progress(missing(), total=total)), [], 0, 0
     squashed = False
 
     def write():
