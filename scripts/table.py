@@ -47,10 +47,7 @@ ROWS = {
     'edge': ('edge', {}),
     'neighbours, ResNet18': ('auto', None),
     'neighbours, EfficientNet-Lite0': ('edge', None),
-    'edge, nothing drawn': (
-        'edge',
-        {'drawn.count': 0, 'epochs': 450, 'supervision.kind': 'none'},
-    ),
+    'edge, nothing drawn': ('edge', {'drawn.count': 0, 'epochs': 450, 'supervision.kind': 'none'}),
     'edge, at any angle': ('edge', {'product.angle': 'any'}),
     'edge, at the same angle': ('edge', {'product.angle': 'same'}),
     'edge, at any place': ('edge', {'product.place': 'any'}),

@@ -10,15 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ssn_jax import (
-    config as config_lib,
-    data,
-    files,
-    pipeline,
-    precision,
-    run as run_lib,
-    terminal,
-)
+from ssn_jax import config as config_lib, data, files, pipeline, precision, run as run_lib, terminal
 from ssn_jax.errors import UserError
 from ssn_jax.models import resnet, weights
 from ssn_jax.report import text
@@ -105,8 +97,7 @@ def port_state(
     generator = ported['params'].pop(_GENERATOR, {})
     fresh = {'params': ported['params'], 'batch_stats': ported['batch_stats']}
     return jax.tree.map(
-        jnp.asarray,
-        state.replace(step=np.asarray(step, np.int32), generator=generator, **fresh),
+        jnp.asarray, state.replace(step=np.asarray(step, np.int32), generator=generator, **fresh)
     )
 
 
@@ -197,10 +188,7 @@ def main(values: flags.FlagValues) -> None:
     workdir, path = terminal.path(values.workdir).absolute(), terminal.path(values.weights)
     if values.evaluate:  # What is wrong with the data is told before anything is written.
         data.load(
-            values.config.data,
-            values.config.image_size,
-            values.config.resize,
-            values.config.fit,
+            values.config.data, values.config.image_size, values.config.resize, values.config.fit
         )
     config = import_checkpoint(values.config, path, workdir, values.step)
     logging.info('Imported %s, %s, adaptor %s', config.system, config.backbone.name, config.adaptor)

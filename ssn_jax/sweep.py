@@ -316,10 +316,7 @@ def write_tables(workdir: pathlib.Path, rows: Sequence[Setting], failed: Mapping
     cells, done = sum(len(row.configs) for row in rows), sum(len(runs) for _, runs in finished)
     blocks = [
         ('heading', 1, f'Sweep of {first.name}'),
-        (
-            'text',
-            f'{done} of {cells} runs are finished, {len(failed)} failed. {page.EXPLANATION}',
-        ),
+        ('text', f'{done} of {cells} runs are finished, {len(failed)} failed. {page.EXPLANATION}'),
     ]
     if shown:
         blocks += [*(('text', note) for note in page.notes(shown))]

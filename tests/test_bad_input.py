@@ -153,11 +153,7 @@ CASES = {
         ('--config=missing.py', "no config file at 'missing.py'"),
         ('=main --config missing.py --config.epochs=3', "no config file at 'missing.py'"),
         ('--config .', "no config file at '.'"),
-        (
-            '--config=c.py',
-            ('c.py cannot be used as a config', 'line 1'),
-            write('c.py', b'x = = 1'),
-        ),
+        ('--config=c.py', ('c.py cannot be used as a config', 'line 1'), write('c.py', b'x = = 1')),
         ('=main --config=c.py', ('c.py cannot', 'get_config'), write('c.py')),
         ('=main --config=c.py', 'no ConfigDict', write('c.py', b'def get_config(): return 3')),
         ('=main --config=c.py', 'no ConfigDict', write('c.py', b'def get_config(): pass')),

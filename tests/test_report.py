@@ -376,12 +376,7 @@ def newer_run(runs, tmp_path):
     return runs, 'newer'
 
 
-@pytest.mark.parametrize(
-    'case',
-    [
-        *(damaged_log, damaged_figure, one_run_twice, newer_run),
-    ],
-)
+@pytest.mark.parametrize('case', [damaged_log, damaged_figure, one_run_twice, newer_run])
 def test_bad_runs_are_one_line_and_leave_nothing(case, runs, tmp_path):
     workdirs, words = case(runs, tmp_path)
     before = set(tmp_path.iterdir())

@@ -415,11 +415,7 @@ def roc_curve(path: Path, scores: np.ndarray, labels: np.ndarray, title: str) ->
 
 
 def score_histogram(
-    path: Path,
-    scores: np.ndarray,
-    labels: np.ndarray,
-    title: str,
-    threshold: float | None = None,
+    path: Path, scores: np.ndarray, labels: np.ndarray, title: str, threshold: float | None = None
 ) -> None:
     """Draws how the scores (N,) of normal and of defective images are distributed.
 

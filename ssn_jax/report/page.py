@@ -377,10 +377,7 @@ def make_blocks(
     Returns:
       ('heading', level, text), ('text', text), ('table', Table) and ('pictures', [Picture]).
     """
-    blocks: list[tuple] = [
-        ('heading', 1, 'SuperSimpleNet in JAX: results'),
-        ('text', EXPLANATION),
-    ]
+    blocks: list[tuple] = [('heading', 1, 'SuperSimpleNet in JAX: results'), ('text', EXPLANATION)]
     sections: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         sections.setdefault(row.where, []).append(row)
@@ -391,10 +388,7 @@ def make_blocks(
         blocks.append(('table', metrics_table(members)))
         for heading, pictures in section_figures(folder, number, members, benchmark):
             blocks += [('heading', 3, heading), ('pictures', pictures)]
-    blocks += [
-        ('heading', 2, 'Decision'),
-        ('table', decision_table(rows)),
-    ]
+    blocks += [('heading', 2, 'Decision'), ('table', decision_table(rows))]
     recall = recall_table(rows)
     if recall.lines:
         blocks += [('heading', 2, 'Recall of each kind of defect'), ('table', recall)]
@@ -448,9 +442,7 @@ def check_output(output: pathlib.Path) -> None:
 
 
 def write_report(
-    workdirs: Sequence[pathlib.Path],
-    output: pathlib.Path,
-    benchmark: pathlib.Path | None = None,
+    workdirs: Sequence[pathlib.Path], output: pathlib.Path, benchmark: pathlib.Path | None = None
 ) -> None:
     """Writes report.md, report.html and figures/ of runs into `output`, all or nothing.
 

@@ -73,10 +73,7 @@ RESULTS = (
         _screw('mod2', auroc, fields={'noise.beta': beta})
         for beta, auroc in {0.1: 0.678, 0.05: 0.723, 0.5: 0.468, 0.0015: 0.484}.items()
     ),
-    _ksdd2(
-        *('simplenet', {'AP-det': 0.884}),
-        fields={'image_size': (640, 232), 'resize': (0, 0)},
-    ),
+    _ksdd2(*('simplenet', {'AP-det': 0.884}), fields={'image_size': (640, 232), 'resize': (0, 0)}),
     _ksdd2(
         'mod3',
         {'I-AUROC': 0.986, 'AP-det': 0.945, 'P-AUROC': 0.872, 'AUPRO': 0.874, 'AP-loc': 0.074},
@@ -88,17 +85,8 @@ RESULTS = (
 
 # Parameters; ms at batch 1, images per second and MB on DEVICE.
 EFFICIENCY = {
-    'baseline': {
-        'params': 33.7e6,
-        'ms': 25.58,
-        'images_per_s': 96.72,
-    },
-    'mod1_a': {
-        'params': 4.5e6,
-        'ms': 7.78,
-        'images_per_s': 398.47,
-        'mb': 52.43,
-    },
+    'baseline': {'params': 33.7e6, 'ms': 25.58, 'images_per_s': 96.72},
+    'mod1_a': {'params': 4.5e6, 'ms': 7.78, 'images_per_s': 398.47, 'mb': 52.43},
     'mod1_b': {'params': 5.7e6, 'ms': 8.36},
 }
 
