@@ -172,17 +172,14 @@ def test_without_test_images(root, capsys):  # noqa: F811
 @pytest.mark.parametrize(
     ('arguments', 'expected'),
     [
-        (['nowhere'], 'nowhere: no such folder'),
-        (['.', '--sheet=a.jpg'], 'it ends in .png'),
         (['.', '--config.epochs=3'], 'epochs belongs to training: this command takes'),
         (['.', '--config.image_size=(8,8)'], 'it is .height, width., each at least 32'),
         (['.', '--config.image_size=a'], 'config.image_size'),
         (['.', '--name=synthetic'], 'has no folder to check'),
-        (['.', '--name=imagenet'], '--config.data.name=imagenet: no such data set'),
-        ([], 'required: ROOT'),
     ],
 )
 def test_mistakes(arguments, expected, capsys, tmp_path, monkeypatch):
+    """tests/test_bad_input.py has more of them."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=expected):
         check(capsys, *arguments)

@@ -112,11 +112,6 @@ def test_images_are_shared_by_as_many_devices_as_divide_a_batch(tmp_path):
     on_four_devices(LAYOUT, tmp_path)
 
 
-def test_one_device_needs_no_mesh():
-    assert devices.make_mesh(8) is None or jax.local_device_count() > 1
-    assert isinstance(devices.put_images(None, np.zeros((2, 3))), jax.Array)
-
-
 def test_processes_that_can_not_share_a_batch_are_told(monkeypatch):
     monkeypatch.setattr(jax, 'process_count', lambda: 2)
     with pytest.raises(devices.UserError, match=r'--config\.batch_size.*--num_processes'):
@@ -219,9 +214,3 @@ def test_a_taken_port_is_told():
         port = server.getsockname()[1]
         with pytest.raises(devices.UserError, match=f'127.0.0.1:{port}: its port'):
             devices.connect(False, f'127.0.0.1:{port}', 2, 0)
-
-
-def test_without_flags_there_is_one_process():
-    devices.connect(False, None, None, None)
-    assert jax.process_count() == 1 and devices.is_first()
-    devices.wait_for_all('alone')
