@@ -16,12 +16,12 @@ class Table:
 
     Attributes:
       head: the columns' names.
-      lines: their cells; the first is the line's name.
+      lines: cells; the first is the line's name.
       quiet: the lines' numbers that stand back: what is published, and differences to it.
     """
 
     head: list[str]
-    lines: list[list[str]]
+    lines: list[list[str]] = dataclasses.field(default_factory=list)
     quiet: set[int] = dataclasses.field(default_factory=set)
 
     def add(self, *cells: str, quiet: bool = False) -> None:

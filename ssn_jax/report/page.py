@@ -150,7 +150,7 @@ def mean_and_spread(values: Sequence[float | None], scale: float = 1.0, digits: 
 
 def metrics_table(rows: Sequence[Row]) -> markup.Table:
     """The seven metrics in percent, each row with the published ones and the differences."""
-    table = markup.Table(['system', 'epochs', 'seeds', *metrics.METRICS, 'seconds of training'], [])
+    table = markup.Table(['system', 'epochs', 'seeds', *metrics.METRICS, 'seconds of training'])
     for row in rows:
         values = {name: row.each(lambda r, n=name: r['metrics'][n]) for name in metrics.METRICS}
         table.add(
@@ -178,8 +178,8 @@ def metrics_table(rows: Sequence[Row]) -> markup.Table:
 
 def decision_table(rows: Sequence[Row]) -> markup.Table:
     """The thresholds and what they do on the test split, in percent."""
-    table = markup.Table(['system', 'category', 'threshold (probability)', 'chosen on'], [])
-    table.head.extend(['test TPR', 'test FPR', 'Youden on test: threshold', 'TPR', 'FPR'])
+    head = ['system', 'category', 'threshold (probability)', 'chosen on', 'test TPR', 'test FPR']
+    table = markup.Table([*head, 'Youden on test: threshold', 'TPR', 'FPR'])
     for row in rows:
         chosen = [run.results['decision'] for run in row.runs]
         youden = [run.results.get('youden_on_test', {}) for run in row.runs]
@@ -208,27 +208,22 @@ def recall_table(rows: Sequence[Row]) -> markup.Table:
     interval is that of the mean number found.
     """
     interval = f'{100 * decision.CONFIDENCE:.0f} % interval'
-    table = markup.Table(['system', 'category', 'defect', 'images', 'found', interval], [])
+    table = markup.Table(['system', 'category', 'defect', 'images', 'found', interval])
     for row in rows:
         known = [run.results['recall'] for run in row.runs if run.results.get('recall')]
         for kind, first in known[0].items() if known else ():
             found, images = [of[kind]['found'] for of in known], first['images']
             ends = decision.binomial(round(statistics.fmean(found)), images)
-            shown = (
-                mean_and_spread(found, 100 / images),
-                ' to '.join(f'{100 * x:.0f}' for x in ends),
-            )
-            table.add(row.label, row.where[1], kind, str(images), *shown)
+            share, shown = mean_and_spread(found, 100 / images), [f'{100 * x:.0f}' for x in ends]
+            table.add(row.label, row.where[1], kind, str(images), share, ' to '.join(shown))
     return table
 
 
 def efficiency_table(rows: Sequence[Row], benchmark: tuple[str, dict] | None) -> markup.Table:
     """Size and speed of every row; without a benchmark, of training alone."""
     inference = {'ms': 'ms, batch 1', 'images_per_s': 'images/s, batch 16', 'mb': 'MB, batch 1'}
-    table = markup.Table(
-        ['system', 'category', 'M parameters', 'seconds an epoch', 'trained on'], []
-    )
-    table.head.extend(inference.values())
+    head = ['system', 'category', 'M parameters', 'seconds an epoch', 'trained on']
+    table = markup.Table([*head, *inference.values()])
 
     def speed(of: Mapping) -> list[str]:
         return [markup.NOTHING if of.get(k) is None else f'{of[k]:.2f}' for k in inference]
@@ -244,22 +239,15 @@ def efficiency_table(rows: Sequence[Row], benchmark: tuple[str, dict] | None) ->
         )
         theirs = published.efficiency(row.runs[0].config)
         if theirs:
-            size = f'{theirs["params"] / 1e6:.1f}'
-            cells = (
-                f'published ({published.DEVICE})',
-                '',
-                size,
-                markup.NOTHING,
-                markup.NOTHING,
-                *speed(theirs),
-            )
-            table.add(*cells, quiet=True)
+            size, device = f'{theirs["params"] / 1e6:.1f}', f'published ({published.DEVICE})'
+            nothing = [markup.NOTHING] * 2
+            table.add(device, '', size, *nothing, *speed(theirs), quiet=True)
     return table
 
 
 def runs_table(rows: Sequence[Row]) -> markup.Table:
     """Where everything comes from: a line for every run."""
-    table = markup.Table(['run', 'system', 'seed', 'data', 'test images', "backbone's weights"], [])
+    table = markup.Table(['run', 'system', 'seed', 'data', 'test images', "backbone's weights"])
     for row in rows:
         for run in row.runs:
             r = run.results
