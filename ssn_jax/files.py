@@ -103,14 +103,21 @@ def check_output(path: pathlib.Path, flag: str) -> None:
         raise UserError(f'{existing} cannot be written to: choose another {flag}.')
 
 
-def write_output(path: pathlib.Path, content: str | bytes, flag: str) -> None:
-    """`write` for a file that the user named with `flag`; UserError where it fails."""
+@contextlib.contextmanager
+def writing(path: pathlib.Path, flag: str) -> Iterator[None]:
+    """Within the block an OSError becomes a UserError: `path`, named by `flag`, is not written."""
     try:
-        write(path, content)
+        yield
     except OSError as e:
         raise UserError(
             f'{path} cannot be written ({e.strerror}): choose another {flag}.'
         ) from None
+
+
+def write_output(path: pathlib.Path, content: str | bytes, flag: str) -> None:
+    """`write` for a file that the user named with `flag`; UserError where it fails."""
+    with writing(path, flag):
+        write(path, content)
 
 
 def allocate(like: Mapping[str, tuple], folder: pathlib.Path) -> dict[str, np.ndarray]:

@@ -156,21 +156,17 @@ def import_checkpoint(
     about = {'checkpoint': str(path), 'sha256': files.digest(path)}
     about |= {'backbone': weights.digest(backbone), 'weights': origin}
 
-    try:
-        with files.replacing(workdir) as drafted:
-            drafted.mkdir()
-            (drafted / 'config.json').write_text(config_lib.to_json(config))
-            (drafted / 'imported.json').write_text(json.dumps(about, indent=2) + '\n')
+    with files.writing(workdir, '--workdir'), files.replacing(workdir) as drafted:
+        drafted.mkdir()
+        (drafted / 'config.json').write_text(config_lib.to_json(config))
+        (drafted / 'imported.json').write_text(json.dumps(about, indent=2) + '\n')
+        try:
             run_lib.write_model(drafted, run_lib.Model(backbone, state.variables(), config.epochs))
             with checkpoint.open_manager(drafted, config.checkpoint.keep) as manager:
                 checkpoint.save(manager, config.epochs, state)
-    except OSError as e:
-        raise UserError(
-            f'{workdir} cannot be written ({e.strerror}): choose another --workdir.'
-        ) from None
-    except UserError as e:  # Of a part that cannot be written, by its name in the draft.
-        reason = str(e).replace(str(drafted), str(workdir)).partition(': ')[0]
-        raise UserError(f'{reason}: nothing was imported.') from None
+        except UserError as e:  # Of a part that cannot be written, by its name in the draft.
+            reason = str(e).replace(str(drafted), str(workdir)).partition(': ')[0]
+            raise UserError(f'{reason}: nothing was imported.') from None
     return config
 
 

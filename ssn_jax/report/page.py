@@ -453,16 +453,11 @@ def write_report(
     distinct = {workdir.resolve(): workdir for workdir in reversed(single)}
     rows = make_rows([run_lib.read_run(workdir) for workdir in distinct.values()])
     measured = read_benchmark(benchmark) if benchmark else None
-    try:
-        with files.replacing(output.absolute()) as draft:
-            folder = draft / 'figures'
-            folder.mkdir(parents=True)
-            blocks = make_blocks(folder, rows, measured)
-            files.write(draft / 'report.md', markup.markdown(blocks, folder.name))
-            files.write(draft / 'report.html', markup.html(blocks, folder))
-            if output.exists():
-                shutil.rmtree(output)
-    except OSError as e:
-        raise UserError(
-            f'{output} cannot be written ({e.strerror}): choose another --output.'
-        ) from None
+    with files.writing(output, '--output'), files.replacing(output.absolute()) as draft:
+        folder = draft / 'figures'
+        folder.mkdir(parents=True)
+        blocks = make_blocks(folder, rows, measured)
+        files.write(draft / 'report.md', markup.markdown(blocks, folder.name))
+        files.write(draft / 'report.html', markup.html(blocks, folder))
+        if output.exists():
+            shutil.rmtree(output)
