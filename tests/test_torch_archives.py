@@ -140,14 +140,8 @@ REFUSED = {
     ),
     'a huge number': (
         opcodes(
-            b'}',
-            'a',
-            REBUILD,
-            *SMALL,
-            0,
-            b'\x8a\x09' + b'\x7f' * 9 + b'\x85K\x01\x85',
-            HOOKS,
-            b'tRs',
+            *(b'}', 'a', REBUILD, *SMALL, 0),
+            *(b'\x8a\x09' + b'\x7f' * 9 + b'\x85K\x01\x85', HOOKS, b'tRs'),
         ),
         'shape that none can have',
     ),
