@@ -31,16 +31,12 @@ class Table:
         self.lines.append(list(cells))
 
 
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """A figure: its file's name in the report's folder, and what is seen on it."""
-
-    name: str
-    caption: str
-
-
 def markdown(blocks: Sequence[tuple], folder: str) -> str:
-    """The page as Markdown; `folder` is where the figures are, from the page."""
+    """The page as Markdown; `folder` is where the figures are, from the page.
+
+    Blocks are ('heading', level, text), ('text', text), ('table', Table) and ('pictures', figures),
+    which are pairs: a file's name in the folder, and what is seen on it.
+    """
 
     def clean(text: str) -> str:
         return re.sub(r'([\\`*\[\]<|])', r'\\\1', text)
@@ -62,9 +58,9 @@ def markdown(blocks: Sequence[tuple], folder: str) -> str:
                     lines.append(f'| {" | ".join(marked)} |')
                 lines.append('')
             case 'pictures':
-                for picture in content[0]:
-                    caption = clean(picture.caption)
-                    lines += [f'![{caption}]({folder}/{picture.name})', '', caption, '']
+                for name, caption in content[0]:
+                    caption = clean(caption)
+                    lines += [f'![{caption}]({folder}/{name})', '', caption, '']
     return '\n'.join(lines)
 
 
@@ -110,9 +106,9 @@ def html(blocks: Sequence[tuple], folder: pathlib.Path) -> str:
                 parts.append('</tbody></table></div>')
             case 'pictures':
                 parts.append('<div class="figures">')
-                for picture in content[0]:
-                    encoded = base64.b64encode((folder / picture.name).read_bytes()).decode()
-                    caption = clean(picture.caption)
+                for name, caption in content[0]:
+                    encoded = base64.b64encode((folder / name).read_bytes()).decode()
+                    caption = clean(caption)
                     parts.append(
                         f'<figure><img alt="{caption}" src="data:image/png;base64,{encoded}">'
                         f'<figcaption>{caption}</figcaption></figure>'

@@ -266,8 +266,12 @@ def place(where: tuple[str, str]) -> str:
 
 def section_figures(
     folder: pathlib.Path, number: int, rows: Sequence[Row], benchmark: tuple[str, dict] | None
-) -> list[tuple[str, list[markup.Picture]]]:
-    """Draws and copies the figures of one category into `folder`: groups with their headings."""
+) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Draws and copies the figures of one category into `folder`.
+
+    Returns:
+      Groups: the heading, and of each figure its file's name and what is seen on it.
+    """
     title = place(rows[0].where)
     groups = []
     if benchmark:
@@ -284,9 +288,7 @@ def section_figures(
             file = f'trade-off-{number}.png'
             devices = benchmark[0], published.DEVICE
             figures.trade_off(folder / file, ours, theirs, f'{title} · trade-off', devices)
-            groups.append(
-                ('Trade-off', [markup.Picture(file, f'I-AUROC against latency, {title}')])
-            )
+            groups.append(('Trade-off', [(file, f'I-AUROC against latency, {title}')]))
 
     numbers = {f for row in rows for f, v in row.setting.items() if type(v) in (int, float)}
     pictures = []
@@ -295,7 +297,7 @@ def section_figures(
         if any(len(points) > 1 for points in ours.values()):
             file = f'setting-{number}-{i}.png'
             figures.over_setting(folder / file, ours, theirs, f'{title} · {field}', field)
-            pictures.append(markup.Picture(file, f'I-AUROC over {field}, {title}'))
+            pictures.append((file, f'I-AUROC over {field}, {title}'))
     if pictures:
         groups.append(('Settings', pictures))
 
@@ -303,9 +305,7 @@ def section_figures(
     if histories:
         file = f'losses-{number}.png'
         figures.compare_losses(folder / file, histories, f'{title} · loss, first seed')
-        groups.append(
-            ('Loss', [markup.Picture(file, f'Loss of the first seed of each system, {title}')])
-        )
+        groups.append(('Loss', [(file, f'Loss of the first seed of each system, {title}')]))
 
     for kind, heading in {
         'pixel_pr': 'Precision and recall of the pixels',
@@ -324,7 +324,7 @@ def section_figures(
                 )
             file = f'{kind}-{number}-{i}.png'
             shutil.copyfile(source, folder / file)
-            pictures.append(markup.Picture(file, f'{row.label}, seed {run.config.seed}'))
+            pictures.append((file, f'{row.label}, seed {run.config.seed}'))
         if pictures:
             groups.append((heading, pictures))
     return groups
@@ -360,19 +360,14 @@ def lines_over(
 def make_blocks(
     folder: pathlib.Path, rows: Sequence[Row], benchmark: tuple[str, dict] | None
 ) -> list[tuple]:
-    """The page as blocks, its figures drawn into `folder`.
-
-    Returns:
-      ('heading', level, text), ('text', text), ('table', Table) and ('pictures', [Picture]).
-    """
+    """The page as blocks (see `markup.markdown`), its figures drawn into `folder`."""
     blocks: list[tuple] = [('heading', 1, 'SuperSimpleNet in JAX: results'), ('text', EXPLANATION)]
     sections: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         sections.setdefault(row.where, []).append(row)
     for number, (where, members) in enumerate(sections.items(), 1):
         blocks.append(('heading', 2, place(where)))
-        for note in notes(members):
-            blocks.append(('text', note))
+        blocks += [('text', note) for note in notes(members)]
         blocks.append(('table', metrics_table(members)))
         for heading, pictures in section_figures(folder, number, members, benchmark):
             blocks += [('heading', 3, heading), ('pictures', pictures)]
@@ -382,13 +377,8 @@ def make_blocks(
         blocks += [('heading', 2, 'Recall of each kind of defect'), ('table', recall)]
     blocks.append(('heading', 2, 'Efficiency'))
     if benchmark:
-        blocks.append(
-            (
-                'text',
-                f'Inference was measured on {benchmark[0]}; published times are of another machine '
-                f'({published.DEVICE}).',
-            )
-        )
+        text = f'Inference was measured on {benchmark[0]}; published times are of another machine '
+        blocks.append(('text', f'{text}({published.DEVICE}).'))
     blocks += [
         ('table', efficiency_table(rows, benchmark)),
         ('heading', 2, 'Runs'),
