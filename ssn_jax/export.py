@@ -1,6 +1,5 @@
 """The trained predictor as one portable file: from images of any size to scores and maps."""
 
-from collections.abc import Callable
 import io
 import json
 import pathlib
@@ -16,25 +15,6 @@ from ssn_jax import data, decision, files, run as run_lib
 from ssn_jax.errors import UserError
 from ssn_jax.fused import engine, forward
 from ssn_jax.predictor import Predictor
-
-
-def make_function(model: Predictor) -> Callable:
-    """A model with its preprocessing, as a function of images of any size.
-
-    Args:
-      model: of an opened run.
-
-    Returns:
-      uint8 RGB images (N, H, W, 3) -> score logits (N,) and anomaly logits (N, *image_size), both
-      float32. N, H and W may be symbolic.
-    """
-    config = model.config
-
-    def predict(images):
-        fitted, padded = preprocess(config, images), config.fit == 'pad'
-        return forward.predict(model.fused, fitted, False, model.precision, padded)
-
-    return predict
 
 
 def preprocess(config: ml_collections.ConfigDict, images: jax.Array) -> jax.Array:
@@ -105,17 +85,23 @@ def _tried(model):
 def to_stablehlo(model: Predictor) -> bytes:
     """A zip archive of `predictor`, for `jax.export.deserialize`, and `metadata.json`.
 
-    `predictor` holds StableHLO with symbolic N, H and W and all weights, for CPU, CUDA and TPU.
+    `predictor` holds StableHLO with symbolic N, H and W and all weights, for CPU, CUDA and TPU:
+    uint8 RGB images (N, H, W, 3) -> score logits (N,) and anomaly logits (N, *image_size), float32.
 
     Raises:
       UserError: the model infers in int8.
     """
     if model.config.precision == 'int8':
         raise UserError('--format stablehlo has no int8: take openvino, or --precision float32.')
-    sides = 'h, w' if model.config.fit == 'squash' else '{}, {}'.format(*model.config.image_size)
+    padded = model.config.fit == 'pad'
+
+    def predict(images):
+        fitted = preprocess(model.config, images)
+        return forward.predict(model.fused, fitted, False, model.precision, padded)
+
+    sides = '{}, {}'.format(*model.config.image_size) if padded else 'h, w'
     images = jax.ShapeDtypeStruct(jax.export.symbolic_shape(f'n, {sides}, 3'), jnp.uint8)
-    function = jax.jit(make_function(model))
-    exported = jax.export.export(function, platforms=('cpu', 'cuda', 'tpu'))(images)
+    exported = jax.export.export(jax.jit(predict), platforms=('cpu', 'cuda', 'tpu'))(images)
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, 'w') as f:
         f.writestr('predictor', exported.serialize())

@@ -4,8 +4,6 @@ import pathlib
 
 from ssn_jax import metrics
 
-COMPARED = ('before', 'after')
-
 
 def format_table(results: dict) -> str:
     """The seven metrics, or several seeds' summary of them, as a table for the terminal."""
@@ -88,7 +86,9 @@ def extended_lines(extended: dict) -> list[str]:
     how = 'heads that never saw them' if seen == {True} else 'a network that was trained on them'
     lines.append(f'  new images that are called defective, after by {how}:')
     for kind, of in extended['new'].items():
-        shown = ('-' if of[x] is None else f'{of[x]} of {of["images"]}' for x in COMPARED)
+        shown = (
+            '-' if of[x] is None else f'{of[x]} of {of["images"]}' for x in ('before', 'after')
+        )
         lines.append('  {:14} {:>9} {:>9}'.format(kind, *shown))
     return lines
 
