@@ -88,11 +88,6 @@ def perlin_masks(
     return ((noise > threshold) & kept).astype(jnp.float32)
 
 
-def static_noise(key: jax.Array, shape: tuple[int, ...], std: float) -> jax.Array:
-    """Gaussian noise N(0, std^2) of the given shape (N, H, W, C), in the features' own unit."""
-    return std * jax.random.normal(key, shape)
-
-
 def bounded_noise(raw: jax.Array, beta: float | None) -> jax.Array:
     """A generator's raw output (N, H, W, C) as noise: beta * tanh(raw), or raw without a bound."""
     return raw if beta is None else beta * jnp.tanh(raw)
@@ -175,7 +170,7 @@ def make_noise(config: ml_collections.ConfigDict) -> Callable:
     settings = config.noise
 
     def static(generator, adapted, key):
-        return static_noise(key, adapted.shape, settings.std)
+        return settings.std * jax.random.normal(key, adapted.shape)
 
     def learned(generator, adapted, key):
         z = jax.random.normal(key, (*adapted.shape[:-1], settings.z_dim))

@@ -10,6 +10,7 @@ import pytest
 import rule
 
 from ssn_jax import synthesis
+from ssn_jax.config import default_config
 
 N = 1000
 
@@ -136,8 +137,8 @@ def test_other_grids_are_resized_before_the_threshold(monkeypatch):
 
 
 def test_static_noise_is_gaussian_with_the_given_deviation():
-    noise = np.asarray(synthesis.static_noise(jax.random.key(7), (4, 32, 32, 32), 0.015))
-    scaled = noise / 0.015
+    noise_fn, features = synthesis.make_noise(default_config()), jnp.zeros((4, 32, 32, 32))
+    scaled = np.asarray(noise_fn({}, features, jax.random.key(7))) / 0.015
     assert abs(scaled.mean()) < 4.5 / np.sqrt(scaled.size)
     assert scaled.std() == pytest.approx(1, abs=0.01)
     assert (scaled**4).mean() == pytest.approx(3, abs=0.1)

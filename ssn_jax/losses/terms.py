@@ -26,24 +26,22 @@ def mean_where(values: jax.Array, where: jax.Array) -> jax.Array:
     return jnp.where(total > 0, (values * weights).sum() / jnp.maximum(total, 1e-12), 0.0)
 
 
-def beyond_margin(logits: jax.Array, targets: jax.Array, threshold: float = 0.5) -> jax.Array:
+def beyond_margin(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Truncated L1 per element (Liu et al., "SimpleNet", CVPR 2023, equation 7).
 
     Args:
       logits: any shape.
       targets: same shape, 0 normal or 1 anomalous.
-      threshold: the margin; what is below -threshold or above threshold, as it should, costs 0.
 
     Returns:
-      Same shape: how far each element is from where it costs nothing.
+      Same shape: how far each element is from where it costs nothing, below -0.5 or above 0.5.
     """
-    return jax.nn.relu(threshold + jnp.where(targets > 0, -logits, logits))
+    return jax.nn.relu(0.5 + jnp.where(targets > 0, -logits, logits))
 
 
 def truncated_l1(
     logits: jax.Array,
     targets: jax.Array,
-    threshold: float = 0.5,
     weight: jax.Array | float = 1.0,
     taught: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
@@ -52,14 +50,13 @@ def truncated_l1(
     Args:
       logits: (N, H, W, 1).
       targets: (N, H, W, 1), 0 normal or 1 anomalous.
-      threshold: the margin.
       weight: as of `discriminator_loss`.
       taught: likewise.
 
     Returns:
       Two scalars: the mean over normal and over anomalous positions, 0 where there are none.
     """
-    each = weight * beyond_margin(logits, targets, threshold)
+    each = weight * beyond_margin(logits, targets)
     return mean_where(each, taught * (targets == 0)), mean_where(each, taught * (targets > 0))
 
 

@@ -156,7 +156,7 @@ def upscale_pool(layers: tuple[jax.Array, ...], scale: int = 2) -> jax.Array:
 
 
 def sample_features(
-    layers: tuple[jax.Array, ...], places: jax.Array, images: jax.Array, scale: int = 2
+    layers: tuple[jax.Array, ...], places: jax.Array, images: jax.Array
 ) -> jax.Array:
     """`upscale_pool(layers)` at some places of some images, without building the feature grid.
 
@@ -164,12 +164,11 @@ def sample_features(
       layers: outputs of the backbone (N, H_i, W_i, C_i), finest first.
       places: (M, P) int, indices into the grid's H * W positions, row by row.
       images: (M,) int, which images they are of.
-      scale: how many times finer than the first layer the grid is.
 
     Returns:
       (M, P, sum of C_i).
     """
-    height, width = feature_grid(layers, scale)
+    height, width = feature_grid(layers)
     image = images[:, None, None, None]
     parts = []
     for x in layers:
@@ -231,21 +230,20 @@ def full_size_map(raw: jax.Array, size: tuple[int, int], **blur) -> jax.Array:
     return apply_separable(*map_matrices(raw.shape[1:3], size, **blur), raw)
 
 
-def project(layers: tuple[jax.Array, ...], kernel: jax.Array, scale: int = 2) -> jax.Array:
+def project(layers: tuple[jax.Array, ...], kernel: jax.Array) -> jax.Array:
     """`upscale_pool(layers) @ kernel` without building the feature grid.
 
     Args:
       layers: outputs of the backbone (N, H_i, W_i, C_i), finest first.
       kernel: (sum of C_i, D).
-      scale: how many times finer than the first layer the grid is.
 
     Returns:
       (N, H, W, D).
     """
-    return convolve(layers, kernel[None, None], scale)
+    return convolve(layers, kernel[None, None])
 
 
-def convolve(layers: tuple[jax.Array, ...], kernel: jax.Array, scale: int = 2) -> jax.Array:
+def convolve(layers: tuple[jax.Array, ...], kernel: jax.Array) -> jax.Array:
     """The k x k convolution of `upscale_pool(layers)`, zero padding, stride 1.
 
     With columns in front of rows, every intermediate result lies in memory as the next product
@@ -254,13 +252,12 @@ def convolve(layers: tuple[jax.Array, ...], kernel: jax.Array, scale: int = 2) -
     Args:
       layers: outputs of the backbone (N, H_i, W_i, C_i), finest first.
       kernel: (k, k, sum of C_i, D), odd k.
-      scale: how many times finer than the first layer the grid is.
 
     Returns:
       (N, H, W, D).
     """
     n, size = layers[0].shape[0], len(kernel)  # The former may be symbolic.
-    height, width = feature_grid(layers, scale)
+    height, width = feature_grid(layers)
     rows, parts, start = [], [], 0
     for x in layers:
         _, h, w, channels = x.shape
