@@ -54,10 +54,6 @@ def _whole(least: int, most: int | None = None) -> tuple:
     return lambda value: least <= value <= most, f'it is a number from {least} to {most}'
 
 
-def _numbers(value) -> bool:
-    return all(isinstance(v, int | float) for v in value)
-
-
 def _size(value) -> bool:
     whole = len(value) == 2 and all(isinstance(v, int) and v >= 0 for v in value)
     return whole and value[0] * value[1] <= 2**24
@@ -306,7 +302,8 @@ FIELDS = {
         (0.8, 0.9),
         'Fractions of the epochs after which the rates drop.',
         lambda value: (
-            _numbers(value) and all(0 < v <= 1 for v in value) and list(value) == sorted(value)
+            all(isinstance(v, int | float) and 0 < v <= 1 for v in value)
+            and list(value) == sorted(value)
         ),
         'they are rising fractions of the epochs in 0..1',
     ),
