@@ -251,33 +251,6 @@ def test_conv2d_is_xlas_convolution(monkeypatch, backend, shape, size, channels)
         rule.check_close(actual, expected, terms, spread=terms**0.5)
 
 
-@settings(max_examples=10, deadline=None)
-@given(
-    n=st.integers(1, 3),
-    grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    half=st.integers(0, 2),
-    seed=st.integers(0, 99),
-)
-def test_conv2d_on_any_shape(n, grid, half, seed):
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal((n, *grid, 3)).astype(np.float32)
-    kernel = rng.standard_normal((2 * half + 1, 2 * half + 1, 3, 2)).astype(np.float32)
-    terms = kernel[..., 0].size
-    rule.check_close(layers_lib.conv2d(x, kernel), lax_conv(x, kernel), terms, spread=terms**0.5)
-
-
-@pytest.mark.parametrize('backend', ['cpu', 'gpu'])
-@pytest.mark.parametrize('i, j', [(0, 0), (0, 4), (4, 2), (3, 1)])
-def test_conv2d_shifts_and_fills_borders_with_zeros(monkeypatch, backend, i, j):
-    """A kernel that is 1 at one tap moves the image and lets zeros in from the border."""
-    monkeypatch.setattr(jax, 'default_backend', lambda: backend)
-    x = rule.draw_input('border', (1, 6, 7, 1))
-    kernel = np.zeros((5, 5, 1, 1), np.float32)
-    kernel[i, j] = 1
-    expected = np.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)))[:, i : i + 6, j : j + 7]
-    rule.check_close(layers_lib.conv2d(x, kernel), expected, 25)
-
-
 @pytest.mark.parametrize(
     'size_in, size_out', [((16, 24), (64, 96)), ((29, 80), (23, 116)), ((1, 3), (4, 5))]
 )

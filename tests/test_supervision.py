@@ -234,15 +234,3 @@ def test_an_unmasked_defect_teaches_the_score_alone():
     focal = loss_terms.focal(logits, target).ravel()
     rule.check_close(terms['map_focal'], (3 * focal[0] + 0.5 * focal[1]) / 2, 16)
     rule.check_close(terms['score_focal'], 0.5**4 * np.log(2), 16)
-
-
-def test_masks_change_nothing_for_a_run_that_knows_labels_alone():
-    given = make_split([1, 0, 1])
-    everywhere = dataclasses.replace(
-        given, masks=np.where(given.masks.any((1, 2), keepdims=True), 1, given.masks)
-    )
-    one, other = (supervision.training_split(config_of('labels'), s) for s in (given, everywhere))
-    for field in ('images', 'masks', 'has_mask', 'labels'):
-        np.testing.assert_array_equal(getattr(one, field), getattr(other, field))
-    one, other = (supervision.training_split(config_of('masks'), s) for s in (given, everywhere))
-    assert (one.masks != other.masks).any()

@@ -258,8 +258,9 @@ def test_downloaded_file_must_have_the_expected_digest(monkeypatch, tmp_path, st
     path = tmp_path / 'model.safetensors'
     safetensors.numpy.save_file(state_dict, path)
     monkeypatch.setattr(huggingface_hub, 'hf_hub_download', lambda **where: str(path))
-    text = message(weights.load_backbone, 'resnet18', '', False)
-    assert str(path) in text and 'SHA-256' in text
+    for allow_random in (False, True):  # Random weights stand in for absent ones alone.
+        text = message(weights.load_backbone, 'resnet18', '', allow_random)
+        assert str(path) in text and 'SHA-256' in text
 
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     monkeypatch.setitem(weights.HUB, 'resnet18', (*weights.HUB['resnet18'][:2], digest))
@@ -289,14 +290,3 @@ def test_real_weights_give_sensible_features():
         assert (layer.max((0, 1, 2)) > 0).all()  # No channel is dead.
         assert 0.15 < layer.std() < 0.4
         assert layer.max() < 10
-
-
-def test_a_wrong_digest_stops_the_embedded_set_too(monkeypatch):
-    """Random weights stand in for absent ones, never for tampered ones."""
-
-    def tampered(name):
-        raise UserError(f'{name} has another SHA-256.')
-
-    monkeypatch.setattr(weights, 'download', tampered)
-    with pytest.raises(UserError, match='another SHA-256'):
-        weights.load_backbone('resnet18', '', allow_random=True)
