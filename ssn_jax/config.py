@@ -409,6 +409,7 @@ def default_config() -> ml_collections.ConfigDict:
 def _together(config: ml_collections.ConfigDict) -> Iterator[tuple[bool, str, str]]:
     """What fields may be beside others: whether they are, a field to change, and the rule."""
     system, supervision, of_map = config.system, config.supervision, config.image_score == 'map'
+    values = dict(fields(config))
     with_system = f'with --config.system={system} it is'
     yield (
         not any(config.resize)
@@ -437,11 +438,10 @@ def _together(config: ml_collections.ConfigDict) -> Iterator[tuple[bool, str, st
         'image_score',
         'map is for --config.system=supersimplenet with --config.adaptor=linear',
     )
-    yield (
-        config.map_loss == 'l1_focal' or of_map,
-        'map_loss',
-        'cross_entropy is for --config.image_score=map',
-    )
+    for name in ('map_loss', 'surroundings', 'hard_normal', 'product.place'):
+        usual = FIELDS[name].default
+        rule = f'another than {usual} is for --config.image_score=map'
+        yield of_map or values[name] == usual, name, rule
     yield (
         config.positions == 0 or of_map,
         'positions',
@@ -452,21 +452,6 @@ def _together(config: ml_collections.ConfigDict) -> Iterator[tuple[bool, str, st
         config.product_share == 0 or config.positions > 0,
         'product_share',
         'positions are chosen with --config.image_score=map and --config.positions above 0 only',
-    )
-    yield (
-        not any(config.surroundings) or of_map,
-        'surroundings',
-        'they are for --config.image_score=map',
-    )
-    yield (
-        config.hard_normal == 0 or of_map,
-        'hard_normal',
-        'above 0 is for --config.image_score=map',
-    )
-    yield (
-        config.product.place == 'any' or of_map,
-        'product.place',
-        'another than any is for --config.image_score=map',
     )
     yield (
         config.drawn.count == 0 or system == 'supersimplenet',
