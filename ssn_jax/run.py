@@ -372,7 +372,7 @@ class Log:
             self.history()  # Raises if it is damaged, before the old files are deleted.
             self.events = _open_events(events)
         for row in self.rows:
-            self._add_event(row)
+            self._show(row, 'train')
 
     def append(self, epoch: int, values: dict[str, float]) -> None:
         """Adds an epoch's row and puts the file on disk."""
@@ -383,18 +383,22 @@ class Log:
         table.writeheader()
         table.writerows(self.rows)
         write(self.path, text.getvalue())
-        self._add_event(self.rows[-1])
-
-    def _add_event(self, row: dict[str, str]) -> None:
-        if self.events:
-            values = {name: float(v) for name, v in row.items() if v and name != 'epoch'}
-            _add_events(self.events, int(row['epoch']), 'train', values)
+        self._show(self.rows[-1], 'train')
 
     def close(self, epoch: int, values: dict[str, float | None]) -> None:
         """Adds the metrics of an epoch to the event files and closes them."""
+        self._show({'epoch': epoch} | values, 'test')
         if self.events:
-            _add_events(self.events, epoch, 'test', values)
             self.events.close()
+
+    def _show(self, row: dict, group: str) -> None:
+        """Adds an epoch's values to the event files, each as group/name, and puts them on disk."""
+        if not self.events:
+            return
+        for name, value in row.items():
+            if name != 'epoch' and value not in ('', None):
+                self.events.add_scalar(f'{group}/{name}', float(value), int(row['epoch']))
+        self.events.flush()
 
     def history(self) -> dict[str, list[float]]:
         """Columns by name."""
@@ -440,14 +444,6 @@ def _open_events(folder: pathlib.Path):
     for file in folder.glob('events.out.tfevents.*'):
         file.unlink()
     return tensorboardX.SummaryWriter(str(folder))
-
-
-def _add_events(writer, epoch: int, group: str, values: dict[str, float | None]) -> None:
-    """Writes an epoch's values, each as group/name, and puts them on disk."""
-    for name, value in values.items():
-        if value is not None:
-            writer.add_scalar(f'{group}/{name}', value, epoch)
-    writer.flush()
 
 
 # --- What it has learned, and its results ---------------------------------------------------------
