@@ -176,9 +176,9 @@ def find_backbone(config: ml_collections.ConfigDict, folders: list[pathlib.Path]
         found = run_lib.read_found(folder)
         if found is not None:
             return found
-    if not data.is_embedded(config.data):
+    if config.backbone.weights or not data.is_embedded(config.data):
         return {}
-    name = weights.with_trained_backbone(config).backbone.name
+    name = weights.trained_backbone(config.backbone.name)
     return {} if name == config.backbone.name else {'backbone.name': name}
 
 

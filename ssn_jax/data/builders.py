@@ -112,10 +112,10 @@ def _mask(record: Record, image: bytes, size: tuple[int, int]) -> tuple[np.ndarr
         return turned, fits
     if fits:
         return mask, False
-    of_exif = mask.shape == size[::-1] and (angle or own)
+    remedy = 'give them the same size'
+    if mask.shape == size[::-1] and (angle or own):
+        remedy = 'one of them is turned by its EXIF orientation: save both upright'
     raise UserError(
         f'{file}: the mask is {mask.shape[0]}x{mask.shape[1]} (height by width), its image '
-        f'{size[0]}x{size[1]}; '
-        + ('one of them is turned by its EXIF orientation: save both upright' if of_exif else '')
-        + ('' if of_exif else 'give them the same size')
+        f'{size[0]}x{size[1]}; {remedy}'
     )

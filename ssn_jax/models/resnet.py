@@ -16,11 +16,7 @@ import jax.numpy as jnp
 _Conv = functools.partial(nn.Conv, use_bias=False)
 _BatchNorm = functools.partial(nn.BatchNorm, use_running_average=True, epsilon=1e-5)
 
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-
-
-IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def normalise(images: jax.Array) -> jax.Array:

@@ -13,7 +13,6 @@ from absl import logging
 from flax import traverse_util
 import huggingface_hub
 import jax
-import ml_collections
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -262,29 +261,23 @@ def find(name: str) -> tuple[pathlib.Path, str]:
     return path, f'{package} {version} ({sha256[:12]})'
 
 
-def with_trained_backbone(
-    config: ml_collections.ConfigDict, quiet: bool = False
-) -> ml_collections.ConfigDict:
-    """A config whose backbone has trained weights, if any can be had without naming a file.
+def trained_backbone(name: str) -> str:
+    """The backbone of this name, or one whose trained weights can be had without naming a file.
 
     For embedded data alone, where random weights are the last resort: EfficientNet-Lite0, whose
     weights can be installed, takes the place of a backbone whose weights cannot be fetched. That is
-    a warning, unless `quiet`.
+    a warning.
     """
-    if config.backbone.weights:
-        return config
     try:
-        find(config.backbone.name)
+        find(name)
     except NotFoundError as e:
         try:
             find('efficientnet_lite0')
         except NotFoundError:
-            return config
-        if not quiet:
-            logging.warning('%s Going on with EfficientNet-Lite0, whose weights are installed.', e)
-        config = config.copy_and_resolve_references()
-        config.backbone.name = 'efficientnet_lite0'
-    return config
+            return name
+        logging.warning('%s Going on with EfficientNet-Lite0, whose weights are installed.', e)
+        return 'efficientnet_lite0'
+    return name
 
 
 def load_backbone(name: str, weights: str, allow_random: bool) -> tuple[dict, str]:
