@@ -239,7 +239,6 @@ CASES = {
         ('', 'run/config.json is no config', write('run/config.json', b'[1]')),
         ('', '--config.epochs=0 cannot be used', with_config('run/config.json', epochs=0)),
         ('', 'is no config of ssn_jax', with_config('run/config.json', epochs='many')),
-        ('', 'model.safetensors does not exist', lambda w: (w / 'run/model.safetensors').unlink()),
         ('', 'model.safetensors is damaged', cut('run/model.safetensors')),
         ('--checkpoint=2', 'cannot be restored', cut_checkpoint),
         ('', 'run/decision.json cannot be read', write('run/decision.json', b'{')),

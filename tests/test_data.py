@@ -151,51 +151,17 @@ def test_ksdd2(load, tmp_path):
 # Decoding and resizing
 
 
-@pytest.mark.parametrize(
-    ('pixel', 'dtype', 'expected'),
-    [
-        (90, np.uint8, (90, 90, 90)),
-        ((10, 20, 30), np.uint8, (30, 20, 10)),
-        ((10, 20, 30, 40), np.uint8, (30, 20, 10)),
-        (0x5A00, np.uint16, (0x5A, 0x5A, 0x5A)),
-        ((0x1000, 0x2000, 0x3000), np.uint16, (0x30, 0x20, 0x10)),
-    ],
-    ids=['grey', 'colour', 'alpha', 'grey 16 bit', 'colour 16 bit'],
-)
-def test_decode(pixel, dtype, expected):
-    image = np.tile(np.array(pixel, dtype), (4, 5, 1))  # OpenCV's order is blue, green, red
-    decoded = images.decode(cv2.imencode('.png', image)[1].tobytes(), 'a.png')
-    assert decoded.shape == (4, 5, 3)
-    assert decoded.dtype == np.uint8
-    assert (decoded == np.array(expected)).all()
-
-
-def test_decode_honours_exif_orientation():
-    jpeg = cv2.imencode('.jpg', np.zeros((8, 24, 3), np.uint8))[1].tobytes()
-    turned = b'MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0'  # rotated by 90°
-    segment = b'Exif\0\0' + turned
-    exif = b'\xff\xe1' + (len(segment) + 2).to_bytes(2, 'big') + segment
-    assert images.decode(jpeg[:2] + exif + jpeg[2:], 'a.jpg').shape == (24, 8, 3)
-
-
 @pytest.mark.parametrize('suffix', ['.jpg', '.png', '.bmp', '.tiff', '.webp', '.ppm', '.pam'])
 def test_decode_gives_the_bits_of_imread(suffix):
     """Those of OpenCV's colours, blue first, turned round; JPEG is decoded as RGB at once."""
     image = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
-    for picture in (cv2.resize(image, (91, 61), interpolation=cv2.INTER_CUBIC), image[..., :1]):
-        if suffix == '.ppm' and picture.shape[-1] == 1:
-            continue
+    pictures = [cv2.resize(image, (91, 61), interpolation=cv2.INTER_CUBIC)]
+    pictures += [image[..., :1]] * (suffix != '.ppm')
+    pictures += [np.dstack([image, image[..., 0]])] * (suffix == '.png')  # With alpha.
+    for picture in pictures:
         encoded = cv2.imencode(suffix, picture)[1]
         expected = cv2.imdecode(encoded, cv2.IMREAD_COLOR)[..., ::-1]
         assert (images.decode(encoded.tobytes(), f'a{suffix}') == expected).all()
-
-
-@pytest.mark.parametrize('value', [1, 255, 300])
-def test_any_positive_value_marks_a_defect(value):
-    mask = half_mask().astype(np.uint16) // 255 * value
-    mask = mask if value > 255 else mask.astype(np.uint8)
-    decoded = images.decode_mask(cv2.imencode('.png', mask)[1].tobytes(), 'a.png')
-    assert (decoded == half_mask(value=1)).all()
 
 
 def test_jpeg_rings_are_no_defect():
@@ -473,10 +439,6 @@ MVTEC_MISTAKES = {
 }
 
 FOLDER_MISTAKES = {
-    'no train/good': (
-        lambda root: (root / 'train/good').rename(root / 'train/fine'),
-        'train/good: does not exist; training needs normal images there; {root}/train holds fine/',
-    ),
     'two images, one mask': (add('test/dent/000.jpg'), 'test/dent/000.jpg: two images'),
     'one mask for two splits': (add('train/dent/000.png'), 'test/dent/000.png: duplicate name'),
     'mask under another name': (
@@ -484,10 +446,6 @@ FOLDER_MISTAKES = {
             root / 'ground_truth/dent/mask_of_000.png'
         ),
         'ground_truth/dent/mask_of_000.png: belongs to no image',
-    ),
-    'mask of another size': (
-        add('ground_truth/dent/000_mask.png', half_mask((6, 10))),
-        'ground_truth/dent/000_mask.png: the mask is',
     ),
 }
 
@@ -498,11 +456,6 @@ KSDD2_MISTAKES = {
         'train/10_GT.png: duplicate name, 10_GT.bmp',
     ),
     'no mask': (unlink('train/10_GT.png'), 'train/10.png: has no mask'),
-    'broken mask': (truncate('train/11_GT.png'), 'train/11_GT.png: does not decode'),
-    'mask of another size': (
-        add('train/11_GT.png', half_mask((6, 10))),
-        'train/11_GT.png: the mask is',
-    ),
 }
 
 
@@ -524,7 +477,7 @@ def test_mistake(load, tmp_path, name, make, spoil, expected):
     load(name)  # good as it was made
     prepared = set((tmp_path / 'cache').iterdir())
     spoil(root)
-    assert expected.format(root=root) in fails(load, name=name)
+    assert expected in fails(load, name=name)
     assert set((tmp_path / 'cache').iterdir()) == prepared  # nothing half-written
 
 
