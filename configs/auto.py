@@ -21,6 +21,7 @@ def get_config():
     config.product.update(angle='auto', place='auto', surface='auto')
     config.data.masks = 'region'
     config.supervision.kind = 'auto'
+    config.supervision.known = -1.0
     config.image_score = 'map'
     config.positions = 32
     config.product_share = 0.5

@@ -220,6 +220,13 @@ FIELDS = {
         lambda value: value >= -1,
         'it is a number of masks or -1',
     ),
+    'supervision.known': Field(
+        0.0,
+        'Of image_score=map, with real defects beside drawn ones: the share, in 0..1, of an output '
+        'that learns real ones above all; 0: there is none; -1: found, n / (n + 10) for n of them.',
+        lambda value: value == -1 or 0 <= value <= 1,
+        'it is in 0..1, or -1',
+    ),
     'supervision.dilation': Field(
         7,
         'Masks: they grow by a square of so many pixels.',

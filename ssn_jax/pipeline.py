@@ -76,7 +76,7 @@ def train_and_evaluate(
         normal = splits.own_images(material.split, normal)
         found |= product.find(config, normal, material.backbone)
         config = config_lib.with_found(config, found)
-        found |= loop.find_length(config, material.split)
+        found |= loop.find_lessons(config, material.split)
         config = config_lib.with_found(config, found)
 
     devices.wait_for_all('workdir checked')  # Before the first one writes there.
@@ -221,7 +221,7 @@ def measure(job, state, log, heads, earlier: decision.Scores | None, material) -
     Returns:
       Its results, as results.json holds them.
     """
-    config, workdir, network = job.config, job.folder, state.variables()
+    config, workdir, network = job.config, job.folder, state.variables(job.config.supervision.known)
     dataset, split, backbone = material.dataset, material.split, material.backbone
     job.keep_model(config.epochs, network)
     model = make_model(config, backbone, network, workdir)

@@ -87,11 +87,11 @@ def test_how_much_is_drawn_and_for_how_long(angle, drawn, steps):
     config = load('auto')
     config.product.update(angle=angle, place='any', surface='object')
     split = make_split([0] * 5)
-    found = loop.find_length(config, split)
+    found = loop.find_lessons(config, split)
     per_epoch = 2 * drawn // config.batch_size
     assert found == {'drawn.count': drawn, 'epochs': round(steps / per_epoch)}
     assert config.drawn.count == -1 and config.epochs == 0
     config.drawn.count, config.epochs = 640, 0
-    assert loop.find_length(config, split) == {'epochs': round(steps / (2 * 640 // 64))}
+    assert loop.find_lessons(config, split) == {'epochs': round(steps / (2 * 640 // 64))}
     config.epochs = 7
-    assert loop.find_length(config, split) == {}
+    assert loop.find_lessons(config, split) == {}

@@ -16,6 +16,7 @@ import ml_collections
 
 from ssn_jax import config as config_lib, synthesis
 from ssn_jax.losses import terms as loss_terms
+from ssn_jax.models import heads
 from ssn_jax.models.grid import feature_grid, sample_features
 
 # What a position teaches: that it is normal, which kind of anomaly it is, or, of the strongest of a
@@ -25,6 +26,8 @@ _NORMAL, _DRAWN, _NOISE, _MISPLACED, _REAL, _STRONGEST, _HARD = range(7)
 # of `config.positions`, and which share of these are the strongest. Where all positions are taught,
 # at as many as for 32.
 _ASKED, _AT, _STRONG = 2, 32, 1 / 128
+# What real defects weigh beside drawn ones and noise in the output that learns them above all.
+_ABOVE_ALL = 100.0
 
 
 def make_map_loss(
@@ -40,6 +43,8 @@ def make_map_loss(
     beside its defects, which are normal. Of some images with real defects the strongest positions
     come besides. Normal and anomalous positions count alike, and of these all kinds alike. With
     `config.hard_normal` the strongest positions of some normal images have that weight besides.
+    With `config.supervision.known` a second output of the head learns the same positions, but real
+    defects above all; `heads.mixed` makes one of both.
 
     Args:
       config: the run's config.
@@ -50,7 +55,9 @@ def make_map_loss(
     def loss_fn(params, generator, batch_stats, batch, key, stop_map_gradient=True):
         del stop_map_gradient  # The map feeds nothing.
 
-        def apply(x, method, **options):
+        known = params.get('known')
+
+        def apply(x, method, params=params, **options):
             variables = {'params': params, 'batch_stats': batch_stats}
             x, updates = network.apply(
                 variables, x, train=True, method=method, mutable=['batch_stats'], **options
@@ -59,7 +66,8 @@ def make_map_loss(
 
         k_places, k_noise = jax.random.split(key)
         sampled = _sample(k_places, batch, config.positions, config_lib.product_share(config))
-        judge = functools.partial(_judge, network, params, batch_stats)
+        evaluated = heads.mixed(params, config.supervision.known)
+        judge = functools.partial(_judge, network, evaluated, batch_stats)
         asked_at = _AT * (config.positions or 32)
         asked = {_STRONGEST: batch['real']} if 'real' in batch else {}
         if config.hard_normal:
@@ -94,21 +102,28 @@ def make_map_loss(
                 kind = jnp.concatenate([kind, _MISPLACED * jnp.ones_like(normal)])
             options = {'code': codes[places]}
         logits, of_head = apply(seen, 'segment', **options)
-        logits = logits[:, 0]
-
         target = (kind > _NORMAL) & (kind < _HARD)
-        share = weight * _shares(kind, weight > 0, config.misplaced, config.hard_normal)
-        if config.map_loss == 'cross_entropy':
-            # Beyond a margin the truncated L1 is content; this one goes on telling apart.
-            terms = {
-                'map_cross_entropy': (share * loss_terms.focal(logits, target, gamma=0.0)).sum()
-            }
-        else:
+
+        def judged(logits, name, real=1.0):
+            shares = _shares(kind, weight > 0, config.misplaced, config.hard_normal, real)
+            share, logits = weight * shares, logits[:, 0]
+            if config.map_loss == 'cross_entropy':
+                # Beyond a margin the truncated L1 is content; this one goes on telling apart.
+                losses = loss_terms.focal(logits, target, gamma=0.0)
+                return {f'{name}_cross_entropy': (share * losses).sum()}
             beyond, focal = (
-                loss_terms.beyond_margin(logits, target),
-                loss_terms.focal(logits, target),
+                f(logits, target) for f in (loss_terms.beyond_margin, loss_terms.focal)
             )
-            terms = {'map_l1': (share * beyond).sum(), 'map_focal': (share * focal).sum() / 2}
+            return {
+                f'{name}_l1': (share * beyond).sum(),
+                f'{name}_focal': (share * focal).sum() / 2,
+            }
+
+        terms = judged(logits, 'map')
+        if known is not None:
+            # The compiler sees that all but the last layer is as before.
+            logits, _ = apply(seen, 'segment', heads.mixed(params, 1.0), **options)
+            terms |= judged(logits, 'known', _ABOVE_ALL)
         loss = sum(terms.values())
         power = loss_terms.mean_where(noise**2, noisy[:, None])
         terms |= loss_terms.generator_terms(loss, power, config.noise.penalty)
@@ -117,19 +132,18 @@ def make_map_loss(
     return loss_fn
 
 
-def _shares(kind, taught, misplaced, hard):
+def _shares(kind, taught, misplaced, hard, real=1.0):
     """Each position's share (K,): 1 of the normal ones, 1 of the anomalous ones together.
 
-    Of these drawn defects, noise, masks of real ones and their strongest positions share alike, as
-    far as there are any: noise is endless, defects are few, and what there is less of would be
-    drowned. What is misplaced, and the strongest positions of normal images, have their own weights
-    besides.
+    Of these drawn defects and noise have 1 part, masks of real ones and their strongest positions
+    `real`, as far as there are any: noise is endless, defects are few, and what there is less of
+    would be drowned. What is misplaced, and the strongest positions of normal images, have their
+    own weights besides.
     """
     counts = jnp.stack([(taught * (kind == k)).sum() for k in range(7)])
-    alike = jnp.array([_DRAWN, _NOISE, _REAL, _STRONGEST])
-    alike = 1.0 / jnp.maximum((counts[alike] > 0).sum(), 1)
-    weights = [1, alike, alike, misplaced, alike, alike, hard]
-    weights = jnp.stack([jnp.asarray(x, jnp.float32) for x in weights])
+    parts = jnp.float32([0, 1, 1, 0, real, real, 0]) * (counts > 0)
+    weights = jnp.float32([1, 0, 0, misplaced, 0, 0, hard])
+    weights += parts / jnp.maximum(parts.sum(), 1e-6)
     return taught * (weights / jnp.maximum(counts, 1))[kind.astype(jnp.int32)]
 
 

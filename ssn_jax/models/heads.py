@@ -44,6 +44,22 @@ class SegmentationHead(nn.Module):
         return Dense(1, use_bias=False, name='out')(nn.leaky_relu(x, SLOPE))
 
 
+def mixed(params: dict, share: float) -> dict:
+    """A network's parameters with one output of the segmentation head instead of two.
+
+    Args:
+      params: of the network. If there is `known`, the kernel (hidden, 1) of a second output, which
+        learned real defects above all, it goes into that of the first: logits are linear in it.
+      share: of the second output, 0..1.
+    """
+    if 'known' not in params:
+        return params
+    params = dict(params)
+    known, head = params.pop('known'), params['seg_head']
+    kernel = (1 - share) * head['out']['kernel'] + share * known
+    return params | {'seg_head': head | {'out': {'kernel': kernel}}}
+
+
 class ClassificationHead(nn.Module):
     """Features (N, H, W, C) and anomaly logits (N, H, W, 1) -> image logits (N,)."""
 

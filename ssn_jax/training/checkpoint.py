@@ -116,7 +116,7 @@ def read_variables(workdir: pathlib.Path, config: ml_collections.ConfigDict, epo
         lambda: steps.init_state(config, jax.random.key(config.seed), channels)
     )
     _, state = restore(open_manager(workdir, config.checkpoint.keep), template, epoch)
-    return state.variables()
+    return state.variables(config.supervision.known)
 
 
 def digest(state) -> str:

@@ -26,6 +26,8 @@ from ssn_jax.training import checkpoint, features, parts, steps
 # images of it where that may be any.
 _DRAWN = {'same': 2500, 'any': 7500}
 _STEPS = {'same': 1500, 'any': 6000}
+# What is drawn counts as so many real defects.
+_DRAWN_COUNT_AS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +157,7 @@ def train_together(starts, shown, contents, mesh, on_host, quiet):
         if saved < done:
             for start, one in zip(starts, steps.unstack_states(state, several), strict=True):
                 checkpoint.save(start.manager, done, one)
-                start.job.keep_model(done, one.variables())
+                start.job.keep_model(done, one.variables(config.supervision.known))
             saved = done
         return saved
 
@@ -237,9 +239,12 @@ def naming_nans(config) -> Iterator[None]:
         raise UserError(f'{str(e).splitlines()[0]} ({where})') from None
 
 
-def find_length(config, split) -> dict[str, int]:
-    """The fields drawn.count and epochs, where they are to be found (-1 and 0), by the product."""
+def find_lessons(config, split) -> dict[str, float]:
+    """How much is drawn, for how long, and what known defects count, where -1 or 0 asks for it."""
     found, config = {}, config.copy_and_resolve_references()
+    if config.supervision.known < 0 and (defects := int(split.labels.sum())):
+        found['supervision.known'] = defects / (defects + _DRAWN_COUNT_AS)
+        logging.info('Found: --config.supervision.known=%.2g', found['supervision.known'])
     if config.drawn.count < 0:
         config.drawn.count = found['drawn.count'] = _DRAWN[config.product.angle]
         logging.info('Found: --config.drawn.count=%d', config.drawn.count)

@@ -175,7 +175,8 @@ def train(
                     if done % config.checkpoint.every == 0 or done == config.epochs:
                         checkpoint.save(manager, done, state)
                         saved = done
-                heads.append(devices.take_local(mesh, state).variables())
+                state_here = devices.take_local(mesh, state)
+                heads.append(state_here.variables(config.supervision.known))
     except KeyboardInterrupt as e:
         problem = ''
         try:

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 from ssn_jax import config as config_lib, devices, losses
-from ssn_jax.models import systems
+from ssn_jax.models import heads, systems
 from ssn_jax.synthesis import NoiseGenerator
 from ssn_jax.training import features
 
@@ -49,9 +49,13 @@ class TrainState:
     generator_opt_state: optax.OptState
     average: dict = struct.field(default_factory=dict)
 
-    def variables(self) -> dict:
-        """What is evaluated: the averaged parameters if there are any, and the statistics."""
-        return {'params': self.average or self.params, 'batch_stats': self.batch_stats}
+    def variables(self, known: float = 0.0) -> dict:
+        """What is evaluated: the averaged parameters if there are any, and the statistics.
+
+        Of two outputs of the segmentation head it is one, as of `heads.mixed`.
+        """
+        params = heads.mixed(self.average or self.params, known)
+        return {'params': params, 'batch_stats': self.batch_stats}
 
 
 def discriminator_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
@@ -105,6 +109,9 @@ def init_state(config: ml_collections.ConfigDict, key: jax.Array, channels: int)
     k_network, k_generator = jax.random.split(key)
     grid = jnp.zeros((1, 8, 8, channels))
     variables = systems.build_network(config).init(k_network, grid)
+    params = dict(variables['params'])
+    if config.supervision.known > 0:
+        params['known'] = params['seg_head']['out']['kernel']
     generator, generator_opt_state = {}, ()
     if config.noise.kind == 'learned':
         z = jnp.zeros((1, 8, 8, config.noise.z_dim))
@@ -112,13 +119,13 @@ def init_state(config: ml_collections.ConfigDict, key: jax.Array, channels: int)
         generator_opt_state = generator_optimizer(config).init(generator)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=variables['params'],
+        params=params,
         batch_stats=variables['batch_stats'],
-        opt_state=discriminator_optimizer(config).init(variables['params']),
+        opt_state=discriminator_optimizer(config).init(params),
         generator=generator,
         generator_opt_state=generator_opt_state,
         # Copies: whoever donates the state may give each array once.
-        average=jax.tree.map(jnp.array, variables['params']) if config.optimizer.average else {},
+        average=jax.tree.map(jnp.array, params) if config.optimizer.average else {},
     )
 
 
