@@ -445,7 +445,7 @@ def _together(config: ml_collections.ConfigDict) -> Iterator[tuple[bool, str, st
         'image_score',
         'map is for --config.system=supersimplenet with --config.adaptor=linear',
     )
-    for name in ('map_loss', 'surroundings', 'hard_normal', 'product.place'):
+    for name in ('map_loss', 'surroundings', 'hard_normal', 'supervision.known', 'product.place'):
         usual = FIELDS[name].default
         rule = f'another than {usual} is for --config.image_score=map'
         yield of_map or values[name] == usual, name, rule

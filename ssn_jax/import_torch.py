@@ -70,6 +70,7 @@ def fit_config(
     config.epochs = config.epochs or config_lib.FIELDS['epochs'].default
     config.map_loss, config.product_share, config.optimizer.average = 'l1_focal', 0.0, 0.0
     config.noise.kind, config.product.place = 'static', 'any'
+    config.supervision.known = 0.0
     config.surroundings, config.hard_normal, config.drawn.count = (0, 0), 0.0, 0
     first = tensors.get(f'{_GENERATOR}model.0.weight')
     if first is not None and first.ndim == 4:
