@@ -21,7 +21,7 @@ from ssn_jax.training import parts
 pytestmark = pytest.mark.usefixtures('small_programs')
 
 RECIPE = {'image_score': 'map', 'map_loss': 'cross_entropy', 'positions': 16, 'drawn.count': 8}
-RECIPE |= {'supervision.kind': 'auto', 'supervision.distance_power': 0.0}
+RECIPE |= {'supervision.kind': 'auto', 'supervision.known': -1.0, 'supervision.distance_power': 0.0}
 RECIPE |= {'optimizer.heads_learning_rate': 5e-3, 'optimizer.adaptor_learning_rate': 2e-3}
 EPOCHS = 6
 
@@ -93,6 +93,9 @@ def test_a_new_kind_of_defect_is_found(extended, folder):
     assert '1 (added:1/weave/known.png): not added, since the run has the same file' in said
     found, old = results(workdir), results(folder / 'run')
     assert found['train_defects'] == found['train_masks'] == 5 and found['train_images'] == 13
+    # The run had no defects, and no output for known ones.
+    assert 'supervision.known' not in (run_lib.read_found(folder / 'run') or {})
+    assert run_lib.read_found(workdir)['supervision.known'] == 5 / 15
     compared = found['extended']
     assert compared['before']['I-AUROC'] == old['metrics']['I-AUROC']
     assert compared['before']['test FPR'] == old['decision']['test_fpr']

@@ -175,6 +175,61 @@ def test_loss_of_all_positions_by_hand(kind):
         rule.check_close(a, b, 2 * sum(CHANNELS) + len(logits))
 
 
+def test_two_outputs_are_mixed_into_one():
+    """Logits of the mixed network are the mean of both outputs', weighted by the share."""
+    config = make_config(**{'supervision.known': 0.3})
+    state = steps.init_state(config, jax.random.key(1), sum(CHANNELS))
+    known = state.params['known'] + jax.random.normal(
+        jax.random.key(2), state.params['known'].shape
+    )
+    state = state.replace(params=state.params | {'known': known})
+    features, network = upscale_pool(make_layers(2)), systems.build_network(config)
+
+    def logits(share):
+        variables = state.variables(share)
+        assert set(variables['params']) == {'adaptor', 'seg_head'}
+        return np.asarray(network.apply(variables, features)[0])
+
+    rule.check_close(logits(0.3), 0.7 * logits(0.0) + 0.3 * logits(1.0), 1024)
+    assert np.abs(logits(0.0) - logits(1.0)).max() > 0.1
+
+
+def test_the_output_for_known_defects_learns_these_above_all():
+    """Drawn defects and real ones have channels of their own, and normal positions have both.
+
+    Half of the normal positions have some of what drawn ones have: to be called defective costs
+    less where drawn ones weigh more.
+    """
+    rng = np.random.default_rng(0)
+    fine, coarse = (np.zeros(x.shape, np.float32) for x in make_layers(12))
+    fine += 0.1 * rng.normal(size=fine.shape).astype(np.float32)
+    label, real = np.float32([0] * 6 + [1] * 6), np.float32([0] * 9 + [1] * 3)
+    fine[:3, ..., 0] += 1
+    fine[6:9, ..., 0] += 1
+    fine[9:, ..., 1] += 1
+    mask = np.ones((12, 8, 12, 1), np.float32) * label[:, None, None, None]
+    batch = {'layers': (fine, coarse), 'label': label, 'real': real, 'mask': mask}
+    batch |= {'weight': np.ones_like(mask)}
+    config = make_config(
+        **{'supervision.known': 0.5, 'map_loss': 'cross_entropy', 'noise.std': 0.0}
+    )
+    config.positions, config.batch_size, config.epochs = 8, 12, 60
+    state = steps.init_state(config, jax.random.key(0), sum(CHANNELS))
+    step = jax.jit(steps.make_step(config, 1))
+    for i in range(60):
+        state, terms = step(state, batch, jax.random.fold_in(jax.random.key(1), i))
+    assert {'map_cross_entropy', 'known_cross_entropy'} <= set(terms)
+    network, features = systems.build_network(config), upscale_pool((fine, coarse))
+
+    def means(share):
+        logits, _ = network.apply(state.variables(share), features)
+        return [float(np.asarray(logits)[of].mean()) for of in np.s_[:6, 6:9, 9:]]
+
+    (normal, drawn, of_real), (normal_too, known_drawn, known_real) = means(0.0), means(1.0)
+    assert of_real > normal + 1 and known_real > normal_too + 1
+    assert known_drawn < drawn - 0.5
+
+
 @pytest.mark.parametrize('kind', ['static', 'learned'])
 def test_training_on_a_few_positions_learns(kind):
     config = make_config(**{'noise.kind': kind, 'positions': 16})

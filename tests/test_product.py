@@ -95,3 +95,8 @@ def test_how_much_is_drawn_and_for_how_long(angle, drawn, steps):
     assert loop.find_lessons(config, split) == {'epochs': round(steps / (2 * 640 // 64))}
     config.epochs = 7
     assert loop.find_lessons(config, split) == {}
+    # Three defective images.
+    split = make_split([0] * 5 + [1] * 3)
+    assert loop.find_lessons(config, split) == {'supervision.known': 3 / 13}
+    config.supervision.known = 0.2
+    assert loop.find_lessons(config, split) == {}

@@ -545,3 +545,29 @@ def test_averaged_weights_follow_the_weights():
     config.optimizer.average = 0.0
     state = steps.init_state(config, jax.random.key(1), 3)
     assert state.variables()['params'] is state.params
+
+
+@pytest.mark.parametrize('average', [0.0, 0.5])
+def test_going_on_with_another_output(average):
+    """What a state has stays; the new output begins as the old one, its optimiser afresh."""
+    config = default_config()
+    config.image_score, config.optimizer.average = 'map', average
+    before = steps.init_state(config, jax.random.key(1), 3)
+    before = jax.tree.map(lambda x: x + 1, before)
+    config.supervision.known = 0.5
+    fresh = steps.init_state(config, jax.random.key(2), 3)
+    state = steps.going_on(fresh, before)
+    assert jax.tree.structure(state) == jax.tree.structure(fresh)
+    for params, old in ((state.params, before.params), (state.average, before.average)):
+        if old:
+            np.testing.assert_array_equal(params['known'], old['seg_head']['out']['kernel'])
+            rest = {name: tree for name, tree in params.items() if name != 'known'}
+            jax.tree.map(np.testing.assert_array_equal, rest, old)
+    moments = [
+        x
+        for path, x in jax.tree_util.tree_leaves_with_path(state.opt_state)
+        if 'known' in str(path)
+    ]
+    assert len(moments) == 2 and not any(x.any() for x in moments)
+    assert state.step == before.step
+    jax.tree.map(np.testing.assert_array_equal, steps.going_on(fresh, state), state)

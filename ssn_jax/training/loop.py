@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from ssn_jax import devices, signals
+from ssn_jax import config as config_lib, devices, run as run_lib, signals
 from ssn_jax.data import augment, sampling
 from ssn_jax.errors import UserError
 from ssn_jax.fused import fold
@@ -119,10 +119,15 @@ def find_start(job, mesh) -> Start:
         logging.info('Resuming %s after epoch %d', job.folder, done)
         checkpoint.set_aside(manager, done)
     elif config.extend:
-        extended = checkpoint.open_manager(pathlib.Path(config.extend), config.checkpoint.keep)
-        done, state = checkpoint.restore(extended, state)
+        extended = pathlib.Path(config.extend)
+        manager_there = checkpoint.open_manager(extended, config.checkpoint.keep)
+        known = run_lib.read_config(extended).supervision.known
+        template = config_lib.with_found(config, {'supervision.known': known})
+        template = jax.eval_shape(lambda key: steps.init_state(template, key, channels), k_init)
+        done, before = checkpoint.restore(manager_there, template)
         if not done:
             raise UserError(f'{config.extend} has no checkpoint to go on from: restore it.')
+        state = steps.going_on(state, before)
         logging.info('Going on from epoch %d of %s', done, config.extend)
     return Start(job, done, state, manager, job.open_log(done), k_epochs)
 

@@ -129,6 +129,23 @@ def init_state(config: ml_collections.ConfigDict, key: jax.Array, channels: int)
     )
 
 
+def going_on(state: TrainState, before: TrainState) -> TrainState:
+    """A fresh state that goes on from another one, which may lack the output for known defects.
+
+    That begins as the other output, and its optimiser afresh.
+    """
+    there = dict(jax.tree_util.tree_leaves_with_path(before))
+    state = jax.tree_util.tree_map_with_path(lambda path, x: there.get(path, x), state)
+    if 'known' in state.params and 'known' not in before.params:
+        begun = {
+            name: tree | {'known': jnp.array(tree['seg_head']['out']['kernel'])}
+            for name, tree in (('params', state.params), ('average', state.average))
+            if tree
+        }
+        state = state.replace(**begun)
+    return state
+
+
 def make_step(
     config: ml_collections.ConfigDict,
     steps_per_epoch: int,
