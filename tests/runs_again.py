@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import tiny
 
-from ssn_jax import config as config_lib
+from ssn_jax import run as run_lib
 from ssn_jax.training import checkpoint, steps
 
 EPOCHS = 4
@@ -61,7 +61,7 @@ def rows(workdir):
 
 def last_state(workdir):
     """Epoch and state of the newest checkpoint, read as any command reads it."""
-    config = config_lib.from_json(workdir / 'config.json')
+    config = run_lib.read_config(workdir)
     template = jax.eval_shape(lambda: steps.init_state(config, jax.random.key(0), 384))
     return checkpoint.restore(checkpoint.open_manager(workdir, 2), template)
 
