@@ -55,8 +55,6 @@ def make_map_loss(
     def loss_fn(params, generator, batch_stats, batch, key, stop_map_gradient=True):
         del stop_map_gradient  # The map feeds nothing.
 
-        known = params.get('known')
-
         def apply(x, method, params=params, **options):
             variables = {'params': params, 'batch_stats': batch_stats}
             x, updates = network.apply(
@@ -120,7 +118,7 @@ def make_map_loss(
             }
 
         terms = judged(logits, 'map')
-        if known is not None:
+        if 'known' in params:
             # The compiler sees that all but the last layer is as before.
             logits, _ = apply(seen, 'segment', heads.mixed(params, 1.0), **options)
             terms |= judged(logits, 'known', _ABOVE_ALL)
