@@ -9,7 +9,8 @@ classification head. An epoch is all drawn defects and as many normal images. Ha
 weight is that of drawn defects (`ssn_jax/data/defects.py`), the other half that of noise of 0.5
 standard deviations a channel. Features beside a drawn defect are changed by it, and are taught to
 be normal: the map ends where the defect does. The positions of normal images that look least normal
-are taught to be so too: an image's score is its map's maximum. docs/results.md has what it reaches.
+are taught to be so too: an image's score is its map's maximum. Real defects, if there are any, have
+an output of their own beside, mixed into the map. docs/results.md has what the recipe reaches.
 """
 
 from ssn_jax.config import default_config
