@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from ssn_jax import config as config_lib, metrics, pipeline
+from ssn_jax import config as config_lib, metrics, pipeline, run as run_lib
 from ssn_jax.errors import UserError
 from ssn_jax.models import backbones
 from ssn_jax.report import compare, text
@@ -119,7 +119,7 @@ def results_of(workdir):
 
 def state_of(workdir):
     """The last state of a run."""
-    config = config_lib.from_json(workdir / 'config.json')
+    config = run_lib.read_config(workdir)
     channels = backbones.feature_channels(config.backbone.name, config.features.layers)
     template = steps.init_state(config, jax.random.key(0), channels)
     return checkpoint.restore(checkpoint.open_manager(workdir, 1), template)[1]
