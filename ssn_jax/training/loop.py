@@ -111,20 +111,23 @@ def find_start(job, mesh) -> Start:
     config = job.config
     k_init, k_epochs = jax.random.split(jax.random.key(config.seed))
     channels = backbones.feature_channels(config.backbone.name, config.features.layers)
-    # As one program: each of its operations would be compiled by itself.
-    state = jax.jit(lambda key: steps.init_state(config, key, channels))(k_init)
+
+    def fresh(config):
+        # As one program: each of its operations would be compiled by itself.
+        state = jax.jit(lambda key: steps.init_state(config, key, channels))(k_init)
+        return devices.put(mesh, state)
+
     manager = checkpoint.open_manager(job.folder, config.checkpoint.keep, writes=True)
-    done, state = checkpoint.restore(manager, devices.put(mesh, state))
+    done, state = checkpoint.restore(manager, fresh(config))
     if done:
         logging.info('Resuming %s after epoch %d', job.folder, done)
         checkpoint.set_aside(manager, done)
     elif config.extend:
         extended = pathlib.Path(config.extend)
-        manager_there = checkpoint.open_manager(extended, config.checkpoint.keep)
         known = run_lib.read_config(extended).supervision.known
-        template = config_lib.with_found(config, {'supervision.known': known})
-        template = jax.eval_shape(lambda key: steps.init_state(template, key, channels), k_init)
-        done, before = checkpoint.restore(manager_there, template)
+        theirs = config_lib.with_found(config, {'supervision.known': known})
+        checkpoints = checkpoint.open_manager(extended, config.checkpoint.keep)
+        done, before = checkpoint.restore(checkpoints, fresh(theirs))
         if not done:
             raise UserError(f'{config.extend} has no checkpoint to go on from: restore it.')
         state = steps.going_on(state, before)
