@@ -106,16 +106,9 @@ def test_positions_of_padded_images_are_their_own():
     assert histogram[4 * 12 + 3] > 0.45 * 3600
     every = positions._sample(jax.random.key(0), batch, 0, 0.0)
     np.testing.assert_array_equal(every.weight, own.ravel())
-    # The strongest are too.
-    places = []
-
-    def judge(rows, where, grid):
-        return rows[..., 0]
-
-    for seed in range(8):
-        key = jax.random.key(seed)
-        places.append(positions._strongest(key, batch, np.ones(4), 5, judge, 1024)[-1])
-    assert set(np.concatenate(places)) <= set(np.flatnonzero(own[0]))
+    # Those that the strongest are of are too.
+    asked = positions._ask(jax.random.key(0), batch, np.ones(4), 1024)
+    assert set(asked.places.ravel().tolist()) == set(np.flatnonzero(own[0]))
 
 
 def test_shares_of_noise_and_defects():
@@ -135,6 +128,11 @@ def test_shares_of_noise_and_defects():
     # The strongest of normal images too.
     kind, expected = kind.at[1].set(positions._HARD), np.float32([1, 0.1, *expected[2:]])
     np.testing.assert_array_equal(positions._shares(kind, taught, 0.5, 0.1), expected)
+    # And what is around those of defective ones, which no other output learns.
+    kind, expected = kind.at[1].set(positions._AROUND), np.float32([1, 0.2, *expected[2:]])
+    around = positions._shares(kind, taught, 0.5, 0.1, 1.0, 0.2)
+    np.testing.assert_array_equal(around, expected)
+    assert positions._shares(kind, taught, 0.5, 0.1)[1] == 0
 
 
 @pytest.mark.parametrize('kind', ['l1_focal', 'cross_entropy'])
@@ -286,18 +284,13 @@ def test_without_a_head_the_map_alone_is_learned():
 
 def test_the_strongest_positions():
     """Those that are judged highest, of images that are asked; others do not count."""
-    layers, grid = make_layers(4), (8, 12)
-    batch, asked = {'layers': layers}, jnp.array([0.0, 1, 1, 0])
+    layers = make_layers(4)
+    batch, of = {'layers': layers}, jnp.array([0.0, 1, 1, 0])
     grids = np.asarray(upscale_pool(layers)).reshape(4, -1, sum(CHANNELS))
-
-    def judge(rows, places, size):
-        assert size == grid and rows.shape[:2] == places.shape
-        return rows[..., 0]
-
-    rows, kind, weight, places = positions._strongest(
-        jax.random.key(0), batch, asked, 5, judge, 1024
-    )
-    assert (kind == 5).all() and (weight == 1).all()
+    asked = positions._ask(jax.random.key(0), batch, of, 1024)
+    logits = asked.features[..., 0]
+    best, (rows, kind, weight, places) = positions._strongest(asked, logits, 5)
+    assert best.shape == (2, 8) and (kind == 5).all() and (weight == 1).all()
     images = set()
     for part in np.split(np.arange(len(weight)), 2):
         found = np.asarray(places)[part]
@@ -309,17 +302,74 @@ def test_the_strongest_positions():
         assert grids[image][found, 0].min() >= np.sort(grids[image][:, 0])[-8]
     assert images == {1, 2}
     for count, strong in {256: 2, 160: 1, 8: 1}.items():
-        *_, weight, _ = positions._strongest(jax.random.key(0), batch, asked, 5, judge, count)
-        assert len(weight) == 2 * strong
-    *_, weight, _ = positions._strongest(jax.random.key(0), batch, jnp.zeros(4), 5, judge, 1024)
-    assert (weight == 0).all()
+        best, _ = positions._strongest(asked, logits[:, :count], 5)
+        assert best.shape == (2, strong)
+    asked = positions._ask(jax.random.key(0), batch, jnp.zeros(4), 1024)
+    assert (positions._strongest(asked, logits, 5)[1][2] == 0).all()
+
+
+@pytest.mark.parametrize('found', [64, 65])
+def test_what_is_normal_around_the_strongest_positions(found):
+    """A ring, but for what is masked or looks defective; nothing if they are less than a quarter.
+
+    16 of 2,048 positions are the strongest; `found` ones look defective to the other output.
+    """
+    height, width = 16, 24
+    layers = make_layers(2, height // 2, width // 2)
+    mask = np.zeros((2, height, width, 1), np.float32)
+    mask[:, 4, 8] = 1
+    asked = positions._ask(
+        jax.random.key(0), {'layers': layers, 'mask': mask}, jnp.array([1.0, 1]), 2048
+    )
+    logit = np.full((height, width), -4.0, np.float32)
+    logit[8, 8:14], logit[8, 6:8] = 6, 2
+    where = np.asarray(asked.at)
+    logits = logit[where[..., 0], where[..., 1]]
+    # The strongest ones are drawn again and again, and are few positions of the grid.
+    best, _ = positions._strongest(asked, logits, 5)
+    unaware = np.where(np.arange(2048) < found, 1.0, -1.0) * np.ones((2, 1))
+    _, kind, weight, places = positions._around(asked, logits, best, unaware, (2, 4))
+    assert (kind == positions._AROUND).all() and len(weight) == 2 * 64
+    strong = where[0][np.asarray(best[0])]
+    rows, columns = np.divmod(np.arange(height * width), width)
+    distance = np.abs(np.stack([rows, columns], -1)[:, None] - strong).max(-1).min(-1)
+    expected = (distance > 2) & (distance <= 4) & (logit.ravel() < 0) & (mask[0].ravel() == 0)
+    taught = set(np.asarray(places)[:64][np.asarray(weight)[:64] > 0].tolist())
+    if found == 64:
+        assert weight[:64].all() and taught <= set(np.flatnonzero(expected))
+        assert len(taught) > 40
+    else:
+        assert not taught
+
+
+def test_a_defect_without_a_mask_ends_somewhere():
+    """What lies beside it has some of its features; the output for known defects tells them."""
+    layers = make_layers(8, 24, 36)
+    fine, coarse = 0.1 * np.array(layers[0]), np.zeros_like(layers[1])
+    fine[4:, 7:9, 11:13, 0] += 3
+    fine[4:, 7:9, 13:16, :2] += 1
+    label = np.float32([0] * 4 + [1] * 4)
+    mask = np.zeros((8, 48, 72, 1), np.float32)
+    batch = {'layers': (fine, coarse), 'label': label, 'real': label, 'mask': mask}
+    batch |= {'weight': np.ones_like(mask)}
+    features, found = upscale_pool((fine[4:], coarse[4:])), {}
+    for surroundings in ((0, 0), (2, 6)):
+        config = make_config(surroundings=surroundings, positions=32, map_loss='cross_entropy')
+        config.supervision.known, config.batch_size, config.epochs = 0.5, 8, 100
+        state = steps.init_state(config, jax.random.key(0), sum(CHANNELS))
+        step = jax.jit(steps.make_step(config, 1))
+        for i in range(100):
+            state, _ = step(state, batch, jax.random.fold_in(jax.random.key(1), i))
+        logits, _ = systems.build_network(config).apply(state.variables(1.0), features)
+        inside, beside = logits[:, 15:17, 23:25].mean(), logits[:, 15:17, 28:31].mean()
+        found[surroundings] = float(inside), float(beside)
+    (inside, beside), (inside_too, ended) = found.values()
+    assert inside_too > 0.8 * inside and ended < 0.5 * beside, found
 
 
 def test_who_is_taught_fewer_positions_asks_fewer(monkeypatch):
-    asked, strongest = set(), positions._strongest
-    monkeypatch.setattr(
-        positions, '_strongest', lambda *given: asked.add(given[-1]) or strongest(*given)
-    )
+    asked, ask = set(), positions._ask
+    monkeypatch.setattr(positions, '_ask', lambda *given: asked.add(given[-1]) or ask(*given))
     mask = np.ones((8, 8, 12, 1), np.float32)
     truth = {'label': np.float32([0] * 4 + [1] * 4), 'mask': mask, 'weight': mask}
     batch = {'layers': make_layers(8), 'known': truth['label']} | truth

@@ -20,14 +20,18 @@ from ssn_jax.models import heads
 from ssn_jax.models.grid import feature_grid, sample_features
 
 # What a position teaches: that it is normal, which kind of anomaly it is, or, of the strongest of a
-# normal image, again that it is normal.
-_NORMAL, _DRAWN, _NOISE, _MISPLACED, _REAL, _STRONGEST, _HARD = range(7)
+# normal image and around those of a defective one, again that it is normal.
+_NORMAL, _DRAWN, _NOISE, _MISPLACED, _REAL, _STRONGEST, _HARD, _AROUND = range(8)
 # Of images whose strongest positions teach: how many a step asks, at how many positions for each
 # of `config.positions`, and which share of these are the strongest. Where all positions are taught,
 # at as many as for 32.
 _ASKED, _AT, _STRONG = 2, 32, 1 / 128
-# What real defects weigh beside drawn ones and noise in the output that learns them above all.
-_ABOVE_ALL = 100.0
+# What real defects weigh beside drawn ones and noise in the output that learns them above all, and
+# what is normal around their strongest positions beside all else that is normal.
+_ABOVE_ALL, _OF_AROUND = 100.0, 0.2
+# Around a defect's strongest positions something is taught only if these are a quarter of it; then
+# four times as many positions.
+_QUARTER = 4
 
 
 def make_map_loss(
@@ -44,7 +48,8 @@ def make_map_loss(
     come besides. Normal and anomalous positions count alike, and of these all kinds alike. With
     `config.hard_normal` the strongest positions of some normal images have that weight besides.
     With `config.supervision.known` a second output of the head learns the same positions, but real
-    defects above all; `heads.mixed` makes one of both.
+    defects above all, and, with `config.surroundings`, that these end somewhere (`_around`);
+    `heads.mixed` makes one of both.
 
     Args:
       config: the run's config.
@@ -64,15 +69,21 @@ def make_map_loss(
 
         k_places, k_noise = jax.random.split(key)
         sampled = _sample(k_places, batch, config.positions, config_lib.product_share(config))
+        judge = functools.partial(_judge, network, batch_stats, feature_grid(batch['layers']))
         evaluated = heads.mixed(params, config.supervision.known)
-        judge = functools.partial(_judge, network, evaluated, batch_stats)
-        asked_at = _AT * (config.positions or 32)
-        asked = {_STRONGEST: batch['real']} if 'real' in batch else {}
+        who = {_STRONGEST: batch['real']} if 'real' in batch else {}
         if config.hard_normal:
-            asked[_HARD] = 1 - batch.get('label', jnp.zeros(len(batch['layers'][0])))
-        for stream, (kind, of) in enumerate(asked.items(), 3):
-            found = _strongest(jax.random.fold_in(key, stream), batch, of, kind, judge, asked_at)
-            joined = (jnp.concatenate(x) for x in zip(sampled[:4], found, strict=True))
+            who[_HARD] = 1 - batch.get('label', jnp.zeros(len(batch['layers'][0])))
+        for stream, (kind, of) in enumerate(who.items(), 3):
+            k_asked = jax.random.fold_in(key, stream)
+            asked = _ask(k_asked, batch, of, _AT * (config.positions or 32))
+            logits = judge(evaluated, asked)
+            best, strongest = _strongest(asked, logits, kind)
+            parts = [sampled[:4], strongest]
+            if kind == _STRONGEST and 'known' in params and any(config.surroundings):
+                unaware = judge(heads.mixed(params, 0.0), asked)
+                parts.append(_around(asked, logits, best, unaware, config.surroundings))
+            joined = (jnp.concatenate(x) for x in zip(*parts, strict=True))
             sampled = _Sample(*joined, sampled.first)
         adapted, of_adaptor = apply(sampled.features, 'adapt')
         noisy = sampled.weight[: sampled.first : 2] * (sampled.kind[: sampled.first : 2] == _NORMAL)
@@ -102,8 +113,8 @@ def make_map_loss(
         logits, of_head = apply(seen, 'segment', **options)
         target = (kind > _NORMAL) & (kind < _HARD)
 
-        def judged(logits, name, real=1.0):
-            shares = _shares(kind, weight > 0, config.misplaced, config.hard_normal, real)
+        def judged(logits, name, real=1.0, around=0.0):
+            shares = _shares(kind, weight > 0, config.misplaced, config.hard_normal, real, around)
             share, logits = weight * shares, logits[:, 0]
             if config.map_loss == 'cross_entropy':
                 # Beyond a margin the truncated L1 is content; this one goes on telling apart.
@@ -121,7 +132,7 @@ def make_map_loss(
         if 'known' in params:
             # The compiler sees that all but the last layer is as before.
             logits, _ = apply(seen, 'segment', heads.mixed(params, 1.0), **options)
-            terms |= judged(logits, 'known', _ABOVE_ALL)
+            terms |= judged(logits, 'known', _ABOVE_ALL, _OF_AROUND)
         loss = sum(terms.values())
         power = loss_terms.mean_where(noise**2, noisy[:, None])
         terms |= loss_terms.generator_terms(loss, power, config.noise.penalty)
@@ -130,17 +141,17 @@ def make_map_loss(
     return loss_fn
 
 
-def _shares(kind, taught, misplaced, hard, real=1.0):
+def _shares(kind, taught, misplaced, hard, real=1.0, around=0.0):
     """Each position's share (K,): 1 of the normal ones, 1 of the anomalous ones together.
 
     Of these drawn defects and noise have 1 part, masks of real ones and their strongest positions
     `real`, as far as there are any: noise is endless, defects are few, and what there is less of
-    would be drowned. What is misplaced, and the strongest positions of normal images, have their
-    own weights besides.
+    would be drowned. What is misplaced, the strongest positions of normal images, and what is
+    around those of defective ones have their own weights besides.
     """
-    counts = jnp.stack([(taught * (kind == k)).sum() for k in range(7)])
-    parts = jnp.float32([0, 1, 1, 0, real, real, 0]) * (counts > 0)
-    weights = jnp.float32([1, 0, 0, misplaced, 0, 0, hard])
+    counts = jnp.stack([(taught * (kind == k)).sum() for k in range(8)])
+    parts = jnp.float32([0, 1, 1, 0, real, real, 0, 0]) * (counts > 0)
+    weights = jnp.float32([1, 0, 0, misplaced, 0, 0, hard, around])
     weights += parts / jnp.maximum(parts.sum(), 1e-6)
     return taught * (weights / jnp.maximum(counts, 1))[kind.astype(jnp.int32)]
 
@@ -216,25 +227,30 @@ def _draw_places(key, chances, count):
     return jnp.minimum(places, chances.shape[1] - 1)
 
 
-def _strongest(key, batch, of, kind, judge, count):
-    """The strongest positions of some images, as of `_Sample`.
+class _Asked(NamedTuple):
+    """Positions of some images that are judged before it is known what they teach.
 
-    Those of images with a real defect: multiple-instance learning, as Sultani, Chen and Shah
-    ("Real-world anomaly detection in surveillance videos", CVPR 2018) do it with a bag's strongest
-    instances: some position of such an image is defective, and the ones that look most like it now
-    are taught to be, whether its mask is known or not. Those of normal images: hard examples, as
-    Shrivastava, Gupta and Girshick ("Training region-based object detectors with online hard
-    example mining", CVPR 2016) choose them: an image's score is its map's maximum, and the places
-    that look least normal are seldom among positions drawn at random.
-
-    Args:
-      key: of what is random.
-      batch: of the step.
-      of: (N,), 1 of the images that may be asked, else 0.
-      kind: what their strongest positions teach.
-      judge: from features, positions and grid to logits.
-      count: at how many positions an image is asked.
+    Features (M, P, C), where they lie (M, P), rows and columns of that (M, P, 2), whether a mask
+    says that they are defective (M, P), and 1 of an image that may be asked, else 0 (M, 1).
     """
+
+    features: jax.Array
+    places: jax.Array
+    at: jax.Array
+    masked: jax.Array
+    weight: jax.Array
+
+    def teach(self, which, weight, kind):
+        """As of `_Sample`: positions `which` (M, K) of them, and how much they count (M, K)."""
+        features = jnp.take_along_axis(self.features, which[..., None], 1)
+        weight = jnp.broadcast_to(weight, which.shape).ravel()
+        places = jnp.take_along_axis(self.places, which, 1).ravel()
+        features = features.reshape(-1, features.shape[-1])
+        return features, jnp.full_like(weight, kind), weight, places
+
+
+def _ask(key, batch, of, count):
+    """Draws `count` positions each of `_ASKED` images, first of those where `of` (N,) is 1."""
     layers = batch['layers']
     k_images, k_places = jax.random.split(key)
     images = jnp.argsort(-of * jax.random.uniform(k_images, of.shape, minval=0.5))[:_ASKED]
@@ -244,20 +260,63 @@ def _strongest(key, batch, of, kind, judge, count):
         places = _draw_places(k_places, own[images], count)
     else:
         places = jax.random.randint(k_places, (len(images), count), 0, height * width)
-    rows = sample_features(layers, places, images)
-    strong = max(1, round(_STRONG * count))
-    _, best = jax.lax.top_k(judge(rows, places, (height, width)), strong)
-    rows = jnp.take_along_axis(rows, best[..., None], 1).reshape(-1, rows.shape[-1])
-    weight = jnp.broadcast_to(of[images, None], best.shape).ravel()
-    places = jnp.take_along_axis(places, best, 1).ravel()
-    return rows, jnp.full_like(weight, kind), weight, places
+    masked = jnp.zeros(places.shape, bool)
+    if 'mask' in batch:
+        mask = batch['mask'].reshape(len(of), -1)[images]
+        masked = jnp.take_along_axis(mask, places, 1) > 0
+    at = jnp.stack([places // width, places % width], -1)
+    return _Asked(sample_features(layers, places, images), places, at, masked, of[images, None])
 
 
-def _judge(network, params, batch_stats, rows, places, grid):
-    """The logits (M, P) of features (M, P, C) as the network is now; no gradient goes there."""
+def _judge(network, batch_stats, grid, params, asked):
+    """The logits (M, P) of what is asked as the network is now; no gradient goes there."""
     variables = jax.lax.stop_gradient({'params': params, 'batch_stats': batch_stats})
-    adapted, options = network.apply(variables, rows, method='adapt'), {}
+    adapted, options = network.apply(variables, asked.features, method='adapt'), {}
     if network.waves:
         codes = network.places(grid)
-        options['code'] = codes.reshape(-1, codes.shape[-1])[places]
+        options['code'] = codes.reshape(-1, codes.shape[-1])[asked.places]
     return network.apply(variables, adapted, method='segment', **options)[..., 0]
+
+
+def _strongest(asked, logits, kind):
+    """The positions (M, K) with the highest logits, and what they teach, as of `_Sample`.
+
+    Those of images with a real defect: multiple-instance learning, as Sultani, Chen and Shah
+    ("Real-world anomaly detection in surveillance videos", CVPR 2018) do it with a bag's strongest
+    instances: some position of such an image is defective, and the ones that look most like it now
+    are taught to be, whether its mask is known or not. Those of normal images: hard examples, as
+    Shrivastava, Gupta and Girshick ("Training region-based object detectors with online hard
+    example mining", CVPR 2016) choose them: an image's score is its map's maximum, and the places
+    that look least normal are seldom among positions drawn at random.
+    """
+    _, best = jax.lax.top_k(logits, max(1, round(_STRONG * logits.shape[1])))
+    return best, asked.teach(best, asked.weight, kind)
+
+
+def _around(asked, logits, best, unaware, surroundings):
+    """What is normal around the strongest positions of a small defect, as of `_Sample`.
+
+    An image's label does not say where its defect ends, and the strongest positions alone pull
+    along whatever has features like theirs. Taken to be normal is what lies beside them, is not
+    masked, and is below half way between them and the image's median. That is wrong inside of a
+    large defect, of which the strongest positions are a small part. So it is done only where they
+    are a good part of all that looks defective to the output that does not learn this.
+
+    Args:
+      asked: of images with a real defect.
+      logits: (M, P), as the map's are.
+      best: (M, K), which positions are the strongest.
+      unaware: (M, P), logits of the other output.
+      surroundings: from how many positions of the grid to how many beside them.
+    """
+    nearest, farthest = surroundings
+    count = _QUARTER * best.shape[1]
+    strong = jnp.take_along_axis(asked.at, best[..., None], 1)
+    distance = jnp.abs(asked.at[:, :, None] - strong[:, None]).max(-1).min(-1)
+    beside = (distance > nearest) & (distance <= farthest)
+    top = jnp.take_along_axis(logits, best, 1).mean(1, keepdims=True)
+    low = logits < (top + jnp.median(logits, axis=1, keepdims=True)) / 2
+    small = (unaware > 0).sum(1, keepdims=True) <= count
+    # They were drawn at random, so the first ones are as good as any.
+    normal, which = jax.lax.top_k((beside & low & small & ~asked.masked).astype(jnp.float32), count)
+    return asked.teach(which, normal * asked.weight, _AROUND)
