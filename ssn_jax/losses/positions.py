@@ -29,9 +29,9 @@ _ASKED, _AT, _STRONG = 2, 32, 1 / 128
 # What real defects weigh beside drawn ones and noise in the output that learns them above all, and
 # what is normal around their strongest positions beside all else that is normal.
 _ABOVE_ALL, _OF_AROUND = 100.0, 0.2
-# Around a defect's strongest positions something is taught only if these are a quarter of it; then
-# four times as many positions.
-_QUARTER = 4
+# For each of a defect's strongest positions: how many may look defective in a small defect, and how
+# many around it are taught to be normal.
+_PER_STRONG = 4
 
 
 def make_map_loss(
@@ -310,7 +310,7 @@ def _around(asked, logits, best, unaware, surroundings):
       surroundings: from how many positions of the grid to how many beside them.
     """
     nearest, farthest = surroundings
-    count = _QUARTER * best.shape[1]
+    count = _PER_STRONG * best.shape[1]
     strong = jnp.take_along_axis(asked.at, best[..., None], 1)
     distance = jnp.abs(asked.at[:, :, None] - strong[:, None]).max(-1).min(-1)
     beside = (distance > nearest) & (distance <= farthest)
